@@ -1,0 +1,55 @@
+# Everything sets itself up: `make demo` or `make test` on a machine with Python 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+VENV3 ?= .venv-tl3
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+BIN = $(VENV)/bin
+BIN3 = $(VENV3)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-tl3 check notebooks bench sizes clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch first, with its pinned version: otherwise a resolver may pick a build with gigabytes of CUDA.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV3)/.done: pyproject.toml constraints.txt constraints-tl3.txt
+	$(PYTHON) -m venv $(VENV3)
+	$(BIN3)/pip install -q --disable-pip-version-check -c constraints-tl3.txt torch
+	$(BIN3)/pip install -q --disable-pip-version-check -c constraints-tl3.txt -e '.[dev]' sae-lens
+	@touch $@
+
+demo: $(VENV)/.done ## the four steps on the bundled pair of models, under two minutes
+	$(BIN)/expertsteer-lens demo
+
+test: $(VENV)/.done ## the test suite
+	$(BIN)/python -m pytest
+
+test-tl3: $(VENV3)/.done ## the host tests with TransformerLens 3.9 (HookedTransformer)
+	$(BIN3)/python -m pytest tests/test_host_transformer_lens.py
+
+check: $(VENV)/.done ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.done ## execute the notebooks
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+bench: $(VENV)/.done ## the speed benchmarks (installs xrfm)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt xrfm
+	$(BIN)/python benchmarks/rfm_speed.py
+	$(BIN)/python benchmarks/mi_speed.py
+
+sizes: ## lines per file and per room
+	@wc -l expertsteer_lens/*.py expertsteer_lens/*/*.py | sort -n
+
+clean: ## remove environments and caches
+	rm -rf $(VENV) $(VENV3) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,27 @@
+"""Shared fixtures. jaxtyping annotations are checked by beartype here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Folder with the two real trained models and real data; absent outside the development machines."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("the folder ../shared with real models and data is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
