@@ -1,0 +1,250 @@
+"""What steering does to a model, in nats: completions, neutral text, divergence, and gradients of these.
+
+All functions take a `Host` (see `expertsteer_lens.hosts`) and work under whatever is installed on the model at the time,
+so the same call measures the unsteered and the steered model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .contrast import Behaviour
+from .errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from .hosts import Host, TokenBatch
+
+
+def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 64) -> Float[Tensor, " n_prompts"]:
+    """m = log p(any positive completion) - log p(any negative completion), nats, one number a prompt.
+
+    The probability of a completion is the product over its tokens given prompt and preceding tokens; the two sums are
+    log-sum-exps over the completions of each side. Where the tokenizer merges across the border, tokens from the first
+    one that differs from the prompt's own count as completion.
+    """
+    with torch.no_grad():
+        return torch.cat([m.double().cpu() for m in _metric_batches(host, behaviour, batch_size)])
+
+
+def choice_accuracy(host: Host, behaviour: Behaviour, *, batch_size: int = 64) -> Float[Tensor, " n_prompts"]:
+    """1 where the likeliest completion is a positive one, else 0; one number a prompt (multiple choice by likelihood).
+
+    Log-probabilities are summed over tokens and not normalised by length.
+    """
+    hits = []
+    with torch.no_grad():
+        for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size):
+            for row in rows:
+                mine = owner == row
+                hits.append(float(positive[mine][scores[mine].argmax()]))
+    return torch.tensor(hits, dtype=torch.float64)
+
+
+def behaviour_gradient(
+    host: Host, behaviour: Behaviour, hook_names: Sequence[str], *, batch_size: int = 64, progress: bool = False
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """Mean over prompts of the sum over token positions of dm/dh at each hook point.
+
+    First-order effect of adding `delta` at every position: `gradient[hook] @ delta` nats (attribution patching). One
+    forward and one backward pass per batch, whatever the number of hook points.
+    """
+
+    def objective() -> Iterator[Tensor]:
+        for metric in _metric_batches(host, behaviour, batch_size, progress):
+            yield metric.sum() / len(behaviour)
+
+    return _gradients(host, hook_names, objective)
+
+
+def readout_gradient(
+    host: Host, texts: Sequence[str], readout: Float[Tensor, " d_model"], hook_names: Sequence[str], *, batch_size: int = 64
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """As `behaviour_gradient`, for the metric "last-token state of the last layer, projected on `readout`".
+
+    The metric used where no completions are given: `readout` is the target's own mean difference at its last layer.
+    """
+    last = host.hook_names()[-1]
+    unit = readout / readout.norm()
+
+    def objective() -> Iterator[Tensor]:
+        for start in range(0, len(texts), batch_size):
+            batch = host.tokenize(list(texts[start : start + batch_size]))
+            seen: list[Tensor] = []
+            with host.intervene({last: lambda h, seen=seen: seen.append(h)}):
+                host.forward(batch)
+            state = seen[0].float()
+            lengths = batch.attention_mask.sum(1) - 1
+            picked = state[torch.arange(state.shape[0], device=state.device), lengths.to(state.device)]
+            yield (picked @ unit.to(picked)).sum() / len(texts)
+
+    return _gradients(host, hook_names, objective)
+
+
+def neutral_nll(host: Host, texts: Sequence[str], *, batch_size: int = 32) -> Float[Tensor, "n_texts 2"]:
+    """Per text: summed negative log-likelihood in nats, and the number of predicted tokens.
+
+    `x[:, 0].sum() / x[:, 1].sum()` is the mean NLL per token. The first token is never predicted.
+    """
+    rows = []
+    with torch.no_grad():
+        for batch, index in _text_batches(host, texts, batch_size):
+            logits = host.forward(batch)
+            token_log_probs, valid = _token_log_probs(logits, batch)
+            nll = -(token_log_probs * valid).sum(1)
+            rows.append((index, torch.stack([nll.double().cpu(), valid.sum(1).double().cpu()], dim=1)))
+    return _restore(rows)
+
+
+def kl_per_token(
+    host: Host, texts: Sequence[str], steering: Callable[[], Any], *, batch_size: int = 32
+) -> Float[Tensor, "n_texts 2"]:
+    """Per text: summed KL(unsteered || steered) of the next-token distribution in nats, and the number of positions.
+
+    `steering` makes a context manager that installs the steering; the unsteered pass runs outside it.
+    """
+    rows = []
+    with torch.no_grad():
+        for batch, index in _text_batches(host, texts, batch_size):
+            base = host.forward(batch).float().log_softmax(-1)
+            with steering():
+                steered = host.forward(batch).float().log_softmax(-1)
+            kl = (base.exp() * (base - steered)).sum(-1)
+            mask = batch.attention_mask.to(kl)
+            pair = torch.stack([(kl * mask).sum(1).double().cpu(), mask.sum(1).double().cpu()], dim=1)
+            rows.append((index, pair))
+    return _restore(rows)
+
+
+def repeated_trigrams(text: str) -> float:
+    """Share of word trigrams of a text that occurred before in it, in [0, 1]; 0 for fewer than four words."""
+    words = text.split()
+    grams = list(zip(words, words[1:], words[2:], strict=False))
+    return 0.0 if len(grams) < 2 else 1.0 - len(set(grams)) / len(grams)
+
+
+def _gradients(
+    host: Host, hook_names: Sequence[str], objective: Callable[[], Iterator[Tensor]]
+) -> dict[str, Float[Tensor, " d_model"]]:
+    """d objective / d h summed over batch and positions; padding contributes nothing because nothing attends to it."""
+    names = list(hook_names)
+    totals: dict[str, Tensor] = {}
+    live: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[Tensor], Tensor]:
+        def fn(h: Tensor) -> Tensor:
+            # A zero that requires grad makes the graph start here even if every parameter is frozen.
+            probe = torch.zeros_like(h, requires_grad=True)
+            live[name] = probe
+            return h + probe
+
+        return fn
+
+    with torch.enable_grad(), host.intervene({name: watch(name) for name in names}):
+        for value in objective():
+            probes = [live[name] for name in names]
+            grads = torch.autograd.grad(value, probes, allow_unused=True)
+            for name, grad in zip(names, grads, strict=True):
+                if grad is None:
+                    continue
+                flat = grad.detach().double().reshape(-1, grad.shape[-1]).sum(0).cpu()
+                totals[name] = totals.get(name, torch.zeros_like(flat)) + flat
+    silent = [name for name in names if name not in totals]
+    if silent:
+        raise ArgumentError(f"the metric does not depend on hook {silent[0]!r}; steering there cannot act on it.")
+    return totals
+
+
+def _metric_batches(host: Host, behaviour: Behaviour, batch_size: int, progress: bool = False) -> Iterator[Tensor]:
+    for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size, progress):
+        values = []
+        for row in rows:
+            good, bad = scores[(owner == row) & positive], scores[(owner == row) & ~positive]
+            values.append(good.logsumexp(0) - bad.logsumexp(0))
+        yield torch.stack(values)
+
+
+def _score_batches(
+    host: Host, behaviour: Behaviour, batch_size: int, progress: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
+    """Yield (log p of each completion, prompt index of each, is it positive, prompt indices) for whole prompts at a time."""
+    groups: list[list[int]] = [[]]
+    count = 0
+    for i in range(len(behaviour)):
+        size = sum(len(side) for side in behaviour.completions(i))
+        if groups[-1] and count + size > batch_size:
+            groups.append([])
+            count = 0
+        groups[-1].append(i)
+        count += size
+    for rows in _progress(groups, "attribution", progress):
+        texts, starts, owner, positive = [], [], [], []
+        prompt_ids = {i: _ids(host, behaviour.prompts[i]) for i in rows}
+        for i in rows:
+            for is_good, side in zip((True, False), behaviour.completions(i), strict=True):
+                for completion in side:
+                    text = behaviour.prompts[i] + completion
+                    ids = _ids(host, text)
+                    start = _common_prefix(prompt_ids[i], ids)
+                    if start >= len(ids):
+                        raise DataError(f"completion {completion!r} of prompt {i} adds no token; give it a text.")
+                    texts.append(text)
+                    starts.append(max(start, 1))
+                    owner.append(i)
+                    positive.append(is_good)
+        batch = host.tokenize(texts)
+        token_log_probs, valid = _token_log_probs(host.forward(batch), batch)
+        column = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+        counted = valid & (column[None] >= torch.tensor(starts, device=valid.device)[:, None])
+        scores = torch.where(counted, token_log_probs, torch.zeros_like(token_log_probs)).sum(1)
+        yield scores, torch.tensor(owner, device=scores.device), torch.tensor(positive, device=scores.device), rows
+
+
+def _token_log_probs(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token but the first given those before it, `[batch, pos - 1]`, and which of them are real."""
+    ids = batch.input_ids.to(logits.device)
+    log_probs = logits[:, :-1].float().log_softmax(-1)
+    picked = log_probs.gather(-1, ids[:, 1:, None])[..., 0]
+    return picked, batch.attention_mask[:, 1:].bool().to(logits.device)
+
+
+def _text_batches(host: Host, texts: Sequence[str], batch_size: int) -> Iterator[tuple[TokenBatch, list[int]]]:
+    """Batches of similar length (less padding), each with the indices of its texts."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        index = order[start : start + batch_size]
+        yield host.tokenize([texts[i] for i in index]), index
+
+
+def _restore(rows: list[tuple[list[int], Tensor]]) -> Tensor:
+    index = torch.tensor([i for part, _ in rows for i in part])
+    values = torch.cat([v for _, v in rows])
+    out = torch.empty_like(values)
+    out[index] = values
+    return out
+
+
+def _ids(host: Host, text: str) -> list[int]:
+    return host.tokenize([text]).input_ids[0].tolist()
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def _progress(items: Sequence[Any], label: str, show: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=label, leave=False) if show else items
+
+
+no_steering = nullcontext
+"""A context manager that installs nothing; the unsteered row of every table."""
