@@ -1,0 +1,452 @@
+"""The four steps in order: capture and align, pair layers, learn directions, hand over a plan. No mathematics here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ._checks import check_choice, check_number, check_texts, unknown_hook
+from .activations import ActivationStore
+from .aligners import Aligner, AlignerConfig, fit_aligner_grid
+from .calibration import Calibration, calibrate
+from .contrast import Behaviour, ContrastPairs, text_hash
+from .directions import mean_difference
+from .errors import ArgumentError, DataError
+from .hosts import as_host, capture
+from .metrics import behaviour_gradient, readout_gradient
+from .mutual_information import LayerPairMI, MIConfig, layer_pair_mi
+from .pairing import LayerPairs, PairingConfig, allowed_targets, select_layer_pairs
+from .plan import SteeringPlan, SteeringVector
+from .rfm import RFM, RFMConfig, fit_rfm
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .hosts import Host
+
+PRESETS = ("anchored", "paper")
+PairKey = tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSteerConfig:
+    """Settings of the four steps. `ExpertSteerConfig.preset("anchored")` and `.preset("paper")` are the two to start from."""
+
+    aligner: AlignerConfig = field(default_factory=AlignerConfig)
+    """Step 1: how expert states are placed in the target's space."""
+    mi: MIConfig = field(default_factory=MIConfig)
+    """Step 2: how layers are compared."""
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    """Step 2: which pairs are kept."""
+    rfm: RFMConfig = field(default_factory=RFMConfig)
+    """Step 3: how directions are learnt."""
+    read_positions: str | int = "last"
+    """Token whose state represents a text: "last", "mean", or an absolute index."""
+    batch_size: int = 16
+    """Texts per forward pass."""
+    held_out: float = 0.3
+    """Share of the anchors not used for fitting: half of it calibrates the strength, half is kept for the evaluation."""
+    validation: float = 0.5
+    """Share of the behaviour's prompts used for choices; the rest is kept for the evaluation."""
+    budget: float = 0.10
+    """Largest rise of neutral NLL, nats per token, that `coefficient="auto"` accepts."""
+
+    def __post_init__(self) -> None:
+        check_number("batch_size", self.batch_size, low=1, integer=True)
+        check_number("held_out", self.held_out, low=0.0, high=0.9, low_open=True)
+        check_number("validation", self.validation, low=0.0, high=1.0, low_open=True)
+        check_number("budget", self.budget, low=0.0, low_open=True)
+
+    @classmethod
+    def preset(cls, name: str) -> ExpertSteerConfig:
+        """ "anchored" (default; ours) or "paper" (reconstruction-only auto-encoder, lowest MI; depends on its seed)."""
+        check_choice("preset", name, PRESETS)
+        if name == "paper":
+            return cls(aligner=AlignerConfig(kind="autoencoder"), pairing=PairingConfig(rule="min_mi"))
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON-able fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExpertSteerConfig:
+        """Inverse of `to_dict`; unknown fields raise `ArgumentError`."""
+        parts: dict[str, Any] = {"aligner": AlignerConfig, "mi": MIConfig, "pairing": PairingConfig, "rfm": RFMConfig}
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ArgumentError(f"config has unknown field {unknown[0]!r}; known fields are {sorted(known)}.")
+        built = {}
+        for key, value in data.items():
+            if key in parts:
+                value = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+                built[key] = parts[key](**value)
+            else:
+                built[key] = value
+        return cls(**built)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSteering:
+    """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for calibration and test."""
+
+    config: ExpertSteerConfig
+    seed: int
+    layer_pair_mi: LayerPairMI
+    layer_pairs: LayerPairs
+    aligners: dict[PairKey, Aligner]
+    rfms: dict[PairKey, RFM]
+    """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
+    target: Host
+    expert_pairs: ActivationStore
+    """The expert's states on the contrast pairs, labelled."""
+    target_pairs: ActivationStore
+    """The target's own states on the contrast pairs, labelled: the native ceiling is learnt from these."""
+    target_anchors: ActivationStore
+    calibration_texts: tuple[str, ...]
+    test_texts: tuple[str, ...]
+    validation_behaviour: Behaviour | None
+    test_behaviour: Behaviour | None
+    provenance: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+    """Per step: name, seconds, and its figures."""
+
+    def direction(self, expert_hook: str, target_hook: str) -> Float[Tensor, " d_target"]:
+        """Unit direction in the target's space for one fitted pair, pointing towards the positive class."""
+        if (expert_hook, target_hook) not in self.rfms:
+            known = [f"{e} → {t}" for e, t in self.rfms]
+            raise unknown_hook(f"{expert_hook} → {target_hook}", known, "a fitted layer pair")
+        return self.rfms[expert_hook, target_hook].direction.clone()
+
+    def plan(
+        self,
+        *,
+        layer_pairs: Sequence[PairKey] | None = None,
+        coefficient: float | str = "auto",
+        positions: Any = "all",
+        edit: str = "add",
+    ) -> SteeringPlan:
+        """A plan that writes the fitted directions into the target.
+
+        Args:
+            layer_pairs: (expert hook, target hook) keys among the fitted candidates; default: the chosen pairs.
+            coefficient: signed strength in units of the target layer's median residual norm, shared by all layers; or
+                "auto": the largest that keeps the rise of neutral NLL on held-out anchors within `config.budget`.
+            positions: which tokens are steered, see `SteeringPlan`.
+            edit: "add" and others, see `SteeringPlan`.
+        """
+        keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
+        if isinstance(coefficient, str) and coefficient != "auto":
+            raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
+        strength = 0.1 if coefficient == "auto" else float(coefficient)
+        plan = self._plan_of({key: self.direction(*key) for key in keys}, strength, positions, edit)
+        if coefficient != "auto":
+            return plan
+        found = self.calibrate(plan)
+        return replace(
+            plan.with_coefficient(found.coefficient),
+            provenance={**plan.provenance, "calibration": found.to_dict()},
+        )
+
+    def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
+        """`calibrate` on this fit's held-out anchors and validation behaviour; keywords as there."""
+        settings = {"budget": self.config.budget, "behaviour": self.validation_behaviour, "batch_size": 32, **kwargs}
+        return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
+
+    def _plan_of(
+        self, directions: dict[PairKey, Tensor], strength: float, positions: Any = "all", edit: str = "add"
+    ) -> SteeringPlan:
+        vectors = []
+        for (expert_hook, target_hook), direction in directions.items():
+            vectors.append(
+                SteeringVector(
+                    hook_name=target_hook,
+                    direction=direction,
+                    coefficient=strength,
+                    relative_to="median_norm",
+                    median_norm=self.target_anchors.median_norm(target_hook),
+                    edit=edit,
+                    provenance=self._pair_facts(expert_hook, target_hook),
+                )
+            )
+        host = self.target
+        return SteeringPlan(
+            vectors=tuple(vectors),
+            positions=positions,
+            basis=host.basis,
+            target={
+                "name": host.name,
+                "fingerprint": host.fingerprint,
+                "d_model": host.d_model,
+                "n_layers": host.n_layers,
+            },
+            provenance={**self.provenance, "config": self.config.to_dict(), "seed": self.seed},
+        )
+
+    def _pair_facts(self, expert_hook: str, target_hook: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"expert_hook_name": expert_hook}
+        key = (expert_hook, target_hook)
+        if key in self.rfms:
+            facts["rfm_validation_auc"] = self.rfms[key].validation_auc
+            facts["aligner"] = self.aligners[key].quality.to_dict()
+        mi = self.layer_pair_mi
+        if expert_hook in mi.expert_hook_names and target_hook in mi.target_hook_names:
+            i, j = mi.expert_hook_names.index(expert_hook), mi.target_hook_names.index(target_hook)
+            facts["mutual_information"] = float(mi.matrix[i, j])
+        return facts
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per fitted pair: MI, predicted effect (the rule's score), aligner R², RFM AUC, chosen or not."""
+        import pandas as pd
+
+        score = {(r.expert, r.target): (r.score, r.chosen) for r in self.layer_pairs.to_pandas().itertuples()}
+        rows = []
+        for key, rfm in self.rfms.items():
+            facts = self._pair_facts(*key)
+            rows.append(
+                {
+                    "expert": key[0],
+                    "target": key[1],
+                    "mutual_information": facts.get("mutual_information"),
+                    "aligner_r2": self.aligners[key].quality.r2,
+                    "rfm_validation_auc": rfm.validation_auc,
+                    "score": score[key][0] if key in score else None,
+                    "chosen": score[key][1] if key in score else False,
+                }
+            )
+        return pd.DataFrame(rows).sort_values("score", ascending=self.layer_pairs.rule == "min_mi", ignore_index=True)
+
+    def summary(self) -> str:
+        """The steps with their time and figures, and the chosen pairs, as text."""
+        lines = [f"{self.provenance['expert']['name']} → {self.provenance['target']['name']} (seed {self.seed})"]
+        for step in self.steps:
+            figures = ", ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
+            lines.append(f"  {step['step']:<10} {step['seconds']:6.1f} s   {figures}")
+        lines += [f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})" for p in self.layer_pairs]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)
+        return f"ExpertSteering({chosen}; {len(self.rfms)} fitted pairs; aligner {self.config.aligner.kind})"
+
+
+class ExpertSteer:
+    """ExpertSteer (arXiv 2505.12313) on two loaded models; neither model's weights change.
+
+    Args:
+        config: settings of the four steps; default: those of `preset`.
+        preset: "anchored" or "paper", used when `config` is not given.
+        seed: of every random choice in the fit (splits, gauges, folds).
+    """
+
+    def __init__(self, config: ExpertSteerConfig | None = None, *, preset: str = "anchored", seed: int = 0) -> None:
+        self.config = config if config is not None else ExpertSteerConfig.preset(preset)
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return (
+            f"ExpertSteer(aligner={self.config.aligner.kind!r}, pairing={self.config.pairing.rule!r}, seed={self.seed})"
+        )
+
+    def fit(
+        self,
+        expert: Any,
+        target: Any,
+        pairs: ContrastPairs,
+        *,
+        anchors: Sequence[str] | None = None,
+        behaviour: Behaviour | None = None,
+        expert_hook_names: Sequence[str] | None = None,
+        target_hook_names: Sequence[str] | None = None,
+        progress: bool = True,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> ExpertSteering:
+        """Run the four steps.
+
+        Args:
+            expert: the model that knows; any host object. May be the target itself (self-steering).
+            target: the model to be steered; any host object.
+            pairs: labelled texts.
+            anchors: unlabelled texts run through both models, which tie the two spaces together; default: the texts of
+                `pairs`, without their labels. More and more varied is better.
+            behaviour: prompts with completions. Half is used to choose layers and strength, half kept for `evaluate`.
+                Without it, layers are chosen by a read-out of the target (weaker evidence; see `readout_gradient`).
+            expert_hook_names: expert hook points; default: the residual after every block.
+            target_hook_names: target hook points; default: the residual after every block.
+            progress: show progress bars.
+            on_step: called with each finished step's figures.
+
+        Raises:
+            DataError, HookNameError, WidthError, ModelStateError: the input cannot be used; see the message.
+        """
+        return _Fit(self.config, self.seed, as_host(expert), as_host(target), progress, on_step).run(
+            pairs, anchors, behaviour, expert_hook_names, target_hook_names
+        )
+
+
+class _Fit:
+    """The local state of one `ExpertSteer.fit` call."""
+
+    def __init__(
+        self,
+        config: ExpertSteerConfig,
+        seed: int,
+        expert: Host,
+        target: Host,
+        progress: bool,
+        on_step: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.config, self.seed, self.expert, self.target = config, seed, expert, target
+        self.progress, self.on_step = progress, on_step
+        self.steps: list[dict[str, Any]] = []
+        self.pair_texts: list[str] = []
+        self.started = time.perf_counter()
+
+    def done(self, step: str, **figures: Any) -> None:
+        now = time.perf_counter()
+        self.steps.append({"step": step, "seconds": round(now - self.started, 3), **figures})
+        self.started = now
+        if self.on_step:
+            self.on_step(self.steps[-1])
+
+    def run(
+        self,
+        pairs: ContrastPairs,
+        anchors: Sequence[str] | None,
+        behaviour: Behaviour | None,
+        expert_hook_names: Sequence[str] | None,
+        target_hook_names: Sequence[str] | None,
+    ) -> ExpertSteering:
+        c = self.config
+        if not isinstance(pairs, ContrastPairs):
+            raise DataError(f"pairs must be ContrastPairs, got {type(pairs).__name__}; use ContrastPairs.from_lists(...).")
+        expert_hooks = self.expert.check_hook_names(list(expert_hook_names or self.expert.hook_names()))
+        target_hooks = self.target.check_hook_names(list(target_hook_names or self.target.hook_names()))
+        texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
+        fit_texts, calibration_texts, test_texts = split_anchors(texts, c.held_out, self.seed)
+        validation, test = (None, None) if behaviour is None else behaviour.split(c.validation, seed=self.seed)
+
+        self.pair_texts = pairs.texts
+        read: dict[str, Any] = {"positions": c.read_positions, "batch_size": c.batch_size, "progress": self.progress}
+        expert_anchors = capture(self.expert.model, fit_texts, expert_hooks, **read)
+        target_anchors = capture(self.target.model, fit_texts, target_hooks, **read)
+        expert_pairs = capture(self.expert.model, pairs.texts, expert_hooks, labels=pairs.labels, **read)
+        target_pairs = capture(self.target.model, pairs.texts, target_hooks, labels=pairs.labels, **read)
+        self.done("capture", pairs=len(pairs), anchors=len(fit_texts), expert_layers=len(expert_hooks),
+                  target_layers=len(target_hooks))  # fmt: skip
+
+        mi = layer_pair_mi(expert_anchors, target_anchors, c.mi, seed=self.seed, progress=self.progress)
+        low, high = float(mi.matrix.min()), float(mi.matrix.max())
+        self.done("pair", estimator=c.mi.estimator, mi_nats=f"{low:.2f} to {high:.2f}", null=f"{float(mi.null_mean.mean()):.3f}")
+
+        layer_pairs, aligners, rfms = self.choose(
+            expert_anchors, target_anchors, expert_pairs, target_pairs, mi, validation, calibration_texts
+        )
+        provenance = {
+            "expert": _model_facts(self.expert, expert_pairs),
+            "target": _model_facts(self.target, target_pairs),
+            "pairs": {"n": len(pairs), "hash": pairs.hash},
+            "anchors": {"n": len(texts), "hash": text_hash(texts), "given": anchors is not None},
+            "behaviour": None if behaviour is None else {"n": len(behaviour), "hash": behaviour.hash},
+        }
+        return ExpertSteering(
+            config=c, seed=self.seed, layer_pair_mi=mi, layer_pairs=layer_pairs, aligners=aligners, rfms=rfms,
+            target=self.target, expert_pairs=expert_pairs, target_pairs=target_pairs, target_anchors=target_anchors,
+            calibration_texts=tuple(calibration_texts), test_texts=tuple(test_texts), validation_behaviour=validation,
+            test_behaviour=test, provenance=provenance, steps=tuple(self.steps),
+        )  # fmt: skip
+
+    def choose(
+        self,
+        expert_anchors: ActivationStore,
+        target_anchors: ActivationStore,
+        expert_pairs: ActivationStore,
+        target_pairs: ActivationStore,
+        mi: LayerPairMI,
+        behaviour: Behaviour | None,
+        neutral: Sequence[str],
+    ) -> tuple[LayerPairs, dict[PairKey, Aligner], dict[PairKey, RFM]]:
+        """Steps 1 to 3 for the pairs that matter: align, learn, and pick."""
+        c, names_e, names_t = self.config.pairing, list(expert_pairs), list(target_pairs)
+        if c.rule != "attribution":
+            scores = mi.matrix if c.rule in ("min_mi", "max_mi") else None
+            chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=self.seed)
+            aligners = self.align(expert_anchors, target_anchors, chosen.keys())
+            return chosen, aligners, self.learn(aligners, expert_pairs)
+        gradients = self.gradients(behaviour, target_pairs, neutral)
+        units = {name: gradients[name] * target_anchors.median_norm(name) for name in gradients}
+        allowed = [names_t[j] for j in allowed_targets(len(names_t), c)]
+        effects = {}
+        for hook in names_e:  # one expert layer at a time: at most n_target maps are alive
+            for key, aligner in self.align(expert_anchors, target_anchors, [(hook, t) for t in allowed]).items():
+                mapped = aligner.encode(expert_pairs[hook])
+                effects[key] = float(units[key[1]] @ mean_difference(mapped, expert_pairs.labels).double())
+        candidates = sorted(effects, key=lambda k: -effects[k])[: max(c.n_candidates, c.n_pairs)]
+        aligners = self.align(expert_anchors, target_anchors, candidates)
+        rfms = self.learn(aligners, expert_pairs)
+        scores = torch.full((len(names_e), len(names_t)), torch.nan, dtype=torch.float64)
+        for (e, t), rfm in rfms.items():
+            scores[names_e.index(e), names_t.index(t)] = float(units[t] @ rfm.direction.double())
+        return select_layer_pairs(names_e, names_t, c, scores=scores), aligners, rfms
+
+    def gradients(
+        self, behaviour: Behaviour | None, target_pairs: ActivationStore, neutral: Sequence[str]
+    ) -> dict[str, Tensor]:
+        names = list(target_pairs)
+        if behaviour is not None:
+            found = behaviour_gradient(self.target, behaviour, names, progress=self.progress)
+        else:
+            last = self.target.hook_names()[-1]
+            states = target_pairs[last] if last in target_pairs else capture(
+                self.target.model, self.pair_texts, [last], positions=self.config.read_positions
+            )[last]  # fmt: skip
+            readout = mean_difference(states, target_pairs.labels)
+            found = readout_gradient(self.target, neutral, readout, names)
+        self.done("attribute", metric="completions" if behaviour is not None else "read-out", layers=len(names))
+        return found
+
+    def align(
+        self, expert_anchors: ActivationStore, target_anchors: ActivationStore, keys: Sequence[PairKey]
+    ) -> dict[PairKey, Aligner]:
+        return fit_aligner_grid(expert_anchors, target_anchors, self.config.aligner, seed=self.seed, pairs=list(keys))
+
+    def learn(self, aligners: dict[PairKey, Aligner], expert_pairs: ActivationStore) -> dict[PairKey, RFM]:
+        quality = [a.quality.r2 for a in aligners.values() if a.quality.r2 is not None]
+        shown = f"{min(quality):.2f} to {max(quality):.2f}" if quality else "not anchored"
+        self.done("align", kind=self.config.aligner.kind, maps=len(aligners), held_out_r2=shown)
+        from tqdm.auto import tqdm
+
+        rfms = {}
+        for key, aligner in tqdm(aligners.items(), desc="rfm", disable=not self.progress, leave=False):
+            mapped = aligner.encode(expert_pairs[key[0]])
+            rfms[key] = fit_rfm(mapped, expert_pairs.labels, self.config.rfm, seed=self.seed)
+        auc = [r.validation_auc for r in rfms.values() if r.validation_auc is not None]
+        self.done("learn", directions=len(rfms), validation_auc=f"{min(auc):.3f} to {max(auc):.3f}" if auc else "-")
+        return rfms
+
+
+def split_anchors(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str], list[str]]:
+    """Disjoint (fit, calibration, test) parts; `held_out` is split evenly between the last two.
+
+    Raises:
+        DataError: too few texts for three parts.
+    """
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = max(1, round(len(texts) * held_out / 2))
+    if len(texts) - 2 * kept < 2:
+        raise DataError(f"anchors: {len(texts)} texts are too few to fit on and hold out {held_out:.0%}; give more anchors.")
+    parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
+    fit, calibration, test = ([texts[i] for i in part] for part in parts)
+    return fit, calibration, test
+
+
+def _model_facts(host: Host, store: ActivationStore) -> dict[str, Any]:
+    facts = {"name": host.name, "fingerprint": host.fingerprint, "d_model": host.d_model, "n_layers": host.n_layers}
+    return {**facts, "basis": host.basis, "prepend_bos": store.provenance.get("prepend_bos")}
