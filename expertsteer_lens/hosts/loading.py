@@ -1,0 +1,54 @@
+"""Load a model by name or folder into one of the hosts; used by the command line and the notebooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._checks import check_choice
+from ..errors import ArgumentError
+
+HOSTS = ("transformer_lens", "nnsight", "huggingface")
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    host: str = "transformer_lens",
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model from a local folder or a hub id, in evaluation mode, with its tokenizer attached.
+
+    Args:
+        name_or_path: folder, or hub id (the only case in which anything may be downloaded).
+        host: "transformer_lens" (TransformerBridge), "nnsight" (TransformersModel) or "huggingface" (the plain model, with
+            the tokenizer as attribute `tokenizer`).
+        dtype: a torch dtype by name.
+        device: default "cuda" where available, else "cpu".
+        trust_remote_code: passed to transformers; runs code that ships with the model.
+    """
+    check_choice("host", host, HOSTS)
+    torch_dtype = getattr(torch, dtype, None)
+    if not isinstance(torch_dtype, torch.dtype):
+        raise ArgumentError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=torch_dtype, trust_remote_code=trust_remote_code
+    ).to(device)
+    model.eval()
+    if host == "huggingface":
+        model.tokenizer = tokenizer
+        return model
+    if host == "nnsight":
+        from nnsight import TransformersModel
+
+        return TransformersModel(model, tokenizer=tokenizer)
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(name_or_path, hf_model=model, tokenizer=tokenizer, device=device)
