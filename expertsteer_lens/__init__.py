@@ -13,8 +13,36 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ActivationStore": "activations",
+    "Aligner": "aligners",
+    "AlignerConfig": "aligners",
+    "Behaviour": "contrast",
+    "Calibration": "calibration",
+    "ContrastPairs": "contrast",
+    "Evaluation": "evaluation",
+    "ExpertSteer": "pipeline",
+    "ExpertSteerConfig": "pipeline",
+    "ExpertSteering": "pipeline",
+    "LayerPairMI": "mutual_information",
+    "LayerPairs": "pairing",
+    "MIConfig": "mutual_information",
+    "PairingConfig": "pairing",
+    "RFM": "rfm",
+    "RFMConfig": "rfm",
+    "SteeringPlan": "plan",
+    "SteeringVector": "plan",
+    "as_host": "hosts",
+    "calibrate": "calibration",
+    "capture": "hosts",
+    "evaluate": "evaluation",
+    "fit_aligner": "aligners",
+    "fit_rfm": "rfm",
+    "layer_pair_mi": "mutual_information",
+    "load": "io",
+    "push_to_hub": "io",
+    "save": "io",
+    "select_layer_pairs": "pairing",
 }
-_MODULES = ("errors",)
+_MODULES = ("directions", "edits", "errors", "plots", "zoo")
 
 __all__ = ["__version__", *sorted(_HOME), *_MODULES]
 
