@@ -1,0 +1,187 @@
+"""Capture: activations of texts as an `ActivationStore`, the same on every host."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from expertsteer_lens._checks import check_number, check_texts
+from expertsteer_lens.activations import ActivationStore, layer_of, take_positions
+from expertsteer_lens.edits import centre
+from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
+
+if TYPE_CHECKING:
+    from . import Host
+    from ._base import TokenBatch
+
+
+def capture(
+    model: Any,
+    prompts: Sequence[str],
+    hook_names: Sequence[str] | None = None,
+    *,
+    positions: str | int = "last",
+    labels: Tensor | Sequence[int] | None = None,
+    batch_size: int = 16,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> ActivationStore:
+    """Run the prompts through the model and keep what passes the hook points, in the order of the prompts.
+
+    Reading is right padded with an explicit mask, stops after the last layer needed, and returns float32 copies on the
+    CPU in the model's basis: for models whose output ignores a constant in the residual stream (measured, see
+    `Host.basis`) the mean over `d_model` is taken off, so processed and unprocessed weights give the same numbers.
+
+    Args:
+        model: any model `as_host` accepts.
+        prompts: texts.
+        hook_names: which hook points; default: `blocks.*.hook_resid_post`.
+        positions: "last" (the last token), "mean" (over tokens), "all" (one row per token, prompt after prompt) or an
+            absolute token index (BOS counts; negative from the end).
+        labels: one per prompt, 1 = positive; repeated per token for "all".
+        batch_size: prompts per pass. Prompts are batched by length; the order of the result is that of `prompts`.
+        prepend_bos: None prepends BOS iff the tokenizer has one.
+        max_length: most tokens allowed per prompt; None: the model's context length.
+        progress: show a tqdm bar.
+
+    Raises:
+        HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
+        DataError: unusable prompts or labels, or NaN/Inf in an activation (naming hook and prompt).
+        ModelStateError: the model is in training mode.
+        InterventionError: a hook point did not fire.
+    """
+    from . import as_host
+
+    host = as_host(model)
+    host.check_ready()
+    check_number("batch_size", batch_size, low=1, integer=True)
+    texts = check_texts("prompts", prompts)
+    names = host.check_hook_names(list(hook_names) if hook_names is not None else host.hook_names())
+    if not names:
+        raise ArgumentError("hook_names is empty; give at least one name, or None for every block's output.")
+    tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
+    order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
+    for index in _shown(batches, progress):
+        part = _trimmed(tokens, index)
+        for name, value in _read(host, part, names).items():
+            for row, taken in zip(index, _take(value, positions, part, index), strict=True):
+                _check_finite(name, row, taken)
+                rows[name][row] = taken
+    counts = [r.shape[0] for r in rows[names[0]]]
+    stacked = {name: torch.cat(parts) for name, parts in rows.items()}
+    return ActivationStore(
+        stacked, _labels(labels, counts), _provenance(host, texts, names, positions, prepend_bos, counts)
+    )
+
+
+@torch.no_grad()
+def _read(host: Host, batch: TokenBatch, names: Sequence[str]) -> dict[str, Tensor]:
+    """Activations `[batch, pos, d]` at each name, cloned, float32, in the host's basis."""
+    found: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Any:
+        def fn(activation: Tensor) -> None:
+            found[name] = activation.detach().float().clone()
+
+        return fn
+
+    with host.intervene({name: reader(name) for name in names}):
+        host.forward(batch, stop_at_layer=_stop_layer(names))
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InterventionError(f"hook points {missing} did not fire in a forward pass of {host.name!r}.")
+    centred = host.basis == "centred"
+    return {n: centre(v) if centred and v.shape[-1] == host.d_model else v for n, v in found.items()}
+
+
+def _stop_layer(names: Sequence[str]) -> int | None:
+    try:
+        return max(layer_of(name) for name in names) + 1
+    except ArgumentError:  # a hook point outside the blocks (embedding, final norm)
+        return None
+
+
+def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:
+    width = int(tokens.lengths[index].max())
+    return type(tokens)(tokens.input_ids[index, :width], tokens.attention_mask[index, :width])
+
+
+def _take(value: Tensor, positions: str | int, batch: TokenBatch, index: Sequence[int]) -> list[Tensor]:
+    out = []
+    for i, row in enumerate(index):
+        try:
+            out.append(take_positions(value[i : i + 1], positions, batch.attention_mask[i : i + 1]).cpu())
+        except DataError as error:
+            raise DataError(str(error).replace("prompt 0", f"prompts[{row}]")) from None
+    return out
+
+
+def _check_finite(name: str, row: int, value: Tensor) -> None:
+    if not torch.isfinite(value).all():
+        raise DataError(
+            f"the activation of prompts[{row}] at {name!r} holds NaN or Inf; look at that text, and at the model's dtype "
+            "(float16 overflows above 65504)."
+        )
+
+
+def _labels(labels: Tensor | Sequence[int] | None, counts: Sequence[int]) -> Tensor | None:
+    if labels is None:
+        return None
+    given = torch.as_tensor(labels)
+    if given.shape != (len(counts),):
+        raise DataError(f"labels must have shape ({len(counts)},), one per prompt, got {tuple(given.shape)}.")
+    return given.repeat_interleave(torch.tensor(counts))
+
+
+def _provenance(
+    host: Host,
+    texts: Sequence[str],
+    names: Sequence[str],
+    positions: str | int,
+    prepend_bos: bool | None,
+    counts: Sequence[int],
+) -> dict[str, Any]:
+    return {
+        "source": "capture",
+        "host": host.kind,
+        "name": host.name,
+        "fingerprint": host.fingerprint,
+        "d_model": host.d_model,
+        "n_layers": host.n_layers,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "basis": host.basis,
+        "hook_names": list(names),
+        "positions": positions,
+        "prepend_bos": prepend_bos
+        if prepend_bos is not None
+        else getattr(host.tokenizer, "bos_token_id", None) is not None,
+        "rows_per_prompt": list(counts) if positions == "all" else 1,
+        "texts_sha256": hashlib.sha256("\x1e".join(texts).encode()).hexdigest(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    out = {}
+    for package in ("expertsteer-lens", "torch", "transformers", "transformer-lens", "nnsight"):
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def _shown(batches: list[list[int]], progress: bool) -> Any:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="capture", unit="batch")

@@ -1,0 +1,140 @@
+"""Watching a model from outside: where each forward pass is in its sequence, and when `generate` begins and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from expertsteer_lens.positions import ForwardInfo
+
+from ._base import Observer
+
+GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
+
+
+@contextmanager
+def watch_causal_module(module: nn.Module, observer: Observer) -> Iterator[None]:
+    """Report every call of a Hugging Face causal model's decoder (its `base_model`) to `observer`.
+
+    Ids, mask and cache are read from the call's own arguments, so nothing has to be guessed: the number of cached
+    tokens is the cache's own.
+    """
+    signature = inspect.signature(module.forward)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            given = {**signature.bind_partial(*args).arguments, **kwargs}
+        except TypeError:
+            given = dict(kwargs)
+        ids = given.get("input_ids")
+        tokens = ids if ids is not None else given.get("inputs_embeds")
+        if not isinstance(tokens, Tensor):
+            tokens = next((a for a in args if isinstance(a, Tensor)), None)
+        if tokens is None:
+            return
+        mask = given.get("attention_mask")
+        observer.on_forward(
+            ForwardInfo(
+                batch=tokens.shape[0],
+                n_new=tokens.shape[1],
+                past=_cached_tokens(given.get("past_key_values")),
+                attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+                input_ids=ids if isinstance(ids, Tensor) else None,
+            )
+        )
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _cached_tokens(cache: Any) -> int:
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    try:  # the tuple-of-tuples form of older transformers: keys are [batch, heads, pos, d_head]
+        return int(cache[0][0].shape[-2])
+    except (TypeError, IndexError, AttributeError):
+        return 0
+
+
+@contextmanager
+def watch_generate(objects: Sequence[Any], observer: Observer) -> Iterator[None]:
+    """Report the beginning and end of every `generate` call on `objects` to `observer`.
+
+    Uncached generation and one-token prompts cannot be told from a series of unrelated passes by their shapes, so the call
+    itself is noted, by a wrapper that lives on the instance only as long as somebody watches.
+    """
+    with ExitStack() as stack:
+        for obj in objects:
+            for name in GENERATE_NAMES:
+                if callable(getattr(type(obj), name, None)):
+                    stack.enter_context(_noted(obj, name, observer))
+        yield
+
+
+_OBSERVERS = "_expertsteer_observers"
+
+
+@contextmanager
+def _noted(obj: Any, name: str, observer: Observer) -> Iterator[None]:
+    current = obj.__dict__.get(name)
+    if current is None or not hasattr(current, _OBSERVERS):
+        wrapper = _wrapper(obj, name, current)
+        obj.__dict__[name] = wrapper
+        current = wrapper
+    observers: list[Observer] = getattr(current, _OBSERVERS)
+    observers.append(observer)
+    try:
+        yield
+    finally:
+        observers[:] = [o for o in observers if o is not observer]
+        # If somebody wrapped ours meanwhile, it stays inside theirs and merely passes calls on.
+        if not observers and obj.__dict__.get(name) is current:
+            previous = current.__wrapped_instance_attribute__
+            if previous is None:
+                del obj.__dict__[name]
+            else:
+                obj.__dict__[name] = previous
+
+
+def _wrapper(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any:
+    original = previous if previous is not None else getattr(type(obj), name).__get__(obj)
+    observers: list[Observer] = []
+
+    @contextlib.contextmanager
+    def noting() -> Iterator[None]:
+        told = list(observers)
+        for observer in told:
+            observer.on_generate(True)
+        try:
+            yield
+        finally:
+            for observer in told:
+                observer.on_generate(False)
+
+    if inspect.isgeneratorfunction(inspect.unwrap(original)):
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with noting():
+                yield from original(*args, **kwargs)
+    else:
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with noting():
+                return original(*args, **kwargs)
+
+    call.__dict__[_OBSERVERS] = observers
+    call.__dict__["__wrapped_instance_attribute__"] = previous
+    return call

@@ -1,0 +1,192 @@
+"""TransformerLens: `TransformerBridge` (3.x, 4.x) and `HookedTransformer` (3.x), told apart by capability.
+
+No class is imported: either may be absent from the installed version. Interventions go through `model.hook_dict[name]`,
+so they take their place among the user's own hooks in the order of registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from expertsteer_lens.positions import ForwardInfo
+
+from ._base import EditFn, HostBase, Observer, TokenBatch, guarded
+from ._measure import hooks_suspended
+from ._watch import watch_causal_module, watch_generate
+
+
+class TransformerLensHost(HostBase):
+    """A TransformerLens model that can be read and steered."""
+
+    kind = "transformer_lens"
+
+    def __init__(self, model: Any) -> None:
+        cfg = model.cfg
+        self.is_bridge = _underlying(model) is not None
+        super().__init__(
+            model,
+            parameters=model,
+            tokenizer=model.tokenizer,
+            name=str(getattr(cfg, "model_name", None) or type(model).__name__),
+            n_layers=int(cfg.n_layers),
+            d_model=int(cfg.d_model),
+            d_vocab=int(cfg.d_vocab),
+            n_ctx=getattr(cfg, "n_ctx", None),
+        )
+
+    def all_hook_names(self) -> list[str]:
+        """Canonical names and aliases."""
+        return list(self.model.hook_dict)
+
+    def _in_training(self) -> bool:
+        # HookedTransformer has no dropout and is in "training mode" as it comes; its flag means nothing.
+        inner = _underlying(self.model)
+        return inner is not None and bool(inner.training)
+
+    def _unsteerable(self, hook_name: str) -> str | None:
+        if hook_name.endswith("hook_resid_mid") and self.is_bridge:
+            return (
+                "on a TransformerBridge it is the input of the MLP branch alone, so an edit would miss the skip path; "
+                "steer at hook_resid_post (this block) or hook_resid_pre."
+            )
+        return None
+
+    def _missing_hint(self, hook_name: str) -> str:
+        wrapped = f"{hook_name}.hook_sae_output"
+        if wrapped in self.model.hook_dict:
+            return f" An SAE sits on it: steer at {wrapped!r}, or take the SAE off first (reset_saes)."
+        return ""
+
+    def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
+        """Logits `[batch, pos, vocab]`, or the residual entering `stop_at_layer`. Gradients are the caller's choice."""
+        self.check_ready()
+        # At k >= n_layers HookedTransformer returns the last residual and a Bridge logits: never pass it.
+        stop = stop_at_layer if stop_at_layer is not None and stop_at_layer < self.n_layers else None
+        options = {} if stop is None else {"stop_at_layer": stop}
+        return self.model(batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options)
+
+    @contextmanager
+    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
+        """Put each function at its hook point, in order; names are resolved before anything is registered."""
+        self.check_hook_names(list(fns))
+        points = self.model.hook_dict
+        registered = _Registered(self.model)
+        with ExitStack() as stack:
+            for name, fn in fns.items():
+                handle = _add(points[name], guarded(name, fn))
+                stack.callback(_remove, points[name], handle)
+                registered.entries.append((name, points[name], handle))
+            yield registered
+
+    @contextmanager
+    def watch(self, observer: Observer) -> Iterator[None]:
+        """Tell `observer` about every forward pass and every generate call, until the end of the block."""
+        inner = _underlying(self.model)
+        with ExitStack() as stack:
+            if inner is not None:
+                stack.enter_context(watch_causal_module(getattr(inner, "base_model", inner), observer))
+                stack.enter_context(watch_generate([self.model, inner], observer))
+            else:
+                stack.enter_context(_watch_blocks(self.model, observer))
+                stack.enter_context(watch_generate([self.model], observer))
+            yield
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """See `HostBase.quiet`."""
+        return hooks_suspended(list(self.model.hook_dict.values()))
+
+    def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
+        out = self.model.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            stop_at_eos=eos is not None,
+            return_type="tokens",
+            verbose=False,
+            **({} if eos is None else {"eos_token_id": eos}),
+        )
+        return out[:, ids.shape[1] :]
+
+
+class _Registered:
+    """The hooks of one `intervene` call."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.entries: list[tuple[str, Any, Any]] = []
+
+    def lost(self) -> list[str]:
+        points = self.model.hook_dict
+        return [
+            name
+            for name, point, handle in self.entries
+            if points.get(name) is not point or not _is_there(point, handle)
+        ]
+
+
+def _add(point: Any, fn: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register at the hook point and return its handle (`add_hook` returns None before TransformerLens 4.3)."""
+    before = {id(h) for h in point.fwd_hooks}
+    point.add_hook(lambda tensor, hook: fn(tensor), dir="fwd")
+    return next(h for h in point.fwd_hooks if id(h) not in before)
+
+
+def _remove(point: Any, handle: Any) -> None:
+    """Take off this handle and nothing else; harmless if somebody did already."""
+    handle.hook.remove()
+    point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
+
+
+def _is_there(point: Any, handle: Any) -> bool:
+    return any(h is handle for h in point.fwd_hooks) and handle.hook.id in point._forward_hooks
+
+
+def _underlying(model: Any) -> nn.Module | None:
+    """The Hugging Face (or native) module inside a Bridge; None for a HookedTransformer."""
+    inner = getattr(model, "original_model", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+@contextmanager
+def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
+    """HookedTransformer calls its own `forward` without hooks, so the pass is read off the calls of its blocks.
+
+    A pass is reported at the first block that runs: a block index that does not grow begins a new pass, so runs that
+    start or stop at a layer are seen too.
+    """
+    last = [len(model.blocks)]
+    ids: list[Tensor | None] = [None]
+
+    def embedding(_: nn.Module, args: tuple[Any, ...]) -> None:
+        ids[0] = args[0]
+
+    def block(index: int) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            starts, last[0] = index <= last[0], index
+            residual = args[0] if args else kwargs.get("resid_pre")
+            if not starts or not isinstance(residual, Tensor):
+                return
+            entry = kwargs.get("past_kv_cache_entry")
+            tokens = ids[0] if ids[0] is not None and ids[0].shape == residual.shape[:2] else None
+            observer.on_forward(
+                ForwardInfo(
+                    batch=residual.shape[0],
+                    n_new=residual.shape[1],
+                    past=0 if entry is None else int(entry.past_keys.shape[1]),
+                    attention_mask=kwargs.get("attention_mask"),
+                    input_ids=tokens,
+                )
+            )
+
+        return before
+
+    with ExitStack() as stack:
+        stack.callback(model.embed.register_forward_pre_hook(embedding).remove)
+        for i, module in enumerate(model.blocks):
+            stack.callback(module.register_forward_pre_hook(block(i), with_kwargs=True).remove)
+        yield

@@ -1,0 +1,254 @@
+"""Which tokens an intervention touches: position rules, and the clock that knows where in the sequence a pass is.
+
+Positions are absolute token positions of the sequence (BOS included, padding never counted), so the same rule selects
+the same tokens with and without a key-value cache, for one prompt or a batch, and whatever the padding side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ._checks import check_choice
+from .errors import ArgumentError, DataError, InterventionError
+
+Positions = str | int | slice | Sequence[int] | Callable[[Tensor], Tensor]
+"""`"all"`, `"prompt"`, `"last_prompt"`, `"generated"`, an int, a slice, a list of ints, or a callable on a mask.
+
+`"generated"` starts at the last prompt token: the position that predicts the first new token. Negative numbers count
+back from the end of the *prompt* (-1 is `"last_prompt"`), so that they do not wander while text is generated. A slice
+without a stop goes on into the generated tokens. A callable receives the boolean mask of real tokens `[batch, total]`
+of the whole sequence so far and returns a boolean tensor of that shape; for generation it must be causal (its value at
+a token may not depend on later tokens).
+"""
+
+NAMED = ("all", "prompt", "last_prompt", "generated")
+
+
+def check_positions(positions: Positions) -> Positions:
+    """Return `positions` (a list as a tuple) if it is a valid rule, else raise `ArgumentError`."""
+    if isinstance(positions, str):
+        return check_choice("positions", positions, NAMED)
+    if isinstance(positions, slice):
+        parts = (positions.start, positions.stop, positions.step)
+        if (
+            any(p is not None and (not isinstance(p, int) or isinstance(p, bool)) for p in parts)
+            or (positions.step or 1) < 1
+        ):
+            raise ArgumentError(f"positions must be a slice of ints with a positive step, got {positions!r}.")
+        return positions
+    if isinstance(positions, int) and not isinstance(positions, bool):
+        return positions
+    if callable(positions):
+        return positions
+    try:
+        items = tuple(positions)
+    except TypeError:
+        items = ()
+    if not items or not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
+        raise ArgumentError(
+            f"positions must be one of {NAMED}, an int, a slice, a list of ints or a callable on a mask, got {positions!r}."
+        )
+    return items
+
+
+def positions_to_json(positions: Positions) -> Any:
+    """A JSON value for `positions`; `positions_from_json` reads it back.
+
+    Raises:
+        ArgumentError: `positions` is a callable, which no file can hold.
+    """
+    positions = check_positions(positions)
+    if isinstance(positions, slice):
+        return {"slice": [positions.start, positions.stop, positions.step]}
+    if callable(positions):
+        raise ArgumentError(
+            "positions is a callable and cannot be written to a file; use a name, an int, a slice or a list."
+        )
+    return list(positions) if isinstance(positions, tuple) else positions
+
+
+def positions_from_json(value: Any) -> Positions:
+    """The rule that `positions_to_json` wrote."""
+    if isinstance(value, dict) and set(value) == {"slice"} and len(value["slice"]) == 3:
+        return check_positions(slice(*value["slice"]))
+    return check_positions(value)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardInfo:
+    """What a host knows about one forward pass before the first block runs."""
+
+    batch: int
+    """Rows."""
+    n_new: int
+    """Tokens per row in this pass (1 for a cached decode step)."""
+    past: int = 0
+    """Tokens per row already in the key-value cache."""
+    attention_mask: Tensor | None = None
+    """`[batch, past + n_new]`, nonzero at real tokens; None when the host was given none."""
+    input_ids: Tensor | None = None
+    """`[batch, n_new]`, when the host can see them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward pass, placed in the sequence."""
+
+    index: Int[Tensor, "batch new"]
+    """Absolute position of each token; -1 at padding."""
+    prompt_lengths: Int[Tensor, " batch"]
+    """Real tokens in each row's prompt."""
+    real: Bool[Tensor, "batch total"]
+    """Real tokens of the whole sequence so far; its last columns are this pass."""
+    continues: bool = False
+    """Whether this pass continues a sequence (a later step of a generation) rather than starting one."""
+
+    def mask(self, positions: Positions) -> Bool[Tensor, "batch new"]:
+        """The tokens of this pass that `positions` selects.
+
+        Raises:
+            DataError: a negative position lies before the first token of a row.
+            InterventionError: a callable returns a wrong shape, or is not causal while text is generated.
+        """
+        index, lengths = self.index, self.prompt_lengths[:, None]
+        real = index >= 0
+        if isinstance(positions, str):
+            rules = {
+                "all": real,
+                "prompt": real & (index < lengths),
+                "last_prompt": real & (index == lengths - 1),
+                "generated": real & (index >= lengths - 1),
+            }
+            return rules[check_choice("positions", positions, NAMED)]
+        if isinstance(positions, slice):
+            return real & self._in_slice(positions)
+        if callable(positions):
+            return real & self._from_callable(positions)
+        wanted = [positions] if isinstance(positions, int) else list(positions)
+        out = torch.zeros_like(real)
+        for position in wanted:
+            out |= index == self._absolute(position)
+        return real & out
+
+    def _absolute(self, position: int) -> Tensor:
+        lengths = self.prompt_lengths[:, None]
+        if position >= 0:
+            return torch.full_like(lengths, position)
+        absolute = lengths + position
+        if bool((absolute < 0).any()):
+            row = int((absolute[:, 0] < 0).nonzero()[0])
+            raise DataError(
+                f"position {position} is before the first token of row {row}, whose prompt has {int(lengths[row])} tokens; "
+                "negative positions count back from the end of the prompt."
+            )
+        return absolute
+
+    def _in_slice(self, positions: slice) -> Tensor:
+        lengths = self.prompt_lengths[:, None]
+
+        def bound(value: int) -> Tensor:
+            return torch.full_like(lengths, value) if value >= 0 else (lengths + value).clamp(min=0)
+
+        start = bound(positions.start or 0)
+        chosen = (self.index >= start) & ((self.index - start) % (positions.step or 1) == 0)
+        return chosen if positions.stop is None else chosen & (self.index < bound(positions.stop))
+
+    def _from_callable(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        def ask(real: Tensor) -> Tensor:
+            answer = rule(real.clone())
+            if not isinstance(answer, Tensor) or answer.shape != real.shape or answer.dtype != torch.bool:
+                got = f"{answer.dtype} {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+                raise InterventionError(
+                    f"the positions callable must return a bool tensor of shape {tuple(real.shape)}, got {got}."
+                )
+            return answer
+
+        full = ask(self.real)
+        if self.continues and not torch.equal(full[:, :-1], ask(self.real[:, :-1])):
+            raise InterventionError(
+                "the positions callable is not causal: its answer for earlier tokens changed when a token was added, so cached "
+                "and uncached generation would differ. Use 'last_prompt', a negative position, or a rule on earlier tokens."
+            )
+        return full[:, -self.index.shape[1] :]
+
+
+class PositionClock:
+    """Places every forward pass in its sequence.
+
+    What counts as the prompt, in this order: `prompt_lengths` if given; inside a `generate` call the tokens of its first
+    pass; otherwise every token of a pass that starts a sequence. A pass on top of a cache belongs to the sequence before
+    it: one new token counts as generated, several as more prompt.
+    """
+
+    def __init__(self, prompt_lengths: int | Sequence[int] | Tensor | None = None) -> None:
+        self._given = None if prompt_lengths is None else torch.as_tensor(prompt_lengths, dtype=torch.long)
+        if self._given is not None and (self._given.ndim > 1 or bool((self._given < 1).any())):
+            raise ArgumentError(f"prompt_lengths must be a positive int or one per row, got {prompt_lengths!r}.")
+        self._depth = 0
+        self._real: Tensor | None = None
+        self._lengths: Tensor | None = None
+        self._fresh = True
+
+    def generation(self, entering: bool) -> None:
+        """Note that a `generate` call begins or ends; calls may nest (a host's own generate may call another's)."""
+        if self._depth == 0 and entering:
+            self._fresh = True
+        self._depth = max(0, self._depth + (1 if entering else -1))
+        if self._depth == 0:
+            self._fresh = True
+
+    def observe(self, info: ForwardInfo) -> Step:
+        """Place one forward pass.
+
+        Raises:
+            ArgumentError: `prompt_lengths` has another number of rows than the batch.
+            DataError: the attention mask does not cover the tokens.
+        """
+        real = self._real_tokens(info)
+        totals = real.sum(1)
+        same = self._lengths is not None and self._lengths.shape[0] == info.batch
+        shorter = same and bool((totals < self._lengths.to(totals.device)).any())  # type: ignore[union-attr]
+        if self._depth:
+            continues = same and not self._fresh and not shorter
+        else:
+            continues = same and info.past > 0 and info.n_new == 1
+        if not continues:
+            self._lengths = totals
+        self._fresh = False
+        self._real = real
+        lengths = self._lengths if self._given is None else self._given.expand(info.batch) if self._fits(info) else None
+        assert lengths is not None
+        index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
+        return Step(index, lengths.to(real.device), real, continues)
+
+    def _fits(self, info: ForwardInfo) -> bool:
+        assert self._given is not None
+        if self._given.ndim == 1 and self._given.shape[0] not in (1, info.batch):
+            raise ArgumentError(
+                f"prompt_lengths has {self._given.shape[0]} entries, but the batch has {info.batch} rows."
+            )
+        return True
+
+    def _real_tokens(self, info: ForwardInfo) -> Tensor:
+        total = info.past + info.n_new
+        mask = info.attention_mask
+        if mask is not None and mask.ndim == 2 and mask.shape == (info.batch, total):
+            return mask.bool()
+        if mask is not None and (mask.ndim != 2 or mask.shape != (info.batch, info.n_new)):
+            raise DataError(
+                f"attention_mask must have shape {(info.batch, total)} (cached tokens included), got {tuple(mask.shape)}."
+            )
+        device = mask.device if mask is not None else None if info.input_ids is None else info.input_ids.device
+        new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device) if mask is None else mask.bool()
+        if info.past == 0:
+            return new
+        known = self._real is not None and self._real.shape == (info.batch, info.past)
+        before = self._real if known else torch.ones(info.batch, info.past, dtype=torch.bool)
+        assert before is not None
+        return torch.cat([before.to(new.device), new], dim=1)
