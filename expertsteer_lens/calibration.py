@@ -103,7 +103,9 @@ def calibrate(
     neutral = check_texts("texts", texts)
     steps = sorted(float(g) for g in grid)
     if not steps or steps[0] <= 0:
-        raise ArgumentError(f"grid must hold positive coefficients, got {list(grid)[:5]}; negative=True adds their mirror.")
+        raise ArgumentError(
+            f"grid must hold positive coefficients, got {list(grid)[:5]}; negative=True adds their mirror."
+        )
     host = as_host(model)
     totals = neutral_nll(host, neutral, batch_size=batch_size)
     if float(totals[:, 1].sum()) == 0:

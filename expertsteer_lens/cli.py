@@ -88,7 +88,9 @@ def fit(
     from .pipeline import ExpertSteer
 
     contrast = ContrastPairs.from_jsonl(pairs)
-    anchor_texts = None if anchors is None else [t for t in anchors.read_text(encoding="utf-8").splitlines() if t.strip()]
+    anchor_texts = (
+        None if anchors is None else [t for t in anchors.read_text(encoding="utf-8").splitlines() if t.strip()]
+    )
     wanted = None if behaviour is None else read_behaviour(behaviour)
     expert_model = load_model(expert, host=host, trust_remote_code=trust_remote_code)
     target_model = load_model(target, host=host, trust_remote_code=trust_remote_code)
@@ -114,7 +116,9 @@ def show(plan: Annotated[str, typer.Argument(help="folder or hub id of a saved p
     loaded = load(plan)
     console.print(repr(loaded))
     _print_frame(loaded.to_pandas(), "vectors")
-    facts = {k: v for k, v in loaded.provenance.items() if k in ("expert", "target", "pairs", "anchors", "behaviour", "seed")}
+    facts = {
+        k: v for k, v in loaded.provenance.items() if k in ("expert", "target", "pairs", "anchors", "behaviour", "seed")
+    }
     console.print_json(json.dumps(facts, default=str))
 
 
@@ -208,7 +212,10 @@ def _write_results(out: Path, fit: Any, plan: Any, result: Any, texts: list[Any]
         "dose_response": plot_dose_response(curve),
         "comparison": plot_evaluation(result),
     }
-    for name, figure in figures.items():  # "directory": the figures share one plotly.min.js beside them and open offline
+    for (
+        name,
+        figure,
+    ) in figures.items():  # "directory": the figures share one plotly.min.js beside them and open offline
         figure.write_html(out / f"{name}.html", include_plotlyjs="directory")
     result.to_pandas(collapse=False).to_csv(out / "comparison.csv", index=False)
     fit.to_pandas().to_csv(out / "layer_pairs.csv", index=False)
@@ -244,7 +251,9 @@ def _print_evaluation(result: Any) -> None:
     from .report import table_for_people
 
     console.print()
-    _print_frame(table_for_people(result), f"effect on held-out prompts; budget: neutral NLL ≤ +{result.budget:g} nats/token")
+    _print_frame(
+        table_for_people(result), f"effect on held-out prompts; budget: neutral NLL ≤ +{result.budget:g} nats/token"
+    )
     console.print(f"\n[bold]{result.verdict}[/bold]")
 
 

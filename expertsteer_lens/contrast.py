@@ -70,13 +70,17 @@ class ContrastPairs:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}); give one JSON object a line.") from error
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error.msg}); give one JSON object a line."
+                ) from error
             rows.append((number, row))
         for number, row in rows:
             for name in (positive, negative):
                 if not isinstance(row, dict) or name not in row:
                     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-                    raise DataError(f"{path}, line {number}: no field {name!r} (it has {keys}); pass positive=/negative=.")
+                    raise DataError(
+                        f"{path}, line {number}: no field {name!r} (it has {keys}); pass positive=/negative=."
+                    )
         return cls.from_lists([r[positive] for _, r in rows], [r[negative] for _, r in rows])
 
     @classmethod
@@ -272,7 +276,9 @@ def multiple_choice_item(
         if not by_text and isinstance(key, str) and key.isdigit() and int(key) in table:
             by_text = [int(key)]
         if not by_text:
-            raise DataError(f"item {index}: answer {key!r} is neither a key nor one of the choices {list(table.values())}.")
+            raise DataError(
+                f"item {index}: answer {key!r} is neither a key nor one of the choices {list(table.values())}."
+            )
         key = by_text[0]
     right = str(table[key])
     wrong = [str(v) for k, v in table.items() if k != key and str(v) != right]
@@ -285,7 +291,9 @@ def _split(n: int, fraction: float, seed: int, what: str, least: int) -> tuple[l
     check_number("fraction", fraction, low=0.0, high=1.0)
     cut = round(n * fraction)
     if cut < least or n - cut < least:
-        raise ArgumentError(f"fraction={fraction} of {n} {what} leaves a part with fewer than {least}; give more {what}.")
+        raise ArgumentError(
+            f"fraction={fraction} of {n} {what} leaves a part with fewer than {least}; give more {what}."
+        )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[:cut]), sorted(order[cut:])
 

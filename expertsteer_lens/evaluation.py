@@ -336,9 +336,7 @@ class _Run:
                 found[name] = mean_difference(store[name], labels)
         if fit.validation_behaviour is not None:
             gradients = behaviour_gradient(self.host, fit.validation_behaviour, allowed)
-            order = sorted(
-                allowed, key=lambda n: -anchors.median_norm(n) * float(gradients[n] @ found[n].double())
-            )
+            order = sorted(allowed, key=lambda n: -anchors.median_norm(n) * float(gradients[n] @ found[n].double()))
         else:
             order = sorted(allowed, key=lambda n: abs(names.index(n) - names.index(plan.vectors[0].hook_name)))
         chosen = order[: len(plan.vectors)]

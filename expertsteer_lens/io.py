@@ -75,7 +75,9 @@ def load(path: str | Path, *, revision: str | None = None) -> SteeringPlan:
     data = (folder / "vectors.safetensors").read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != config.get("vectors_sha256"):
-        raise ArtifactError(f"{folder / 'vectors.safetensors'} is damaged: its checksum differs from the one in config.json.")
+        raise ArtifactError(
+            f"{folder / 'vectors.safetensors'} is damaged: its checksum differs from the one in config.json."
+        )
     from safetensors.torch import load as load_tensors
 
     return _plan_from(config, load_tensors(data), folder)
@@ -135,7 +137,9 @@ def _plan_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder:
     for i, entry in enumerate(config["vectors"]):
         _only(entry, names, f"{folder / 'config.json'}, vectors[{i}]")
         if str(i) not in tensors:
-            raise ArtifactError(f"{folder / 'vectors.safetensors'} has no tensor for vectors[{i}] ({entry.get('hook_name')}).")
+            raise ArtifactError(
+                f"{folder / 'vectors.safetensors'} has no tensor for vectors[{i}] ({entry.get('hook_name')})."
+            )
         try:
             vectors.append(SteeringVector(direction=tensors[str(i)], **entry))
         except (TypeError, ValueError) as error:
@@ -161,7 +165,9 @@ def _encode_positions(positions: Any) -> Any:
     if isinstance(positions, slice):
         return {"slice": [positions.start, positions.stop, positions.step]}
     if callable(positions):
-        raise ArgumentError("positions is a function, which cannot be saved; use plan.with_positions('all') before saving.")
+        raise ArgumentError(
+            "positions is a function, which cannot be saved; use plan.with_positions('all') before saving."
+        )
     return list(positions) if isinstance(positions, tuple | list) else positions
 
 

@@ -63,7 +63,12 @@ def behaviour_gradient(
 
 
 def readout_gradient(
-    host: Host, texts: Sequence[str], readout: Float[Tensor, " d_model"], hook_names: Sequence[str], *, batch_size: int = 64
+    host: Host,
+    texts: Sequence[str],
+    readout: Float[Tensor, " d_model"],
+    hook_names: Sequence[str],
+    *,
+    batch_size: int = 64,
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """As `behaviour_gradient`, for the metric "last-token state of the last layer, projected on `readout`".
 

@@ -155,7 +155,9 @@ def select_layer_pairs(
     allowed[allowed_targets(n_target, config)] = True
     table[:, ~allowed] = torch.nan
     if config.n_pairs > int(allowed.sum()):
-        raise ArgumentError(f"n_pairs={config.n_pairs} needs as many target layers, but {int(allowed.sum())} are allowed.")
+        raise ArgumentError(
+            f"n_pairs={config.n_pairs} needs as many target layers, but {int(allowed.sum())} are allowed."
+        )
     pairs = _greedy(-table if config.rule == "min_mi" else table, config.n_pairs)
     chosen = tuple(LayerPair(expert_hook_names[i], target_hook_names[j], float(table[i, j])) for i, j in pairs)
     return LayerPairs(chosen, config.rule, table, tuple(expert_hook_names), tuple(target_hook_names))
@@ -168,7 +170,9 @@ def _greedy(table: Tensor, n_pairs: int) -> list[tuple[int, int]]:
         best = int(left.argmax())
         i, j = divmod(best, left.shape[1])
         if left[i, j] == -torch.inf:
-            raise ArgumentError(f"only {len(out)} pairs have a score, fewer than n_pairs={n_pairs}; raise n_candidates.")
+            raise ArgumentError(
+                f"only {len(out)} pairs have a score, fewer than n_pairs={n_pairs}; raise n_candidates."
+            )
         out.append((i, j))
         left[:, j] = -torch.inf
     return out

@@ -229,7 +229,9 @@ class ExpertSteering:
         for step in self.steps:
             figures = ", ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
             lines.append(f"  {step['step']:<10} {step['seconds']:6.1f} s   {figures}")
-        lines += [f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})" for p in self.layer_pairs]
+        lines += [
+            f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})" for p in self.layer_pairs
+        ]
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -326,7 +328,9 @@ class _Fit:
     ) -> ExpertSteering:
         c = self.config
         if not isinstance(pairs, ContrastPairs):
-            raise DataError(f"pairs must be ContrastPairs, got {type(pairs).__name__}; use ContrastPairs.from_lists(...).")
+            raise DataError(
+                f"pairs must be ContrastPairs, got {type(pairs).__name__}; use ContrastPairs.from_lists(...)."
+            )
         expert_hooks = self.expert.check_hook_names(list(expert_hook_names or self.expert.hook_names()))
         target_hooks = self.target.check_hook_names(list(target_hook_names or self.target.hook_names()))
         texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
@@ -344,7 +348,12 @@ class _Fit:
 
         mi = layer_pair_mi(expert_anchors, target_anchors, c.mi, seed=self.seed, progress=self.progress)
         low, high = float(mi.matrix.min()), float(mi.matrix.max())
-        self.done("pair", estimator=c.mi.estimator, mi_nats=f"{low:.2f} to {high:.2f}", null=f"{float(mi.null_mean.mean()):.3f}")
+        self.done(
+            "pair",
+            estimator=c.mi.estimator,
+            mi_nats=f"{low:.2f} to {high:.2f}",
+            null=f"{float(mi.null_mean.mean()):.3f}",
+        )
 
         layer_pairs, aligners, rfms = self.choose(
             expert_anchors, target_anchors, expert_pairs, target_pairs, mi, validation, calibration_texts
@@ -441,7 +450,9 @@ def split_anchors(texts: Sequence[str], held_out: float, seed: int) -> tuple[lis
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     kept = max(1, round(len(texts) * held_out / 2))
     if len(texts) - 2 * kept < 2:
-        raise DataError(f"anchors: {len(texts)} texts are too few to fit on and hold out {held_out:.0%}; give more anchors.")
+        raise DataError(
+            f"anchors: {len(texts)} texts are too few to fit on and hold out {held_out:.0%}; give more anchors."
+        )
     parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
     fit, calibration, test = ([texts[i] for i in part] for part in parts)
     return fit, calibration, test

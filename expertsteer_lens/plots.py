@@ -117,7 +117,11 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
     if evaluation.ceiling is not None:
         figure.add_vline(x=evaluation.ceiling.effect, line={"color": ORANGE, "dash": "dash"},
                          annotation_text="native ceiling", annotation_position="top right")  # fmt: skip
-    _style(figure, "Effect on held-out prompts", f"same budget for all: neutral NLL ≤ +{evaluation.budget:g} nats per token")
+    _style(
+        figure,
+        "Effect on held-out prompts",
+        f"same budget for all: neutral NLL ≤ +{evaluation.budget:g} nats per token",
+    )
     figure.update_xaxes(title="change of log p(positive) − log p(negative), nats", zerolinecolor="#9aa5b1")
     figure.update_layout(height=140 + 42 * len(frame), margin={"l": 190})
     return figure
@@ -146,9 +150,17 @@ def _heat_map(
     small = len(xs) * len(ys) <= 200
     figure = go.Figure(
         go.Heatmap(
-            z=values, x=list(range(len(xs))), y=list(range(len(ys))), text=hover, hoverinfo="text", xgap=1, ygap=1,
-            colorbar={"title": unit}, texttemplate="%{z:.2f}" if small else None, **scale,
-        )  # fmt: skip
+            z=values,
+            x=list(range(len(xs))),
+            y=list(range(len(ys))),
+            text=hover,
+            hoverinfo="text",
+            xgap=1,
+            ygap=1,
+            colorbar={"title": unit},
+            texttemplate="%{z:.2f}" if small else None,
+            **scale,
+        )
     )
     for pair in chosen or ():
         if pair.expert in expert_names and pair.target in target_names:
@@ -156,8 +168,12 @@ def _heat_map(
             figure.add_shape(type="rect", x0=j - 0.5, x1=j + 0.5, y0=i - 0.5, y1=i + 0.5,
                              line={"color": "#e53e3e", "width": 4})  # fmt: skip
     _style(figure, title, subtitle)
-    figure.update_xaxes(title="target layer", tickvals=list(range(len(xs))), ticktext=xs, showgrid=False, zeroline=False)
-    figure.update_yaxes(title="expert layer", tickvals=list(range(len(ys))), ticktext=ys, showgrid=False, zeroline=False)
+    figure.update_xaxes(
+        title="target layer", tickvals=list(range(len(xs))), ticktext=xs, showgrid=False, zeroline=False
+    )
+    figure.update_yaxes(
+        title="expert layer", tickvals=list(range(len(ys))), ticktext=ys, showgrid=False, zeroline=False
+    )
     figure.update_layout(width=max(520, 200 + 60 * len(xs)) if small else 900, height=max(420, 180 + 46 * len(ys)))
     return figure
 
