@@ -56,7 +56,9 @@ def check_labels(name: str, labels: Tensor, n: int) -> Tensor:
         shown = sorted(present)[:5]
         raise DataError(f"{name} must be 0/1, -1/+1 or bool, got values {shown}.")
     if len(present) < 2:
-        raise DataError(f"{name} must hold two classes, got only {sorted(present)}; give positive and negative examples.")
+        raise DataError(
+            f"{name} must hold two classes, got only {sorted(present)}; give positive and negative examples."
+        )
     return (values > 0).to(torch.float64)
 
 
@@ -70,7 +72,13 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> str:
 
 
 def check_number(
-    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False, integer: bool = False
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    integer: bool = False,
 ) -> None:
     """Raise `ArgumentError` unless `low <= value <= high` (`low < value` if `low_open`)."""
     kind = int if integer else (int, float)
@@ -78,7 +86,9 @@ def check_number(
     ok = ok and (low < value if low_open else low <= value) and value <= high
     if not ok:
         left = "(" if low_open else "["
-        raise ArgumentError(f"{name} must be {'an integer' if integer else 'a number'} in {left}{low}, {high}], got {value!r}.")
+        raise ArgumentError(
+            f"{name} must be {'an integer' if integer else 'a number'} in {left}{low}, {high}], got {value!r}."
+        )
 
 
 def check_texts(name: str, texts: Sequence[str]) -> list[str]:

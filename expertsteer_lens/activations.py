@@ -23,7 +23,9 @@ def layer_of(hook_name: str) -> int:
     """
     found = re.search(r"(?:^|\.)(\d+)\.", hook_name)
     if not found:
-        raise ArgumentError(f"hook_name {hook_name!r} carries no layer index; expected e.g. 'blocks.3.hook_resid_post'.")
+        raise ArgumentError(
+            f"hook_name {hook_name!r} carries no layer index; expected e.g. 'blocks.3.hook_resid_post'."
+        )
     return int(found.group(1))
 
 
@@ -128,7 +130,9 @@ class ActivationStore(Mapping[str, Tensor]):
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationStore:
         """A new store with every tensor moved as by `torch.Tensor.to`."""
-        return ActivationStore({k: v.to(*args, **kwargs) for k, v in self.activations.items()}, self.labels, self.provenance)
+        return ActivationStore(
+            {k: v.to(*args, **kwargs) for k, v in self.activations.items()}, self.labels, self.provenance
+        )
 
     def median_norm(self, hook_name: str) -> float:
         """Median Euclidean norm of the rows at `hook_name`: the unit of `relative_to="median_norm"`."""

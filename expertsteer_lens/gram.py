@@ -1,13 +1,12 @@
-"""Row-space coordinates: the same geometry as `d_model`-wide rows in `r = rank <= min(n, d)` numbers per row.
+"""n x n forms: the geometry of wide rows from their inner products, without matrices of size d x d.
 
 With `X = U S V^T` every inner product, distance and covariance of the rows of `X` is that of `Y = X V = U S`, and a vector
-found there maps back by `V`. The smaller of the two Gram matrices gives the basis: `X X^T` (n x n) when `n < d`, `X^T X`
-(d x d) when `d <= n`. Cost O(n d min(n, d)); nothing of size d x d when `n < d`.
+found there maps back by `V`. The smaller of two Gram matrices gives the basis: `X X^T` (n x n) when `n < d`, `X^T X`
+(d x d) when `d <= n`. Cost O(n d min(n, d)).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from ._checks import check_matrix, check_number
 
 RANK_TOLERANCE = 1e-6
-"""Default of `row_space`: a Gram matrix in float64 resolves singular values down to about sqrt(n * 2e-16) of the largest,
-3e-7 at n = 512; what lies below 1e-6 is rounding, and is also below the resolution of float32 activations."""
+"""Default of `row_space`: a Gram matrix in float64 resolves singular values down to about sqrt(n * 2e-16) of the largest
+(3e-7 at n = 512); what lies below 1e-6 is rounding, and below the resolution of float32 activations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +43,20 @@ class RowSpace:
         return self.basis.shape[1]
 
     def reduce(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m r"]:
-        """Coordinates of other rows; the part outside the row space is dropped."""
+        """Coordinates of other rows; the part outside the row space is dropped.
+
+        Raises:
+            DataError, WidthError: not a finite floating matrix of width d.
+        """
         check_matrix("rows", rows, width=self.basis.shape[0])
         return rows.to(self.basis) @ self.basis
 
     def lift(self, coordinates: Float[Tensor, "m r"]) -> Float[Tensor, "m d"]:
-        """Rows of width d from coordinates: the map back, an isometry."""
+        """Rows of width d from coordinates: the map back, an isometry.
+
+        Raises:
+            DataError, WidthError: not a finite floating matrix of width r.
+        """
         check_matrix("coordinates", coordinates, width=self.rank)
         return coordinates.to(self.basis) @ self.basis.T
 
@@ -63,8 +70,8 @@ def row_space(rows: Float[Tensor, "n d"], *, tolerance: float = RANK_TOLERANCE) 
 
     Args:
         rows: `[n, d]`; not centred here.
-        tolerance: axes with singular value `<= tolerance * largest` are left out; at least one axis is kept. The rows are
-            reproduced to within `tolerance * largest singular value` in spectral norm.
+        tolerance: axes with singular value `<= tolerance * largest` are left out; at least one axis is kept. The rows
+            are reproduced to within `tolerance * largest singular value` in spectral norm.
 
     Raises:
         DataError: not a finite floating matrix.
@@ -78,7 +85,7 @@ def row_space(rows: Float[Tensor, "n d"], *, tolerance: float = RANK_TOLERANCE) 
     values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
     values, vectors = values.flip(0), vectors.flip(1)
     singular = values.clamp(min=0.0).sqrt()
-    # Zero rows only: keep one axis so that shapes stay usable.
+    # At least one axis, so that shapes stay usable when every row is zero.
     rank = max(1, int((singular > tolerance * singular[0]).sum()))
     if not wide:
         basis = vectors[:, :rank]
@@ -88,16 +95,78 @@ def row_space(rows: Float[Tensor, "n d"], *, tolerance: float = RANK_TOLERANCE) 
         basis = basis * upper.diagonal().sign()
     else:
         basis = torch.eye(d, 1, dtype=x.dtype, device=x.device)
-    coordinates = x @ basis
-    return RowSpace(coordinates.contiguous(), basis.contiguous(), singular[:rank].clone(), tolerance)
+    return RowSpace((x @ basis).contiguous(), basis.contiguous(), singular[:rank].clone(), tolerance)
 
 
-def gram_matrix(
-    rows: Float[Tensor, "m d"], others: Float[Tensor, "n d"], *, dtype: torch.dtype = torch.float64, chunk: int = 4096
+def inner_products(
+    rows: Float[Tensor, "m d"],
+    others: Float[Tensor, "n d"],
+    *,
+    shift: Float[Tensor, " d"],
+    scale: Float[Tensor, " d"],
+    dtype: torch.dtype = torch.float64,
+    chunk: int = 512,
 ) -> Float[Tensor, "m n"]:
-    """Inner products `rows @ others.T` summed in `dtype`, over column chunks so that no widened copy of the rows is made."""
+    """`((rows - shift) / scale) @ ((others - shift) / scale).T`, summed in `dtype` over chunks of columns.
+
+    Chunks, because a widened and shifted copy of the activations would be the largest tensor of an RFM fit.
+    """
     out = torch.zeros(rows.shape[0], others.shape[0], dtype=dtype, device=rows.device)
-    step = max(1, math.ceil(chunk / 4))
-    for start in range(0, rows.shape[1], step):
-        out.addmm_(rows[:, start : start + step].to(dtype), others[:, start : start + step].to(dtype).T)
+    for start in range(0, rows.shape[1], chunk):
+        part = slice(start, start + chunk)
+        left = standardised(rows[:, part], shift[part], scale[part], dtype)
+        right = left if others is rows else standardised(others[:, part], shift[part], scale[part], dtype)
+        out.addmm_(left, right.T)
     return out
+
+
+def standardised(
+    rows: Float[Tensor, "m d"], shift: Float[Tensor, " d"], scale: Float[Tensor, " d"], dtype: torch.dtype
+) -> Float[Tensor, "m d"]:
+    """`(rows - shift) / scale`, computed in `dtype`; never the memory of `rows`."""
+    return (rows.to(dtype) - shift.to(dtype)).div_(scale.to(dtype))
+
+
+def top_eigenpair(
+    matrix: Float[Tensor, "n n"], *, seed: int = 0, tolerance: float = 1e-10, max_steps: int = 200
+) -> tuple[float, Float[Tensor, " n"]]:
+    """Largest eigenvalue and unit eigenvector of a symmetric positive semi-definite matrix.
+
+    Lanczos with full reorthogonalisation, O(n^2) a step, from a seeded random start, until the residual
+    `||A v - theta v||` is below `tolerance * theta` (or the rounding level of the dtype, if larger). When `max_steps` do
+    not suffice (a cluster at the top) or the matrix is small, a full `eigh` gives the same pair in O(n^3).
+    The sign of the vector is arbitrary.
+    """
+    n = matrix.shape[0]
+    if n > 2 * max_steps:
+        found = _lanczos(matrix, seed, max(tolerance, 8.0 * torch.finfo(matrix.dtype).eps), max_steps)
+        if found is not None:
+            return found
+    values, vectors = torch.linalg.eigh(matrix)
+    return float(values[-1]), vectors[:, -1].contiguous()
+
+
+def _lanczos(matrix: Tensor, seed: int, tolerance: float, max_steps: int) -> tuple[float, Tensor] | None:
+    """The pair of `top_eigenpair`, or None when `max_steps` steps did not reach the tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(matrix.shape[0], generator=generator, dtype=torch.float64).to(matrix)
+    basis = matrix.new_zeros(max_steps, matrix.shape[0])
+    basis[0] = start / start.norm()
+    small = torch.zeros(max_steps, max_steps, dtype=torch.float64)
+    for step in range(max_steps):
+        image = matrix @ basis[step]
+        known = basis[: step + 1]
+        small[step, step] = torch.dot(image, basis[step])
+        for _ in range(2):  # once is not enough: the second pass removes what rounding left of the first
+            image = image - known.T @ (known @ image)
+        norm = float(image.norm())
+        done = norm <= torch.finfo(matrix.dtype).eps * float(small[0, 0].abs())
+        if done or step % 8 == 7:
+            values, vectors = torch.linalg.eigh(small[: step + 1, : step + 1])
+            if done or norm * abs(float(vectors[-1, -1])) <= tolerance * float(values[-1]):
+                vector = known.T @ vectors[:, -1].to(matrix)
+                return float(values[-1]), vector / vector.norm()
+        if step + 1 < max_steps:
+            basis[step + 1] = image / norm
+            small[step, step + 1] = small[step + 1, step] = norm
+    return None

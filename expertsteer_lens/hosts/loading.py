@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,4 +52,6 @@ def load_model(
         return TransformersModel(model, tokenizer=tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(name_or_path, hf_model=model, tokenizer=tokenizer, device=device)
+    # With model and tokenizer given the name is only a label: a folder's own name, not where it lies on this machine.
+    label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    return TransformerBridge.boot_transformers(label, hf_model=model, tokenizer=tokenizer, device=device)
