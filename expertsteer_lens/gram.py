@@ -1,7 +1,7 @@
 """n x n forms: the geometry of wide rows from their inner products, without matrices of size d x d.
 
-With `X = U S V^T` every inner product, distance and covariance of the rows of `X` is that of `Y = X V = U S`, and a vector
-found there maps back by `V`. The smaller of two Gram matrices gives the basis: `X X^T` (n x n) when `n < d`, `X^T X`
+With `X = U S V^T` every inner product, distance and covariance of the rows of `X` is that of `Y = X V = U S`, and a
+vector found there maps back by `V`. The smaller of two Gram matrices gives the basis: `X X^T` (n x n) when `n < d`, `X^T X`
 (d x d) when `d <= n`. Cost O(n d min(n, d)).
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from ._checks import check_matrix, check_number
 
 RANK_TOLERANCE = 1e-6
-"""Default of `row_space`: a Gram matrix in float64 resolves singular values down to about sqrt(n * 2e-16) of the largest
-(3e-7 at n = 512); what lies below 1e-6 is rounding, and below the resolution of float32 activations."""
+"""Default of `row_space`: a Gram matrix in float64 resolves singular values down to about sqrt(n * 2e-16) of the
+largest (3e-7 at n = 512); what lies below 1e-6 is rounding, and below the resolution of float32 activations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,24 +104,26 @@ def inner_products(
     *,
     shift: Float[Tensor, " d"],
     scale: Float[Tensor, " d"],
-    dtype: torch.dtype = torch.float64,
     chunk: int = 512,
 ) -> Float[Tensor, "m n"]:
-    """`((rows - shift) / scale) @ ((others - shift) / scale).T`, summed in `dtype` over chunks of columns.
+    """`((rows - shift) / scale) @ ((others - shift) / scale).T`, in float64 over chunks of columns.
 
     Chunks, because a widened and shifted copy of the activations would be the largest tensor of an RFM fit.
     """
-    out = torch.zeros(rows.shape[0], others.shape[0], dtype=dtype, device=rows.device)
+    out = torch.zeros(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], chunk):
         part = slice(start, start + chunk)
-        left = standardised(rows[:, part], shift[part], scale[part], dtype)
-        right = left if others is rows else standardised(others[:, part], shift[part], scale[part], dtype)
+        left = standardised(rows[:, part], shift[part], scale[part])
+        right = left if others is rows else standardised(others[:, part], shift[part], scale[part])
         out.addmm_(left, right.T)
     return out
 
 
 def standardised(
-    rows: Float[Tensor, "m d"], shift: Float[Tensor, " d"], scale: Float[Tensor, " d"], dtype: torch.dtype
+    rows: Float[Tensor, "m d"],
+    shift: Float[Tensor, " d"],
+    scale: Float[Tensor, " d"],
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "m d"]:
     """`(rows - shift) / scale`, computed in `dtype`; never the memory of `rows`."""
     return (rows.to(dtype) - shift.to(dtype)).div_(scale.to(dtype))
@@ -133,8 +135,8 @@ def top_eigenpair(
     """Largest eigenvalue and unit eigenvector of a symmetric positive semi-definite matrix.
 
     Lanczos with full reorthogonalisation, O(n^2) a step, from a seeded random start, until the residual
-    `||A v - theta v||` is below `tolerance * theta` (or the rounding level of the dtype, if larger). When `max_steps` do
-    not suffice (a cluster at the top) or the matrix is small, a full `eigh` gives the same pair in O(n^3).
+    `||A v - theta v||` is below `tolerance * theta` (or the rounding level of the dtype, if larger). When `max_steps`
+    do not suffice (a cluster at the top) or the matrix is small, a full `eigh` gives the same pair in O(n^3).
     The sign of the vector is arbitrary.
     """
     n = matrix.shape[0]

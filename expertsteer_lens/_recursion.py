@@ -1,0 +1,244 @@
+"""The RFM recursion on rows held as inner products (n < d) or as themselves (d <= n).
+
+Why it is exact. Every gradient is a combination of differences of training rows, so `G = C X` for some coefficients C,
+and with `Phi = X X^T` the images of the rows in the next metric `M = G^T G` are `X G^T = Phi C^T`: n x n. The next
+gradients are `G' = P G` with `P` from the images alone, so `C' = P C`. X itself is needed again only for the final
+vector. When d <= n the same lines run with coefficients over the coordinate axes (`G = C`, `Phi = X`), and G is
+replaced by the d x d triangle of its QR factorisation, which has the same `G^T G`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .errors import DataError, SolveError
+from .gram import inner_products, standardised
+from .kernels import (
+    apply_gradient_operator,
+    distances,
+    gradient_operator,
+    kernel_values,
+    solve_ridge,
+    squared_distances_from_products,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One round: the predictor fitted in `metric`, and its gradients at the training rows."""
+
+    number: int
+    length: float
+    """Kernel length in force."""
+    alpha: Float[Tensor, " n"]
+    metric: Float[Tensor, "k c"] | None
+    """Coefficients of the metric's factor; None is the Euclidean metric of round 1."""
+    gradients: Float[Tensor, "k c"]
+    """Coefficients of G (or of a factor with the same `G^T G`)."""
+    predictions: Float[Tensor, " m"]
+    """At the fold's held-out rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Training rows (first) and held-out rows, standardised, in the form the recursion needs."""
+
+    rows: Float[Tensor, "n d"]
+    """Raw training rows; used to return to width d when `dual`."""
+    shift: Float[Tensor, " d"]
+    scale: Float[Tensor, " d"]
+    dual: bool
+    """Whether coefficients are over training rows (n < d) or over coordinate axes."""
+    cross: Float[Tensor, "n_all c"]
+    """`Phi`: inner products of all rows with the training rows when `dual`, else the standardised rows."""
+    norms: Float[Tensor, " n_all"]
+    """Squared norms of the standardised rows."""
+
+    @property
+    def n(self) -> int:
+        """Number of training rows."""
+        return self.rows.shape[0]
+
+    def distances(
+        self, cross: Float[Tensor, "m c"], norms: Float[Tensor, " m"], metric: Float[Tensor, "k c"] | None
+    ) -> Float[Tensor, "m n"]:
+        """Distances to the training rows, of rows given as lines of `Phi`."""
+        if metric is not None:
+            return distances(cross @ metric.T, self.cross[: self.n] @ metric.T)
+        if not self.dual:
+            return distances(cross, self.cross[: self.n])
+        return squared_distances_from_products(cross, norms, self.norms[: self.n]).sqrt_()
+
+    def lift(self, coefficients: Float[Tensor, "k c"]) -> Float[Tensor, "k d"]:
+        """Vectors of width d, in standardised coordinates, from their coefficients."""
+        if not self.dual:
+            return coefficients
+        # C ((X - shift) / scale) without a shifted copy of X.
+        lifted = coefficients @ self.rows.to(coefficients.dtype) - coefficients.sum(1, keepdim=True) * self.shift
+        return lifted / self.scale
+
+    def gradient_products(self, coefficients: Float[Tensor, "k c"]) -> Float[Tensor, "k k"]:
+        """`G G^T`, whose eigenvalues are those of `G^T G`, and whose eigenvectors u give `G^T u`."""
+        right = self.cross[: self.n] @ coefficients.T if self.dual else coefficients.T
+        return coefficients @ right
+
+    def largest_entry(self, coefficients: Float[Tensor, "k c"], *, chunk: int = 1024) -> float:
+        """`max(G^T G)`, which for a PSD matrix lies on the diagonal: the largest squared column norm of G.
+
+        Products in float32: it is one scalar that sets a unit, and its relative error of 1e-6 moves nothing else.
+        """
+        if not self.dual:
+            return float(coefficients.square().sum(0).max())
+        size = coefficients.abs().max()
+        left, best = (coefficients / size).to(torch.float32), 0.0
+        for start in range(0, self.rows.shape[1], chunk):
+            part = slice(start, start + chunk)
+            columns = left @ standardised(self.rows[:, part], self.shift[part], self.scale[part], torch.float32)
+            best = max(best, float(columns.square().sum(0).max()))
+        return best * float(size) ** 2
+
+    def predict(self, activations: Float[Tensor, "m d"], fitted: Round, kernel: str) -> Float[Tensor, " m"]:
+        """`sum_i alpha_i k(||x - x_i||)` at new raw rows."""
+        new = activations.to(self.rows.device)
+        moved = standardised(new, self.shift, self.scale)
+        cross = inner_products(new, self.rows, shift=self.shift, scale=self.scale) if self.dual else moved
+        distance = self.distances(cross, moved.square().sum(1), fitted.metric)
+        return kernel_values(distance, fitted.length, kernel=kernel) @ fitted.alpha
+
+    def training_only(self) -> Fold:
+        """The same without the held-out rows, owning its memory."""
+        return replace(
+            self, rows=self.rows.clone(), cross=self.cross[: self.n].clone(), norms=self.norms[: self.n].clone()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RowGeometry:
+    """All rows of a fit, standardised; inner products computed once and shared by every split and setting."""
+
+    rows: Float[Tensor, "n d"]
+    shift: Float[Tensor, " d"]
+    scale: Float[Tensor, " d"]
+    dual: bool
+    products: Float[Tensor, "n c"]
+    """Inner products of all rows when `dual`, else the standardised rows."""
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n d"], *, n_fitted: int, standardise: str) -> RowGeometry:
+        """Standardise by the first `n_fitted` rows (labels unseen) and take inner products.
+
+        Rows are always centred: distances and gradients do not see it, rounding does. O(n^2 d) when n < d.
+
+        Raises:
+            DataError: the fitted rows are all equal.
+        """
+        fitted = rows[:n_fitted]
+        shift = fitted.mean(0, dtype=torch.float64)
+        variance = _column_variance(fitted, shift)
+        if float(variance.max()) == 0.0:
+            raise DataError("activations must differ between rows, but all rows are equal.")
+        if standardise == "coordinate":
+            scale = variance.sqrt().masked_fill(variance == 0.0, 1.0)
+        else:
+            scale = torch.ones_like(shift) * (variance.mean().sqrt() if standardise == "scale" else 1.0)
+        dual = rows.shape[0] < rows.shape[1]
+        moments = {"shift": shift, "scale": scale}
+        products = inner_products(rows, rows, **moments) if dual else standardised(rows, **moments)
+        return cls(rows, shift, scale, dual, products)
+
+    def fold(self, train: Int[Tensor, " n"], held: Int[Tensor, " m"] | None = None) -> Fold:
+        """The rows `train` to fit and `held` to predict."""
+        order = train if held is None else torch.cat([train, held])
+        norms = self.products.diagonal() if self.dual else self.products.square().sum(1)
+        cross = self.products[order][:, train] if self.dual else self.products[order]
+        return Fold(self.rows[train], self.shift, self.scale, self.dual, cross, norms[order])
+
+
+def run_rounds(
+    fold: Fold,
+    targets: Float[Tensor, " n"],
+    *,
+    kernel: str,
+    bandwidth: float,
+    relative: bool,
+    ridge: float,
+    n_rounds: int,
+    center: bool,
+    normalise: str,
+) -> Iterator[Round]:
+    """Yield the rounds one by one. `relative`: bandwidth in units of the round's median training distance.
+
+    Raises:
+        SolveError: singular kernel system, vanishing gradients, or a median distance of 0 with `relative`.
+    """
+    n, metric = fold.n, None
+    images: Tensor | None = None
+    distance = fold.distances(fold.cross, fold.norms, None)
+    for number in range(1, n_rounds + 1):
+        length = bandwidth * (_median_distance(distance[:n]) if relative else 1.0)
+        values = kernel_values(distance, length, kernel=kernel)
+        alpha = solve_ridge(values[:n], targets, ridge)
+        weights = gradient_operator(distance[:n], values[:n], alpha, length, kernel=kernel)
+        gradients = _gradient_coefficients(fold, weights, images, metric)
+        if center:
+            gradients = gradients - gradients.mean(0)
+        if gradients.shape[0] > gradients.shape[1]:
+            gradients = torch.linalg.qr(gradients, mode="r").R
+        if float(gradients.abs().max()) < torch.finfo(gradients.dtype).tiny ** 0.5:
+            raise SolveError(
+                f"gradients vanish in round {number} at bandwidth={bandwidth:g}: the kernel is diagonal at this length "
+                f"({length:.3g}) against a median distance of {_median_distance(distance[:n]):.3g}; raise bandwidth."
+            )
+        yield Round(number, length, alpha, metric, gradients, values[n:] @ alpha)
+        if number == n_rounds:
+            return
+        images = fold.cross @ gradients.T
+        scale = _normaliser(fold, gradients, images, normalise) ** -0.5
+        metric, images = gradients * scale, images * scale
+        distance = distances(images, images[:n])
+
+
+def _gradient_coefficients(fold: Fold, weights: Tensor, images: Tensor | None, metric: Tensor | None) -> Tensor:
+    """Coefficients of the gradients `sum_i w_ji M (x_j - x_i)`: P C, with M = I before the first metric."""
+    if images is not None and metric is not None:
+        return apply_gradient_operator(weights, images[: fold.n], images[: fold.n]) @ metric
+    if fold.dual:
+        return torch.diag(weights.sum(1)) - weights
+    return apply_gradient_operator(weights, fold.cross[: fold.n], fold.cross[: fold.n])
+
+
+def _normaliser(fold: Fold, gradients: Tensor, images: Tensor, normalise: str) -> float:
+    """What `G^T G` is divided by; "none" leaves the average over the n gradients."""
+    if normalise == "max":
+        return fold.largest_entry(gradients)
+    if normalise == "none":
+        return float(fold.n)
+    return float((gradients * images[: fold.n].T).sum() if fold.dual else gradients.square().sum())
+
+
+def _median_distance(distance: Float[Tensor, "n n"]) -> float:
+    """Median over pairs of different rows."""
+    n = distance.shape[0]
+    pairs = torch.triu_indices(n, n, offset=1, device=distance.device)
+    median = float(distance[pairs[0], pairs[1]].median())
+    if median == 0.0:
+        raise SolveError(
+            "the median distance between rows is 0 (more than half of the pairs are duplicates, or the metric has "
+            "collapsed); remove duplicates or use bandwidth_unit='absolute'."
+        )
+    return median
+
+
+def _column_variance(rows: Float[Tensor, "n d"], shift: Float[Tensor, " d"], *, chunk: int = 512) -> Tensor:
+    """Population variance of each column, in float64 over chunks of columns; exactly 0 for a constant column."""
+    parts = []
+    for start in range(0, rows.shape[1], chunk):
+        block = rows[:, start : start + chunk]
+        spread = (block.to(torch.float64) - shift[start : start + chunk]).square().mean(0)
+        parts.append(spread.masked_fill((block == block[0]).all(0), 0.0))
+    return torch.cat(parts)
