@@ -52,6 +52,10 @@ def load_model(
         return TransformersModel(model, tokenizer=tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
+    if trust_remote_code:  # TransformerLens loads the tokenizer once more from these, and would ask on the terminal
+        tokenizer.init_kwargs["trust_remote_code"] = True
     # With model and tokenizer given the name is only a label: a folder's own name, not where it lies on this machine.
     label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
-    return TransformerBridge.boot_transformers(label, hf_model=model, tokenizer=tokenizer, device=device)
+    return TransformerBridge.boot_transformers(
+        label, hf_model=model, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code
+    )
