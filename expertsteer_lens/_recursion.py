@@ -147,8 +147,7 @@ class RowGeometry:
         else:
             scale = torch.ones_like(shift) * (variance.mean().sqrt() if standardise == "scale" else 1.0)
         dual = rows.shape[0] < rows.shape[1]
-        moments = {"shift": shift, "scale": scale}
-        products = inner_products(rows, rows, **moments) if dual else standardised(rows, **moments)
+        products = inner_products(rows, rows, shift=shift, scale=scale) if dual else standardised(rows, shift, scale)
         return cls(rows, shift, scale, dual, products)
 
     def fold(self, train: Int[Tensor, " n"], held: Int[Tensor, " m"] | None = None) -> Fold:
