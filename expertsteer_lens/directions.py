@@ -22,7 +22,7 @@ def mean_difference(activations: Float[Tensor, "n d"], labels: Shaped[Tensor, " 
         DataError: not finite, unequal lengths, one class only, or equal means.
     """
     rows, target = _checked(activations, labels)
-    return _unit(_contrast(rows, target), "the two class means are equal")
+    return _unit(_contrast(rows, target), "the two class means are equal", size=float(rows.abs().max()))
 
 
 def pca_direction(
@@ -50,13 +50,12 @@ def pca_direction(
                 f"{negative.shape[0]}; row i of either class must be the same pair."
             )
         rows = positive - negative
-    else:
+    if not paired:
+        _refuse_equal(rows)
         rows = rows - rows.mean(0)
     space = row_space(rows)
-    if float(space.singular_values[0]) == 0.0:
-        raise DataError("activations must differ between " + ("pairs" if paired else "rows") + ", but do not.")
-    axis = space.basis[:, 0]
-    return _unit(axis if float(axis @ contrast) >= 0.0 else -axis, "the axis is zero")
+    axis = space.basis[:, 0] * space.singular_values[0]
+    return _unit(axis if float(axis @ contrast) >= 0.0 else -axis, "the members of every pair are equal")
 
 
 def logistic_probe(
@@ -81,11 +80,9 @@ def logistic_probe(
 
     check_number("regularisation", regularisation, low=0.0, low_open=True)
     rows, target = _checked(activations, labels)
+    _refuse_equal(rows)
     centred = rows - rows.mean(0)
-    scale = centred.square().mean().sqrt()
-    if float(scale) == 0.0:
-        raise DataError("activations must differ between rows, but all rows are equal.")
-    space = row_space(centred / scale)
+    space = row_space(centred / centred.square().mean().sqrt())
     probe = LogisticRegression(C=1.0 / regularisation, tol=1e-8, max_iter=10_000)
     probe.fit(space.coordinates.cpu().numpy(), target.cpu().numpy())
     weights = torch.from_numpy(probe.coef_).to(space.basis)
@@ -106,7 +103,7 @@ def expert_minus_base(expert: Float[Tensor, "n d"], base: Float[Tensor, "m d"]) 
     difference = expert.detach().mean(0, dtype=torch.float64) - base.detach().to(expert.device).mean(
         0, dtype=torch.float64
     )
-    return _unit(difference, "expert and base have the same mean")
+    return _unit(difference, "expert and base have the same mean", size=float(expert.abs().max()))
 
 
 def random_direction(d: int, seed: int) -> Float[Tensor, " d"]:
@@ -131,8 +128,14 @@ def _contrast(rows: Tensor, target: Tensor) -> Tensor:
     return rows[target == 1].mean(0) - rows[target == 0].mean(0)
 
 
-def _unit(vector: Tensor, why_zero: str) -> Tensor:
+def _refuse_equal(rows: Tensor) -> None:
+    if bool((rows == rows[0]).all()):
+        raise DataError("activations must differ between rows, but all rows are equal.")
+
+
+def _unit(vector: Tensor, why_zero: str, *, size: float = 0.0) -> Tensor:
+    """To unit length in float32; refuses what is only the rounding of sums of numbers of the given size."""
     norm = float(vector.norm())
-    if norm == 0.0:
+    if norm <= 1e-14 * size:
         raise DataError(f"no direction: {why_zero}.")
     return (vector / norm).to(torch.float32)
