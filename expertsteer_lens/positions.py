@@ -47,7 +47,7 @@ def check_positions(positions: Positions) -> Positions:
     if callable(positions):
         return positions
     try:
-        items = tuple(positions)
+        items = tuple(positions)  # type: ignore[arg-type]
     except TypeError:
         items = ()
     if not items or not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
@@ -222,18 +222,17 @@ class PositionClock:
             self._lengths = totals
         self._fresh = False
         self._real = real
-        lengths = self._lengths if self._given is None else self._given.expand(info.batch) if self._fits(info) else None
-        assert lengths is not None
+        lengths = totals if self._lengths is None else self._lengths
+        if self._given is not None:
+            lengths = self._given_for(info.batch)
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
         return Step(index, lengths.to(real.device), real, continues)
 
-    def _fits(self, info: ForwardInfo) -> bool:
+    def _given_for(self, batch: int) -> Tensor:
         assert self._given is not None
-        if self._given.ndim == 1 and self._given.shape[0] not in (1, info.batch):
-            raise ArgumentError(
-                f"prompt_lengths has {self._given.shape[0]} entries, but the batch has {info.batch} rows."
-            )
-        return True
+        if self._given.ndim == 1 and self._given.shape[0] not in (1, batch):
+            raise ArgumentError(f"prompt_lengths has {self._given.shape[0]} entries, but the batch has {batch} rows.")
+        return self._given.expand(batch)
 
     def _real_tokens(self, info: ForwardInfo) -> Tensor:
         total = info.past + info.n_new

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ._measure import fingerprints_match
 class Host(Protocol):
     """What the rest of the package knows about a model."""
 
-    kind: str
+    kind: ClassVar[str]
     """ "transformer_lens", "nnsight" or "huggingface"."""
     model: Any
     """The object the user gave."""
@@ -61,6 +61,9 @@ class Host(Protocol):
 
     def check_hook_names(self, names: Sequence[str], *, steering: bool = False) -> list[str]:
         """The names, or `HookNameError` (closest name; layer out of range; not steerable and why)."""
+
+    def place(self, hook_name: str) -> Any:
+        """What stands at a hook name; equal for two names of one hook point."""
 
     def tokenize(
         self, prompts: Sequence[str], *, prepend_bos: bool | None = None, max_length: int | None = None

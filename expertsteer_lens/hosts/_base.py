@@ -108,6 +108,10 @@ class HostBase:
         """See `Host.intervene`."""
         raise NotImplementedError
 
+    def watch(self, observer: Observer) -> AbstractContextManager[None]:
+        """See `Host.watch`."""
+        raise NotImplementedError
+
     def quiet(self) -> AbstractContextManager[None]:
         """Everybody's hooks are out of action inside, and back in place afterwards."""
         raise NotImplementedError
@@ -115,6 +119,10 @@ class HostBase:
     def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
         """Continue one row of ids; the new ids only."""
         raise NotImplementedError
+
+    def place(self, hook_name: str) -> Any:
+        """What stands at a hook name; equal for two names of one hook point."""
+        return hook_name
 
     def _unsteerable(self, hook_name: str) -> str | None:
         """Why an edit at this (existing) hook point would not do what it says, or None."""

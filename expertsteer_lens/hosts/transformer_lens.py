@@ -42,6 +42,10 @@ class TransformerLensHost(HostBase):
         """Canonical names and aliases."""
         return list(self.model.hook_dict)
 
+    def place(self, hook_name: str) -> int:
+        """The hook point itself: on a Bridge `hook_resid_post` is another name of `hook_out`."""
+        return id(self.model.hook_dict[hook_name])
+
     def _in_training(self) -> bool:
         # HookedTransformer has no dropout and is in "training mode" as it comes; its flag means nothing.
         inner = _underlying(self.model)

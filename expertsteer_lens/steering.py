@@ -1,0 +1,264 @@
+"""A plan at work on a model: which tokens of which pass get which edit, and whether it all happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import edits
+from ._steering_checks import RunReport, check_model, check_outcome, check_padding
+from .errors import (
+    ArgumentError,
+    HookNameError,
+    InterventionError,
+    WidthError,
+)
+from .positions import ForwardInfo, PositionClock, Step
+
+if TYPE_CHECKING:
+    from .hosts import Host
+    from .plan import SteeringPlan, SteeringVector
+
+Function = Callable[[Tensor], Tensor | None]
+
+
+class Steering:
+    """One use of a plan on one model. Built (and checked) on entry, thrown away at the end."""
+
+    def __init__(
+        self,
+        plan: SteeringPlan,
+        host: Host,
+        *,
+        allow_mismatch: bool = False,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        row_coefficients: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        self.plan = plan
+        self.host = host
+        self.report = RunReport()
+        self._prompt_lengths = prompt_lengths
+        self._clocks: dict[str | None, PositionClock] = {}
+        self._rows = None if row_coefficients is None else torch.as_tensor(row_coefficients, dtype=torch.float32)
+        if self._rows is not None and (self._rows.ndim != 1 or not bool(torch.isfinite(self._rows).all())):
+            raise ArgumentError("row_coefficients must be a list of finite numbers, one per row of the batch.")
+        self._step: Step | None = None
+        self._mask: Tensor | None = None
+        self._open: dict[int, Tensor] = {}
+        self._deltas: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        host.check_ready()
+        check_model(plan, host, allow_mismatch=allow_mismatch)
+        self._centred = (plan.basis or host.basis) == "centred"
+        plan._last[:] = [self.report]
+
+    # -- installing ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def run(self) -> Iterator[RunReport]:
+        """Steer inside the block; see `SteeringPlan.hooks`."""
+        with self._installed() as registration:
+            yield self.report
+            lost = registration.lost()
+        check_outcome(self.report, lost, model=self.host.name, positions=self.plan.positions)
+
+    @contextmanager
+    def _installed(self) -> Iterator[Any]:
+        with ExitStack() as stack:
+            registration = stack.enter_context(self.host.intervene(self._functions()))
+            stack.enter_context(self.host.watch(self))
+            yield registration
+
+    # -- the observer: called before the first block of every pass ----------------------------------------------------
+
+    def on_generate(self, entering: bool) -> None:
+        """See `Observer`."""
+        self._clock(None).generation(entering)
+
+    def on_forward(self, info: ForwardInfo) -> None:
+        """See `Observer`."""
+        self.report.n_forwards += 1
+        if self.plan.positions != "all" and self._prompt_lengths is None:
+            check_padding(info, self.host.tokenizer, self.plan.positions)
+        self._place(info)
+
+    def _clock(self, hook_name: str | None) -> PositionClock:
+        return self._clocks.setdefault(hook_name, PositionClock(self._prompt_lengths))
+
+    def _place(self, info: ForwardInfo, hook_name: str | None = None) -> None:
+        self._step = self._clock(hook_name).observe(info)
+        if not self._step.continues:
+            for i, vector in enumerate(self.plan.vectors):
+                read_at = None if vector.gate is None else vector.gate.hook_name or vector.hook_name
+                if hook_name is None or hook_name == read_at:
+                    self._open.pop(i, None)
+        everything = self.plan.positions == "all" and info.attention_mask is None
+        self._mask = None if everything else self._step.mask(self.plan.positions)
+
+    # -- the functions at the hook points -----------------------------------------------------------------------------
+
+    def _functions(self) -> dict[str, Function]:
+        """One function per hook point: gates that are read there first, then its vectors in the plan's order."""
+        acting: dict[str, list[int]] = {}
+        reading: dict[str, list[int]] = {}
+        for i, vector in enumerate(self.plan.vectors):
+            acting.setdefault(vector.hook_name, []).append(i)
+            if vector.gate is not None and vector.gate.hook_name not in (None, vector.hook_name):
+                reading.setdefault(str(vector.gate.hook_name), []).append(i)
+        for counts in (self.report._selected, self.report._edited):
+            counts.update({name: [] for name in acting})
+        self.report.n_fired.update(dict.fromkeys(acting, 0))
+        order = [name for name in reading if name not in acting] + list(acting)
+        return {name: self._function(name, reading.get(name, []), acting.get(name, [])) for name in order}
+
+    def _function(self, name: str, reading: list[int], acting: list[int]) -> Function:
+        def fn(x: Tensor) -> Tensor | None:
+            self._check_pass(name, x)
+            for i in reading:
+                self._read_gate(i, x)
+            if not acting:
+                return None
+            self.report.n_fired[name] += 1
+            mask = self._mask = None if self._mask is None else self._mask.to(x.device)
+            self._count(self.report._selected[name], mask, x)
+            out = x
+            for i in acting:
+                gate = self.plan.vectors[i].gate
+                if gate is not None and gate.hook_name in (None, name):
+                    self._read_gate(i, out)
+                out = self._edited(i, out, mask)
+            return None if out is x else out
+
+        return fn
+
+    def _check_pass(self, name: str, x: Tensor) -> None:
+        if self._step is None:
+            self._place(ForwardInfo(x.shape[0], x.shape[1]))
+        assert self._step is not None
+        if tuple(self._step.index.shape) != tuple(x.shape[:2]):
+            raise InterventionError(
+                f"hook {name!r} carries {tuple(x.shape[:2])} tokens, but the pass has {tuple(self._step.index.shape)}; "
+                "steer at a hook point that sees every token of the pass."
+            )
+
+    def _read_gate(self, i: int, x: Tensor) -> None:
+        """Note which tokens gate `i` lets through, `[batch, pos]`; a decision per row is kept for the whole sequence."""
+        gate, step = self.plan.vectors[i].gate, self._step
+        assert gate is not None
+        assert step is not None
+        if gate.per == "row" and step.continues and i in self._open:
+            return
+        opened = gate.is_open(edits.centre(x.float()) if self._centred else x)
+        if gate.per == "row":
+            deciding = step.mask("last_prompt").to(x.device)
+            if not bool(deciding.any(dim=1).all()):
+                raise InterventionError(
+                    "a gate per row decides at the last prompt token, which is not in this pass; start steering before the "
+                    "prompt is run."
+                )
+            opened = (opened & deciding).any(dim=1, keepdim=True)
+        self._open[i] = opened
+
+    def _edited(self, i: int, x: Tensor, mask: Tensor | None) -> Tensor:
+        vector = self.plan.vectors[i]
+        if vector.coefficient == 0:
+            return x
+        if vector.direction.shape[0] != x.shape[-1]:
+            raise WidthError(
+                f"the vector at {vector.hook_name!r} has width {vector.direction.shape[0]}, but the activations there have "
+                f"width {x.shape[-1]}."
+            )
+        rows = self._row_coefficients(x)
+        if vector.gate is not None:
+            mask = self._open[i].expand(x.shape[:2]) if mask is None else mask & self._open[i]
+        if rows is not None:
+            on = (rows != 0)[:, None].expand(x.shape[:2])
+            mask = on if mask is None else mask & on
+        self._count(self.report._edited[vector.hook_name], mask, x)
+        if vector.edit == "add" and not vector.preserve_norm:
+            delta = self._delta(i, x)
+            return edits.add(x, delta if rows is None else rows.to(x)[:, None, None] * delta, mask=mask)
+        before = edits.centre(x.float()) if self._centred else x.float()
+        after = _apply(vector, before, self._delta(i, before), None if rows is None else rows[:, None])
+        out = (x.float() + (after - before)).to(x.dtype)
+        return out if mask is None else torch.where(mask[..., None], out, x)
+
+    def _delta(self, i: int, x: Tensor) -> Tensor:
+        key = (i, x.dtype, x.device)
+        if key not in self._deltas:
+            delta = self.plan.vectors[i].delta
+            self._deltas[key] = (edits.centre(delta) if self._centred else delta).to(x)
+        return self._deltas[key]
+
+    def _row_coefficients(self, x: Tensor) -> Tensor | None:
+        if self._rows is None:
+            return None
+        if self._rows.shape[0] != x.shape[0]:
+            raise ArgumentError(
+                f"row_coefficients has {self._rows.shape[0]} entries, but the batch has {x.shape[0]} rows."
+            )
+        return self._rows.to(x.device)
+
+    @staticmethod
+    def _count(parts: list[Any], mask: Tensor | None, x: Tensor) -> None:
+        parts.append(x.shape[0] * x.shape[1] if mask is None else mask.sum())
+        if len(parts) > 512:
+            parts[:] = [sum(parts)]
+
+    # -- a bare list of functions -------------------------------------------------------------------------------------
+
+    def functions(self, attention_mask: Tensor | None) -> list[tuple[str, Callable[..., Tensor | None]]]:
+        """See `SteeringPlan.fwd_hooks`: each hook point keeps its own clock, moved by the shapes it sees."""
+        return [(name, self._listed(name, fn, attention_mask)) for name, fn in self._functions().items()]
+
+    def _listed(self, name: str, fn: Function, attention_mask: Tensor | None) -> Callable[..., Tensor | None]:
+        seen: list[Step] = []
+
+        def hook_fn(tensor: Tensor, hook: Any = None) -> Tensor | None:
+            if tensor.ndim != 3:
+                raise HookNameError(f"hook {name!r} carries {tuple(tensor.shape)}; steering needs [batch, pos, d].")
+            batch, n_new = tensor.shape[:2]
+            follows = n_new == 1 and bool(seen) and seen[0].real.shape[0] == batch
+            past = seen[0].real.shape[1] if follows else 0
+            self._place(ForwardInfo(batch, n_new, past, None if past else attention_mask), name)
+            assert self._step is not None
+            seen[:] = [self._step]
+            out = fn(tensor)
+            self.report.n_forwards = max(self.report.n_fired.values())
+            return out
+
+        return hook_fn
+
+
+def _apply(vector: SteeringVector, x: Tensor, delta: Tensor, rows: Tensor | None) -> Tensor:
+    """The edit on float32 activations in the plan's basis; `rows` `[batch, 1]` multiplies the coefficient."""
+    keep, factor = vector.preserve_norm, 1.0 if rows is None else rows
+    if vector.edit == "add":
+        return edits.add(x, delta if rows is None else rows[..., None] * delta, preserve_norm=keep)
+    if vector.edit == "ablate":
+        return edits.ablate(x, vector.direction, strength=vector.coefficient * factor, preserve_norm=keep)
+    if vector.edit == "rescale":
+        return edits.rescale(x, vector.direction, factor=1.0 + vector.coefficient * factor, preserve_norm=keep)
+    bound = torch.as_tensor(vector.scale * factor, device=x.device)
+    infinite = torch.full_like(bound, torch.inf)
+    low, high = torch.where(bound > 0, bound, -infinite), torch.where(bound < 0, bound, infinite)
+    return edits.clamp(x, vector.direction, low=low, high=high, preserve_norm=keep)
+
+
+class SteeringHandle:
+    """Steering without an end; `.remove()` ends it, once or many times."""
+
+    def __init__(self, steering: Steering) -> None:
+        self.report = steering.report
+        self._stack = ExitStack()
+        self._stack.enter_context(steering._installed())
+
+    def remove(self) -> None:
+        """Take the hooks off; nothing happens the second time."""
+        self._stack.close()
+
+    def __repr__(self) -> str:
+        return f"SteeringHandle({self.report!r})"
