@@ -85,7 +85,7 @@ def test_unusable_data_is_refused_by_name(function) -> None:
         function(rows, labels[:-1])
     with pytest.raises(DataError, match="labels must be 0/1"):
         function(rows, torch.arange(60))
-    with pytest.raises(DataError, match="no direction|must differ between rows"):
+    with pytest.raises(DataError, match=r"no direction|must differ between rows"):
         function(torch.full((60, 12), 0.1), labels)
 
 
