@@ -24,6 +24,11 @@ def centre(activations: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
     return activations - activations.mean(dim=-1, keepdim=True)
 
 
+def wide(value: Tensor) -> Tensor:
+    """`value` in float32, or in float64 if it came so: half precision is too coarse for projections and norms."""
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def add(activations: Activations, delta: Tensor, *, mask: Mask = None, preserve_norm: bool = False) -> Activations:
     """x + delta.
 
@@ -37,7 +42,8 @@ def add(activations: Activations, delta: Tensor, *, mask: Mask = None, preserve_
         WidthError: the last axis of `delta` is not `d`.
     """
     _check_width("delta", delta, activations)
-    return _finish(activations, activations + delta.to(activations), mask, preserve_norm)
+    base = wide(activations) if preserve_norm else activations
+    return _finish(activations, base + delta.to(base), mask, preserve_norm)
 
 
 def ablate(
@@ -50,7 +56,7 @@ def ablate(
 ) -> Activations:
     """x - strength * (x . v) v: at strength 1 nothing is left along v; at -1 the component is doubled.
 
-    Idempotent at strength 1. The projection is computed in float32.
+    Idempotent at strength 1. The projection is computed in at least float32.
     """
     return rescale(activations, direction, factor=1.0 - strength, mask=mask, preserve_norm=preserve_norm)
 
@@ -73,9 +79,9 @@ def rescale(
         preserve_norm: rescale each edited token to the norm it had.
     """
     unit = _unit(direction, activations)
-    along = activations.float() @ unit
+    along = wide(activations) @ unit
     change = (torch.as_tensor(factor, device=along.device) - 1.0) * along
-    return _finish(activations, activations.float() + change[..., None] * unit, mask, preserve_norm)
+    return _finish(activations, wide(activations) + change[..., None] * unit, mask, preserve_norm)
 
 
 def clamp(
@@ -103,22 +109,22 @@ def clamp(
     if low is None and high is None:
         raise ArgumentError("clamp needs low, high or both, got neither.")
     unit = _unit(direction, activations)
-    along = activations.float() @ unit
+    along = wide(activations) @ unit
     lower = None if low is None else torch.as_tensor(low, dtype=along.dtype, device=along.device)
     upper = None if high is None else torch.as_tensor(high, dtype=along.dtype, device=along.device)
     if lower is not None and upper is not None and bool((lower > upper).any()):
         raise ArgumentError(f"clamp needs low <= high, got low={low}, high={high}.")
     moved = along if lower is None else torch.maximum(along, lower)
     moved = moved if upper is None else torch.minimum(moved, upper)
-    edited = activations.float() + (moved - along)[..., None] * unit
+    edited = wide(activations) + (moved - along)[..., None] * unit
     return _finish(activations, edited, mask, preserve_norm)
 
 
 def _finish(before: Tensor, after: Tensor, mask: Mask, preserve_norm: bool) -> Tensor:
     if preserve_norm:
-        after = after.float()
+        after = wide(after)
         norm = after.norm(dim=-1, keepdim=True)
-        after = after * (before.float().norm(dim=-1, keepdim=True) / norm.clamp(min=torch.finfo(torch.float32).tiny))
+        after = after * (wide(before).norm(dim=-1, keepdim=True) / norm.clamp(min=torch.finfo(torch.float32).tiny))
     after = after.to(before.dtype)
     if mask is None:
         return after
@@ -136,8 +142,7 @@ def _check_width(name: str, value: Tensor, activations: Tensor) -> None:
 
 def _unit(direction: Tensor, activations: Tensor) -> Tensor:
     _check_width("direction", direction, activations)
-    value = direction.detach() if not direction.requires_grad else direction
-    value = value.to(device=activations.device, dtype=torch.float32)
+    value = direction.to(wide(activations))
     norm = value.norm()
     check_number("the norm of direction", float(norm), low=0.0, high=math.inf, low_open=True)
     return value / norm

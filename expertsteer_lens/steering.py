@@ -151,7 +151,7 @@ class Steering:
         assert step is not None
         if gate.per == "row" and step.continues and i in self._open:
             return
-        opened = gate.is_open(edits.centre(x.float()) if self._centred else x)
+        opened = gate.is_open(edits.centre(edits.wide(x)) if self._centred else x)
         if gate.per == "row":
             deciding = step.mask("last_prompt").to(x.device)
             if not bool(deciding.any(dim=1).all()):
@@ -181,9 +181,9 @@ class Steering:
         if vector.edit == "add" and not vector.preserve_norm:
             delta = self._delta(i, x)
             return edits.add(x, delta if rows is None else rows.to(x)[:, None, None] * delta, mask=mask)
-        before = edits.centre(x.float()) if self._centred else x.float()
+        before = edits.centre(edits.wide(x)) if self._centred else edits.wide(x)
         after = _apply(vector, before, self._delta(i, before), None if rows is None else rows[:, None])
-        out = (x.float() + (after - before)).to(x.dtype)
+        out = (edits.wide(x) + (after - before)).to(x.dtype)
         return out if mask is None else torch.where(mask[..., None], out, x)
 
     def _delta(self, i: int, x: Tensor) -> Tensor:
