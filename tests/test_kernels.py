@@ -262,7 +262,7 @@ def test_top_eigenpair_of_low_rank_matrices_stops_early_and_is_seeded() -> None:
 
 def test_top_eigenpair_falls_back_to_the_full_decomposition_on_a_cluster() -> None:
     # Eigenvalues 1 and 1 - 1e-9 on top of a dense spectrum: a few steps cannot separate them.
-    values = torch.cat([torch.linspace(0.0, 0.999, 118).double(), torch.tensor([1.0 - 1e-9, 1.0]).double()])
+    values = torch.tensor([*torch.linspace(0.0, 0.999, 118).tolist(), 1.0 - 1e-9, 1.0], dtype=torch.float64)
     basis, _ = torch.linalg.qr(draw(120, 120))
     matrix = (basis * values) @ basis.T
     value, vector = top_eigenpair((matrix + matrix.T) / 2, max_steps=20)
