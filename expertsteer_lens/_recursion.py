@@ -102,13 +102,17 @@ class Fold:
             best = max(best, float(columns.square().sum(0).max()))
         return best * float(size) ** 2
 
-    def predict(self, activations: Float[Tensor, "m d"], fitted: Round, kernel: str) -> Float[Tensor, " m"]:
-        """`sum_i alpha_i k(||x - x_i||)` at new raw rows."""
-        new = activations.to(self.rows.device)
-        moved = standardised(new, self.shift, self.scale)
-        cross = inner_products(new, self.rows, shift=self.shift, scale=self.scale) if self.dual else moved
-        distance = self.distances(cross, moved.square().sum(1), fitted.metric)
-        return kernel_values(distance, fitted.length, kernel=kernel) @ fitted.alpha
+    def predict(
+        self, activations: Float[Tensor, "m d"], fitted: Round, kernel: str, *, chunk: int = 2048
+    ) -> Float[Tensor, " m"]:
+        """`sum_i alpha_i k(||x - x_i||)` at new raw rows, chunk by chunk."""
+        out = []
+        for part in activations.to(self.rows.device).split(chunk):
+            moved = standardised(part, self.shift, self.scale)
+            cross = inner_products(part, self.rows, shift=self.shift, scale=self.scale) if self.dual else moved
+            distance = self.distances(cross, moved.square().sum(1), fitted.metric)
+            out.append(kernel_values(distance, fitted.length, kernel=kernel) @ fitted.alpha)
+        return torch.cat(out)
 
     def training_only(self) -> Fold:
         """The same without the held-out rows, owning its memory."""
