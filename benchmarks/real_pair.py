@@ -67,7 +67,7 @@ def load_data(shared: pathlib.Path, seed: int) -> dict:
         "pairs": esl.ContrastPairs.from_lists(positive[:250], negative[:250]),
         "anchors": sentences[:700],
         "calibration": sentences[700:800],
-        "neutral_test": sentences[800:1000],
+        "neutral_test": sentences[800:900],
         **behaviour,
     }
 
@@ -88,7 +88,7 @@ class Bench:
     def measure(self, hook: str, direction: torch.Tensor) -> dict:
         plan = esl.SteeringPlan.from_vectors({hook: direction}, coefficient=0.1, median_norms=self.anchors)
         plan = replace(plan, basis=self.host.basis)
-        found = esl.calibrate(plan, self.model, self.data["calibration"], budget=self.budget)
+        found = esl.calibrate(plan, self.model, self.data["calibration"], budget=self.budget, curve=False)
         out = {"coefficient": found.coefficient}
         with plan.with_coefficient(found.coefficient).hooks(self.model):
             for part in ("validation", "test"):

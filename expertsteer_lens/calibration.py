@@ -76,13 +76,15 @@ def calibrate(
     unit: str = "nll",
     grid: Sequence[float] = DEFAULT_GRID,
     behaviour: Behaviour | None = None,
+    curve: bool = True,
     negative: bool = False,
     batch_size: int = 32,
 ) -> Calibration:
     """Find the largest coefficient within a budget on neutral texts; the ratio between the plan's layers is kept.
 
-    The grid is walked upwards and left once the cost exceeds five times the budget; the coefficient returned is the last
-    one before the cost first exceeds the budget, so a curve that dips again later is not exploited.
+    With `curve` the grid is walked upwards and left once the cost exceeds five times the budget; the coefficient returned
+    is the last one before the cost first exceeds the budget, so a curve that dips again later is not exploited. Without,
+    the grid is bisected: about four measurements, the same answer wherever the cost grows with the coefficient.
 
     Args:
         plan: its directions, positions and edits; its own coefficients give only the ratio between layers.
@@ -92,6 +94,7 @@ def calibrate(
         unit: "nll" (rise of the mean NLL; can be negative) or "kl" (mean KL to the unsteered model; never negative).
         grid: positive coefficients.
         behaviour: if given, the effect is recorded at each coefficient; it does not influence the choice.
+        curve: measure the whole dose-response curve.
         negative: also walk the negative coefficients (for the curve only).
         batch_size: texts per forward pass.
 
@@ -126,19 +129,18 @@ def calibrate(
                 row["effect"] = float((behaviour_metric(host, behaviour) - base_effect).mean())
         return row
 
-    upward = _walk(measure, steps, budget)
-    usable = 0
-    while usable < len(upward) and upward[usable]["cost"] <= budget:
-        usable += 1
-    if usable == 0:
+    upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
+    over = [row["coefficient"] for row in upward if row["cost"] > budget]
+    within = [row["coefficient"] for row in upward if not over or row["coefficient"] < over[0]]
+    if not within:
         raise ArgumentError(
             f"even coefficient {steps[0]:g} costs {upward[0]['cost']:.3f} nats per token, more than budget={budget:g}; "
             "raise budget, give a grid with smaller coefficients, or steer fewer layers."
         )
     downward = _walk(measure, [-s for s in steps], budget) if negative else []
     origin = {"coefficient": 0.0, "cost": 0.0, **({"effect": 0.0} if behaviour is not None else {})}
-    curve = tuple(sorted([*downward, origin, *upward], key=lambda row: row["coefficient"]))
-    return Calibration(upward[usable - 1]["coefficient"], budget, unit, curve, text_hash(neutral), len(neutral))
+    points = tuple(sorted([*downward, origin, *upward], key=lambda row: row["coefficient"]))
+    return Calibration(within[-1], budget, unit, points, text_hash(neutral), len(neutral))
 
 
 def _walk(measure: Any, coefficients: Sequence[float], budget: float) -> list[dict[str, float]]:
@@ -148,6 +150,20 @@ def _walk(measure: Any, coefficients: Sequence[float], budget: float) -> list[di
         if rows[-1]["cost"] > 5 * budget:
             break
     return rows
+
+
+def _bisect(measure: Any, coefficients: Sequence[float], budget: float) -> list[dict[str, float]]:
+    """Rows of the points visited, in order of coefficient; the last within and the first over are neighbours."""
+    rows = {}
+    low, high = -1, len(coefficients)
+    while high - low > 1:
+        middle = (low + high) // 2
+        rows[middle] = measure(coefficients[middle])
+        if rows[middle]["cost"] <= budget:
+            low = middle
+        else:
+            high = middle
+    return [rows[i] for i in sorted(rows)]
 
 
 def _mean(totals: Any) -> float:

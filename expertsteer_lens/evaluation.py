@@ -279,7 +279,7 @@ class _Run:
         return EvaluationRow("prompting", "baseline", 0, (), 0.0, float(change.mean()), low, high, 0.0, change)
 
     def calibrated(self, plan: SteeringPlan) -> SteeringPlan:
-        found = calibrate(plan, self.host.model, self.calibration, budget=self.budget)
+        found = calibrate(plan, self.host.model, self.calibration, budget=self.budget, curve=False)
         return plan.with_coefficient(found.coefficient)
 
     def redirected(self, plan: SteeringPlan, directions: Sequence[Tensor]) -> SteeringPlan:

@@ -118,7 +118,8 @@ def _write(plan: SteeringPlan, folder: Path) -> None:
 
 
 def _vector_fields(vector: Any) -> dict[str, Any]:
-    return {f.name: getattr(vector, f.name) for f in fields(vector) if f.name != "direction"}
+    entry = {f.name: getattr(vector, f.name) for f in fields(vector) if f.name not in ("direction", "gate")}
+    return {**entry, "gate": None if vector.gate is None else vector.gate.to_dict()}
 
 
 def _plan_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> SteeringPlan:

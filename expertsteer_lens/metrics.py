@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .hosts import Host, TokenBatch
 
 
-def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 64) -> Float[Tensor, " n_prompts"]:
+def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 128) -> Float[Tensor, " n_prompts"]:
     """m = log p(any positive completion) - log p(any negative completion), nats, one number a prompt.
 
     The probability of a completion is the product over its tokens given prompt and preceding tokens; the two sums are
@@ -32,7 +32,7 @@ def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 64) 
         return torch.cat([m.double().cpu() for m in _metric_batches(host, behaviour, batch_size)])
 
 
-def choice_accuracy(host: Host, behaviour: Behaviour, *, batch_size: int = 64) -> Float[Tensor, " n_prompts"]:
+def choice_accuracy(host: Host, behaviour: Behaviour, *, batch_size: int = 128) -> Float[Tensor, " n_prompts"]:
     """1 where the likeliest completion is a positive one, else 0; one number a prompt (multiple choice by likelihood).
 
     Log-probabilities are summed over tokens and not normalised by length.
@@ -47,7 +47,7 @@ def choice_accuracy(host: Host, behaviour: Behaviour, *, batch_size: int = 64) -
 
 
 def behaviour_gradient(
-    host: Host, behaviour: Behaviour, hook_names: Sequence[str], *, batch_size: int = 64, progress: bool = False
+    host: Host, behaviour: Behaviour, hook_names: Sequence[str], *, batch_size: int = 128, progress: bool = False
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """Mean over prompts of the sum over token positions of dm/dh at each hook point.
 
@@ -68,7 +68,7 @@ def readout_gradient(
     readout: Float[Tensor, " d_model"],
     hook_names: Sequence[str],
     *,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> dict[str, Float[Tensor, " d_model"]]:
     """As `behaviour_gradient`, for the metric "last-token state of the last layer, projected on `readout`".
 
@@ -188,21 +188,20 @@ def _score_batches(
         groups[-1].append(i)
         count += size
     for rows in _progress(groups, "attribution", progress):
-        texts, starts, owner, positive = [], [], [], []
-        prompt_ids = {i: _ids(host, behaviour.prompts[i]) for i in rows}
-        for i in rows:
-            for is_good, side in zip((True, False), behaviour.completions(i), strict=True):
-                for completion in side:
-                    text = behaviour.prompts[i] + completion
-                    ids = _ids(host, text)
-                    start = _common_prefix(prompt_ids[i], ids)
-                    if start >= len(ids):
-                        raise DataError(f"completion {completion!r} of prompt {i} adds no token; give it a text.")
-                    texts.append(text)
-                    starts.append(max(start, 1))
-                    owner.append(i)
-                    positive.append(is_good)
-        batch = host.tokenize(texts)
+        entries = [
+            (i, is_good, completion)
+            for i in rows
+            for is_good, side in zip((True, False), behaviour.completions(i), strict=True)
+            for completion in side
+        ]
+        owner, positive = [i for i, _, _ in entries], [good for _, good, _ in entries]
+        prompts = dict(zip(rows, _rows(host.tokenize([behaviour.prompts[i] for i in rows])), strict=True))
+        batch = host.tokenize([behaviour.prompts[i] + completion for i, _, completion in entries])
+        starts = []
+        for (i, _, completion), ids in zip(entries, _rows(batch), strict=True):
+            starts.append(max(1, _common_prefix(prompts[i], ids)))
+            if starts[-1] >= len(ids):
+                raise DataError(f"completion {completion!r} of prompt {i} adds no token; give it a text.")
         token_log_probs, valid = _token_log_probs(host.forward(batch), batch)
         column = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         counted = valid & (column[None] >= torch.tensor(starts, device=valid.device)[:, None])
@@ -234,8 +233,10 @@ def _restore(rows: list[tuple[list[int], Tensor]]) -> Tensor:
     return out
 
 
-def _ids(host: Host, text: str) -> list[int]:
-    return host.tokenize([text]).input_ids[0].tolist()
+def _rows(batch: TokenBatch) -> list[list[int]]:
+    """The real ids of each row."""
+    pairs = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)
+    return [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in pairs]
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -195,7 +195,7 @@ class ExpertSteering:
         key = (expert_hook, target_hook)
         if key in self.rfms:
             facts["rfm_validation_auc"] = self.rfms[key].validation_auc
-            facts["aligner"] = self.aligners[key].quality.to_dict()
+            facts["aligner"] = asdict(self.aligners[key].quality)
         mi = self.layer_pair_mi
         if expert_hook in mi.expert_hook_names and target_hook in mi.target_hook_names:
             i, j = mi.expert_hook_names.index(expert_hook), mi.target_hook_names.index(target_hook)
