@@ -70,7 +70,9 @@ class TransformerLensHost(HostBase):
         self.check_ready()
         # At k >= n_layers HookedTransformer returns the last residual and a Bridge logits: never pass it.
         stop = stop_at_layer if stop_at_layer is not None and stop_at_layer < self.n_layers else None
-        options = {} if stop is None else {"stop_at_layer": stop}
+        options: dict[str, Any] = {} if stop is None else {"stop_at_layer": stop}
+        if hasattr(getattr(_underlying(self.model), "config", None), "use_cache"):
+            options["use_cache"] = False  # a Bridge would keep keys and values that nobody asks for
         return self.model(batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options)
 
     @contextmanager
