@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -208,7 +209,9 @@ class SteeringPlan:
 
     def with_random_directions(self, *, seed: int) -> SteeringPlan:
         """The control: the same hook points, strengths and positions with random unit directions (mean-free if centred)."""
-        generator = torch.Generator().manual_seed(seed)
+        # Hashed: a generator seeded with `seed` itself may be the very one the caller's direction was drawn from.
+        digest = hashlib.sha256(f"random directions {seed}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         vectors = []
         for vector in self.vectors:
             noise = torch.randn(vector.direction.shape[0], generator=generator)

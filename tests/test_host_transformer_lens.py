@@ -645,6 +645,7 @@ def test_activation_patching_works_inside_a_plan(kind: str) -> None:
     from transformer_lens import patching
 
     model = fresh(kind)
+    model.run_with_cache(IDS)
     run(model)
     count = hook_count(model)
     other = ids_of([1, 5, 9, 19, 6, 8])
