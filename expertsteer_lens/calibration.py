@@ -119,14 +119,12 @@ def calibrate(
     def measure(coefficient: float) -> dict[str, float]:
         steered = plan.with_coefficient(coefficient)
         if unit == "kl":
-            cost = _mean(kl_per_token(host, neutral, lambda: steered.hooks(model), batch_size=batch_size))
+            cost = _mean(kl_per_token(host, neutral, steered, batch_size=batch_size))
         else:
-            with steered.hooks(model):
-                cost = _mean(neutral_nll(host, neutral, batch_size=batch_size)) - base_nll
+            cost = _mean(neutral_nll(host, neutral, plan=steered, batch_size=batch_size)) - base_nll
         row = {"coefficient": coefficient, "cost": cost}
         if behaviour is not None and base_effect is not None:
-            with steered.hooks(model):
-                row["effect"] = float((behaviour_metric(host, behaviour) - base_effect).mean())
+            row["effect"] = float((behaviour_metric(host, behaviour, plan=steered) - base_effect).mean())
         return row
 
     upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)

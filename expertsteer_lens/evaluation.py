@@ -13,7 +13,7 @@ from torch import Tensor
 from ._checks import check_number, check_texts
 from .calibration import calibrate
 from .contrast import Behaviour, text_hash
-from .directions import mean_difference, random_direction
+from .directions import mean_difference
 from .errors import ArgumentError, DataError
 from .hosts import as_host
 from .metrics import behaviour_gradient, behaviour_metric, neutral_nll
@@ -256,8 +256,8 @@ class _Run:
         draws = (n_bootstrap, len(behaviour))
         self.resample = torch.randint(len(behaviour), draws, generator=torch.Generator().manual_seed(seed))
 
-    def _nll(self) -> float:
-        totals = neutral_nll(self.host, self.neutral)
+    def _nll(self, plan: SteeringPlan | None = None) -> float:
+        totals = neutral_nll(self.host, self.neutral, plan=plan)
         return float(totals[:, 0].sum() / totals[:, 1].sum())
 
     def interval(self, change: Tensor) -> tuple[float, float]:
@@ -265,9 +265,8 @@ class _Run:
         return float(means.quantile(0.025)), float(means.quantile(0.975))
 
     def row(self, method: str, role: str, seed: int, plan: SteeringPlan) -> EvaluationRow:
-        with plan.hooks(self.host.model):
-            change = behaviour_metric(self.host, self.behaviour) - self.base
-            rise = self._nll() - self.base_nll
+        change = behaviour_metric(self.host, self.behaviour, plan=plan) - self.base
+        rise = self._nll(plan) - self.base_nll
         low, high = self.interval(change)
         names = tuple(v.hook_name for v in plan.vectors)
         strength = max((v.coefficient for v in plan.vectors), key=abs)
@@ -353,6 +352,3 @@ class _Run:
             "neutral_hash": text_hash(self.neutral), "n_neutral": len(self.neutral),
             "calibration_hash": text_hash(self.calibration), "target": dict(plan.target), "plan": dict(plan.provenance),
         }  # fmt: skip
-
-
-__all__ = ["CEILINGS", "FLOOR", "Evaluation", "EvaluationRow", "evaluate", "random_direction"]

@@ -1,13 +1,15 @@
 """What steering does to a model, in nats: completions, neutral text, divergence, and gradients of these.
 
-All functions take a `Host` (see `expertsteer_lens.hosts`) and work under whatever is installed on the model at the time,
-so the same call measures the unsteered and the steered model.
+All functions take a `Host` (see `expertsteer_lens.hosts`) and an optional plan, which is installed for each batch and told
+where its prompts end: a behaviour's prompt is the prompt; a neutral text counts as prompt up to its middle token and as
+continuation after it (this matters only for plans whose positions ask for "prompt", "last_prompt" or "generated").
+Interventions that are on the model already stay in force, so these work inside `plan.hooks(model)` too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +21,12 @@ from .errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from .hosts import Host, TokenBatch
+    from .plan import SteeringPlan
 
 
-def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 128) -> Float[Tensor, " n_prompts"]:
+def behaviour_metric(
+    host: Host, behaviour: Behaviour, *, plan: SteeringPlan | None = None, batch_size: int = 128
+) -> Float[Tensor, " n_prompts"]:
     """m = log p(any positive completion) - log p(any negative completion), nats, one number a prompt.
 
     The probability of a completion is the product over its tokens given prompt and preceding tokens; the two sums are
@@ -29,17 +34,19 @@ def behaviour_metric(host: Host, behaviour: Behaviour, *, batch_size: int = 128)
     one that differs from the prompt's own count as completion.
     """
     with torch.no_grad():
-        return torch.cat([m.double().cpu() for m in _metric_batches(host, behaviour, batch_size)])
+        return torch.cat([m.double().cpu() for m in _metric_batches(host, behaviour, batch_size, plan)])
 
 
-def choice_accuracy(host: Host, behaviour: Behaviour, *, batch_size: int = 128) -> Float[Tensor, " n_prompts"]:
+def choice_accuracy(
+    host: Host, behaviour: Behaviour, *, plan: SteeringPlan | None = None, batch_size: int = 128
+) -> Float[Tensor, " n_prompts"]:
     """1 where the likeliest completion is a positive one, else 0; one number a prompt (multiple choice by likelihood).
 
     Log-probabilities are summed over tokens and not normalised by length.
     """
     hits = []
     with torch.no_grad():
-        for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size):
+        for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size, plan):
             for row in rows:
                 mine = owner == row
                 hits.append(float(positive[mine][scores[mine].argmax()]))
@@ -56,7 +63,7 @@ def behaviour_gradient(
     """
 
     def objective() -> Iterator[Tensor]:
-        for metric in _metric_batches(host, behaviour, batch_size, progress):
+        for metric in _metric_batches(host, behaviour, batch_size, None, progress):
             yield metric.sum() / len(behaviour)
 
     return _gradients(host, hook_names, objective)
@@ -91,7 +98,9 @@ def readout_gradient(
     return _gradients(host, hook_names, objective)
 
 
-def neutral_nll(host: Host, texts: Sequence[str], *, batch_size: int = 32) -> Float[Tensor, "n_texts 2"]:
+def neutral_nll(
+    host: Host, texts: Sequence[str], *, plan: SteeringPlan | None = None, batch_size: int = 32
+) -> Float[Tensor, "n_texts 2"]:
     """Per text: summed negative log-likelihood in nats, and the number of predicted tokens.
 
     `x[:, 0].sum() / x[:, 1].sum()` is the mean NLL per token. The first token is never predicted.
@@ -99,7 +108,8 @@ def neutral_nll(host: Host, texts: Sequence[str], *, batch_size: int = 32) -> Fl
     rows = []
     with torch.no_grad():
         for batch, index in _text_batches(host, texts, batch_size):
-            logits = host.forward(batch)
+            with _steered(host, plan, _middles(batch)):
+                logits = host.forward(batch)
             token_log_probs, valid = _token_log_probs(logits, batch)
             nll = -(token_log_probs * valid).sum(1)
             rows.append((index, torch.stack([nll.double().cpu(), valid.sum(1).double().cpu()], dim=1)))
@@ -107,17 +117,14 @@ def neutral_nll(host: Host, texts: Sequence[str], *, batch_size: int = 32) -> Fl
 
 
 def kl_per_token(
-    host: Host, texts: Sequence[str], steering: Callable[[], Any], *, batch_size: int = 32
+    host: Host, texts: Sequence[str], plan: SteeringPlan, *, batch_size: int = 32
 ) -> Float[Tensor, "n_texts 2"]:
-    """Per text: summed KL(unsteered || steered) of the next-token distribution in nats, and the number of positions.
-
-    `steering` makes a context manager that installs the steering; the unsteered pass runs outside it.
-    """
+    """Per text: summed KL(unsteered || steered) of the next-token distribution in nats, and the number of positions."""
     rows = []
     with torch.no_grad():
         for batch, index in _text_batches(host, texts, batch_size):
             base = host.forward(batch).float().log_softmax(-1)
-            with steering():
+            with _steered(host, plan, _middles(batch)):
                 steered = host.forward(batch).float().log_softmax(-1)
             kl = (base.exp() * (base - steered)).sum(-1)
             mask = batch.attention_mask.to(kl)
@@ -165,8 +172,10 @@ def _gradients(
     return totals
 
 
-def _metric_batches(host: Host, behaviour: Behaviour, batch_size: int, progress: bool = False) -> Iterator[Tensor]:
-    for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size, progress):
+def _metric_batches(
+    host: Host, behaviour: Behaviour, batch_size: int, plan: SteeringPlan | None, progress: bool = False
+) -> Iterator[Tensor]:
+    for scores, owner, positive, rows in _score_batches(host, behaviour, batch_size, plan, progress):
         values = []
         for row in rows:
             good, bad = scores[(owner == row) & positive], scores[(owner == row) & ~positive]
@@ -175,7 +184,7 @@ def _metric_batches(host: Host, behaviour: Behaviour, batch_size: int, progress:
 
 
 def _score_batches(
-    host: Host, behaviour: Behaviour, batch_size: int, progress: bool = False
+    host: Host, behaviour: Behaviour, batch_size: int, plan: SteeringPlan | None, progress: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
     """Yield (log p of each completion, prompt index of each, is it positive, prompt indices) for whole prompts at a time."""
     groups: list[list[int]] = [[]]
@@ -202,7 +211,8 @@ def _score_batches(
             starts.append(max(1, _common_prefix(prompts[i], ids)))
             if starts[-1] >= len(ids):
                 raise DataError(f"completion {completion!r} of prompt {i} adds no token; give it a text.")
-        token_log_probs, valid = _token_log_probs(host.forward(batch), batch)
+        with _steered(host, plan, starts):
+            token_log_probs, valid = _token_log_probs(host.forward(batch), batch)
         column = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         counted = valid & (column[None] >= torch.tensor(starts, device=valid.device)[:, None])
         scores = torch.where(counted, token_log_probs, torch.zeros_like(token_log_probs)).sum(1)
@@ -252,5 +262,9 @@ def _progress(items: Sequence[Any], label: str, show: bool) -> Any:
     return tqdm(items, desc=label, leave=False) if show else items
 
 
-no_steering = nullcontext
-"""A context manager that installs nothing; the unsteered row of every table."""
+def _steered(host: Host, plan: SteeringPlan | None, prompt_lengths: Sequence[int]) -> AbstractContextManager[Any]:
+    return nullcontext() if plan is None else plan.hooks(host.model, prompt_lengths=list(prompt_lengths))
+
+
+def _middles(batch: TokenBatch) -> list[int]:
+    return [max(1, n // 2) for n in batch.lengths.tolist()]

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import models
+from expertsteer_lens.contrast import Behaviour
+from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.hosts import as_host
+from expertsteer_lens.metrics import (
+    behaviour_gradient,
+    behaviour_metric,
+    choice_accuracy,
+    kl_per_token,
+    neutral_nll,
+    readout_gradient,
+    repeated_trigrams,
+)
+from expertsteer_lens.plan import SteeringPlan
+
+HOOK = "blocks.1.hook_resid_post"
+BEHAVIOUR = Behaviour(
+    prompts=("the cat is", "once upon a time there was a big dog . it was"),
+    positive=(" happy", " very glad"),
+    negative=(" sad",),
+)
+TEXTS = ["the cat ran home", "a dog", "the sun and the moon and the rain"]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def host(request):
+    return as_host(models.bridge(request.param))
+
+
+def plan(coefficient: float = 2.0, positions="all", hook: str = HOOK) -> SteeringPlan:
+    direction = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(3))
+    return SteeringPlan.from_vectors({hook: direction}, coefficient=coefficient, relative_to="unit", positions=positions)
+
+
+def slow_log_prob(host, prompt: str, completion: str) -> float:
+    """log p(completion | prompt), one token at a time, one sequence at a time."""
+    ids = host.tokenize([prompt + completion]).input_ids
+    start = host.tokenize([prompt]).input_ids.shape[1]
+    total = 0.0
+    for t in range(start, ids.shape[1]):
+        with torch.no_grad():
+            logits = host.model(ids[:, :t])
+        total += float(logits[0, -1].double().log_softmax(-1)[ids[0, t]])
+    return total
+
+
+def test_the_metric_is_the_log_odds_of_the_two_sets_of_completions(host):
+    expected = []
+    for prompt in BEHAVIOUR.prompts:
+        good = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.positive]).logsumexp(0)
+        bad = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.negative]).logsumexp(0)
+        expected.append(float(good - bad))
+    torch.testing.assert_close(behaviour_metric(host, BEHAVIOUR), torch.tensor(expected).double(), atol=1e-4, rtol=0)
+
+
+def test_batching_does_not_change_the_metric(host):
+    whole, small = behaviour_metric(host, BEHAVIOUR), behaviour_metric(host, BEHAVIOUR, batch_size=1)
+    torch.testing.assert_close(whole, small, atol=1e-5, rtol=0)
+
+
+def test_swapping_the_sides_flips_the_sign(host):
+    swapped = Behaviour(prompts=BEHAVIOUR.prompts, positive=BEHAVIOUR.negative, negative=BEHAVIOUR.positive)
+    torch.testing.assert_close(behaviour_metric(host, swapped), -behaviour_metric(host, BEHAVIOUR))
+
+
+def test_the_gradient_predicts_a_small_step_at_every_layer(host):
+    names = host.hook_names()
+    gradient = behaviour_gradient(host, BEHAVIOUR, names)
+    base = behaviour_metric(host, BEHAVIOUR).mean()
+    for name in names:
+        step = plan(1e-3, hook=name)
+        measured = float(behaviour_metric(host, BEHAVIOUR, plan=step).mean() - base)
+        predicted = float(gradient[name] @ step.vectors[0].delta.double())
+        assert measured == pytest.approx(predicted, rel=0.05, abs=2e-6)
+
+
+def test_the_gradient_works_with_frozen_parameters_and_leaves_no_gradients_behind(host):
+    parameters = list(host.model.original_model.parameters())
+    flags = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        frozen = behaviour_gradient(host, BEHAVIOUR, [HOOK])
+    finally:
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)
+    assert float(frozen[HOOK].norm()) > 0
+    assert all(p.grad is None for p in parameters)
+
+
+def test_the_readout_gradient_predicts_a_small_step(host):
+    readout = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(5))
+    last = host.hook_names()[-1]
+    gradient = readout_gradient(host, TEXTS, readout, [HOOK, last])
+
+    def value(p: SteeringPlan | None) -> float:
+        total = 0.0
+        for text in TEXTS:
+            batch = host.tokenize([text])
+            seen = []
+            with torch.no_grad(), host.intervene({last: lambda h, seen=seen: seen.append(h.clone())}):
+                if p is None:
+                    host.forward(batch)
+                else:
+                    with p.hooks(host.model):
+                        host.forward(batch)
+            total += float(seen[0][0, -1].double() @ (readout / readout.norm()).double())
+        return total / len(TEXTS)
+
+    step = plan(1e-2)
+    assert value(step) - value(None) == pytest.approx(float(gradient[HOOK] @ step.vectors[0].delta.double()), rel=0.05)
+    # at the last layer itself only the last token matters, and the gradient is the read-out
+    torch.testing.assert_close(gradient[last], (readout / readout.norm()).double(), atol=1e-6, rtol=0)
+
+
+def test_neutral_nll_counts_real_tokens_only(host):
+    rows = neutral_nll(host, TEXTS)
+    for text, (nll, count) in zip(TEXTS, rows.tolist(), strict=True):
+        ids = host.tokenize([text]).input_ids
+        with torch.no_grad():
+            log_probs = host.model(ids)[0, :-1].double().log_softmax(-1)
+        assert count == ids.shape[1] - 1
+        assert nll == pytest.approx(-float(log_probs.gather(1, ids[0, 1:, None]).sum()), abs=1e-4)
+
+
+def test_kl_is_zero_without_steering_and_positive_with_it(host):
+    assert float(kl_per_token(host, TEXTS, plan(0.0))[:, 0].abs().max()) < 1e-6
+    steered = kl_per_token(host, TEXTS, plan(2.0))
+    assert bool((steered[:, 0] > 0).all())
+    assert steered[:, 1].tolist() == host.tokenize(TEXTS).attention_mask.sum(1).tolist()
+
+
+def test_a_plan_for_generated_tokens_leaves_the_first_half_of_a_neutral_text_alone(host):
+    text = ["the sun and the moon and the rain"]
+    base, generated = neutral_nll(host, text), neutral_nll(host, text, plan=plan(3.0, "generated"))
+    everything = neutral_nll(host, text, plan=plan(3.0))
+    assert float(generated[0, 0]) != pytest.approx(float(base[0, 0]), abs=1e-3)
+    assert float(generated[0, 0]) != pytest.approx(float(everything[0, 0]), abs=1e-3)
+
+
+def test_steering_generated_tokens_starts_at_the_last_prompt_token_of_each_row(host):
+    steered = behaviour_metric(host, BEHAVIOUR, plan=plan(3.0, "generated"))
+    for i, prompt in enumerate(BEHAVIOUR.prompts):
+        length = host.tokenize([prompt]).input_ids.shape[1]
+        one = BEHAVIOUR.select([i])
+        sliced = behaviour_metric(host, one, plan=plan(3.0, slice(length - 1, None)))
+        assert float(steered[i]) == pytest.approx(float(sliced[0]), abs=1e-4)
+
+
+def test_accuracy_is_one_where_a_positive_completion_is_likeliest(host):
+    accuracy = choice_accuracy(host, BEHAVIOUR)
+    for i, prompt in enumerate(BEHAVIOUR.prompts):
+        good = max(slow_log_prob(host, prompt, c) for c in BEHAVIOUR.positive)
+        bad = max(slow_log_prob(host, prompt, c) for c in BEHAVIOUR.negative)
+        assert accuracy[i] == float(good > bad)
+
+
+def test_a_metric_that_does_not_depend_on_a_hook_is_refused(host):
+    readout = torch.ones(models.D_MODEL)
+    with pytest.raises(ArgumentError, match="does not depend on hook"):
+        readout_gradient(host, TEXTS, readout, ["unembed.hook_in"])
+
+
+def test_a_completion_that_adds_no_token_is_refused(host, monkeypatch):
+    tokenize = host.tokenize
+    monkeypatch.setattr(host, "tokenize", lambda texts: tokenize([t.replace("!", "") for t in texts]))
+    with pytest.raises(DataError, match="'!' of prompt 0 adds no token"):
+        behaviour_metric(host, Behaviour(prompts=("the cat",), positive=(" is",), negative=("!",)))
+
+
+def test_repeated_trigrams_counts_repetition():
+    assert repeated_trigrams("a b c d e f") == 0.0
+    assert repeated_trigrams("a b c a b c a b c") == pytest.approx(4 / 7)
+    assert repeated_trigrams("a b") == 0.0
