@@ -21,7 +21,7 @@ _HOME = {
     "Evaluation": "evaluation",
     "ExpertSteer": "pipeline",
     "ExpertSteerConfig": "pipeline",
-    "ExpertSteering": "pipeline",
+    "ExpertSteering": "fitted",
     "LayerPairMI": "mutual_information",
     "LayerPairs": "pairing",
     "MIConfig": "mutual_information",

@@ -24,8 +24,8 @@ from .rfm import fit_rfm
 if TYPE_CHECKING:
     import pandas
 
+    from .fitted import ExpertSteering
     from .hosts import Host
-    from .pipeline import ExpertSteering
 
 FLOOR = "random (same budget)"
 CEILINGS = ("native RFM", "native mean difference")

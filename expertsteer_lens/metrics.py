@@ -88,7 +88,7 @@ def readout_gradient(
         for start in range(0, len(texts), batch_size):
             batch = host.tokenize(list(texts[start : start + batch_size]))
             seen: list[Tensor] = []
-            with host.intervene({last: lambda h, seen=seen: seen.append(h)}):
+            with host.intervene({last: seen.append}):
                 host.forward(batch)
             state = seen[0].float()
             lengths = batch.attention_mask.sum(1) - 1

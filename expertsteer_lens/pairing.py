@@ -165,7 +165,7 @@ def select_layer_pairs(
 
 def _greedy(table: Tensor, n_pairs: int) -> list[tuple[int, int]]:
     left = torch.where(torch.isnan(table), torch.full_like(table, -torch.inf), table)
-    out = []
+    out: list[tuple[int, int]] = []
     for _ in range(n_pairs):
         best = int(left.argmax())
         i, j = divmod(best, left.shape[1])

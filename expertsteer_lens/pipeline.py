@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from ._checks import check_choice, check_number, check_texts, unknown_hook
+from ._checks import check_choice, check_number, check_texts
 from .activations import ActivationStore
 from .aligners import Aligner, AlignerConfig, fit_aligner_grid
-from .calibration import Calibration, calibrate
 from .contrast import Behaviour, ContrastPairs, text_hash
 from .directions import mean_difference
 from .errors import ArgumentError, DataError
+from .fitted import ExpertSteering, PairKey
 from .hosts import as_host, capture
 from .metrics import behaviour_gradient, readout_gradient
 from .mutual_information import LayerPairMI, MIConfig, layer_pair_mi
 from .pairing import LayerPairs, PairingConfig, allowed_targets, select_layer_pairs
-from .plan import SteeringPlan, SteeringVector
 from .rfm import RFM, RFMConfig, fit_rfm
 
 if TYPE_CHECKING:
-    import pandas
 
     from .hosts import Host
 
 PRESETS = ("anchored", "paper")
-PairKey = tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,152 +87,6 @@ class ExpertSteerConfig:
             else:
                 built[key] = value
         return cls(**built)
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertSteering:
-    """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for calibration and test."""
-
-    config: ExpertSteerConfig
-    seed: int
-    layer_pair_mi: LayerPairMI
-    layer_pairs: LayerPairs
-    aligners: dict[PairKey, Aligner]
-    rfms: dict[PairKey, RFM]
-    """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
-    target: Host
-    expert_pairs: ActivationStore
-    """The expert's states on the contrast pairs, labelled."""
-    target_pairs: ActivationStore
-    """The target's own states on the contrast pairs, labelled: the native ceiling is learnt from these."""
-    target_anchors: ActivationStore
-    calibration_texts: tuple[str, ...]
-    test_texts: tuple[str, ...]
-    validation_behaviour: Behaviour | None
-    test_behaviour: Behaviour | None
-    provenance: dict[str, Any]
-    steps: tuple[dict[str, Any], ...]
-    """Per step: name, seconds, and its figures."""
-
-    def direction(self, expert_hook: str, target_hook: str) -> Float[Tensor, " d_target"]:
-        """Unit direction in the target's space for one fitted pair, pointing towards the positive class."""
-        if (expert_hook, target_hook) not in self.rfms:
-            known = [f"{e} → {t}" for e, t in self.rfms]
-            raise unknown_hook(f"{expert_hook} → {target_hook}", known, "a fitted layer pair")
-        return self.rfms[expert_hook, target_hook].direction.clone()
-
-    def plan(
-        self,
-        *,
-        layer_pairs: Sequence[PairKey] | None = None,
-        coefficient: float | str = "auto",
-        positions: Any = "all",
-        edit: str = "add",
-    ) -> SteeringPlan:
-        """A plan that writes the fitted directions into the target.
-
-        Args:
-            layer_pairs: (expert hook, target hook) keys among the fitted candidates; default: the chosen pairs.
-            coefficient: signed strength in units of the target layer's median residual norm, shared by all layers; or
-                "auto": the largest that keeps the rise of neutral NLL on held-out anchors within `config.budget`.
-            positions: which tokens are steered, see `SteeringPlan`.
-            edit: "add" and others, see `SteeringPlan`.
-        """
-        keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
-        if isinstance(coefficient, str) and coefficient != "auto":
-            raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
-        strength = 0.1 if coefficient == "auto" else float(coefficient)
-        plan = self._plan_of({key: self.direction(*key) for key in keys}, strength, positions, edit)
-        if coefficient != "auto":
-            return plan
-        found = self.calibrate(plan)
-        return replace(
-            plan.with_coefficient(found.coefficient),
-            provenance={**plan.provenance, "calibration": found.to_dict()},
-        )
-
-    def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
-        """`calibrate` on this fit's held-out anchors and validation behaviour; keywords as there."""
-        settings = {"budget": self.config.budget, "behaviour": self.validation_behaviour, "batch_size": 32, **kwargs}
-        return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
-
-    def _plan_of(
-        self, directions: dict[PairKey, Tensor], strength: float, positions: Any = "all", edit: str = "add"
-    ) -> SteeringPlan:
-        vectors = []
-        for (expert_hook, target_hook), direction in directions.items():
-            vectors.append(
-                SteeringVector(
-                    hook_name=target_hook,
-                    direction=direction,
-                    coefficient=strength,
-                    relative_to="median_norm",
-                    median_norm=self.target_anchors.median_norm(target_hook),
-                    edit=edit,
-                    provenance=self._pair_facts(expert_hook, target_hook),
-                )
-            )
-        host = self.target
-        return SteeringPlan(
-            vectors=tuple(vectors),
-            positions=positions,
-            basis=host.basis,
-            target={
-                "name": host.name,
-                "fingerprint": host.fingerprint,
-                "d_model": host.d_model,
-                "n_layers": host.n_layers,
-            },
-            provenance={**self.provenance, "config": self.config.to_dict(), "seed": self.seed},
-        )
-
-    def _pair_facts(self, expert_hook: str, target_hook: str) -> dict[str, Any]:
-        facts: dict[str, Any] = {"expert_hook_name": expert_hook}
-        key = (expert_hook, target_hook)
-        if key in self.rfms:
-            facts["rfm_validation_auc"] = self.rfms[key].validation_auc
-            facts["aligner"] = asdict(self.aligners[key].quality)
-        mi = self.layer_pair_mi
-        if expert_hook in mi.expert_hook_names and target_hook in mi.target_hook_names:
-            i, j = mi.expert_hook_names.index(expert_hook), mi.target_hook_names.index(target_hook)
-            facts["mutual_information"] = float(mi.matrix[i, j])
-        return facts
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row per fitted pair: MI, predicted effect (the rule's score), aligner R², RFM AUC, chosen or not."""
-        import pandas as pd
-
-        score = {(r.expert, r.target): (r.score, r.chosen) for r in self.layer_pairs.to_pandas().itertuples()}
-        rows = []
-        for key, rfm in self.rfms.items():
-            facts = self._pair_facts(*key)
-            rows.append(
-                {
-                    "expert": key[0],
-                    "target": key[1],
-                    "mutual_information": facts.get("mutual_information"),
-                    "aligner_r2": self.aligners[key].quality.r2,
-                    "rfm_validation_auc": rfm.validation_auc,
-                    "score": score[key][0] if key in score else None,
-                    "chosen": score[key][1] if key in score else False,
-                }
-            )
-        return pd.DataFrame(rows).sort_values("score", ascending=self.layer_pairs.rule == "min_mi", ignore_index=True)
-
-    def summary(self) -> str:
-        """The steps with their time and figures, and the chosen pairs, as text."""
-        lines = [f"{self.provenance['expert']['name']} → {self.provenance['target']['name']} (seed {self.seed})"]
-        for step in self.steps:
-            figures = ", ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
-            lines.append(f"  {step['step']:<10} {step['seconds']:6.1f} s   {figures}")
-        lines += [
-            f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})" for p in self.layer_pairs
-        ]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)
-        return f"ExpertSteering({chosen}; {len(self.rfms)} fitted pairs; aligner {self.config.aligner.kind})"
 
 
 class ExpertSteer:
@@ -309,6 +159,7 @@ class _Fit:
         self.progress, self.on_step = progress, on_step
         self.steps: list[dict[str, Any]] = []
         self.pair_texts: list[str] = []
+        self.labels = torch.empty(0)
         self.started = time.perf_counter()
 
     def done(self, step: str, **figures: Any) -> None:
@@ -337,7 +188,7 @@ class _Fit:
         fit_texts, calibration_texts, test_texts = split_anchors(texts, c.held_out, self.seed)
         validation, test = (None, None) if behaviour is None else behaviour.split(c.validation, seed=self.seed)
 
-        self.pair_texts = pairs.texts
+        self.pair_texts, self.labels = pairs.texts, pairs.labels
         read: dict[str, Any] = {"positions": c.read_positions, "batch_size": c.batch_size, "progress": self.progress}
         expert_anchors = capture(self.expert.model, fit_texts, expert_hooks, **read)
         target_anchors = capture(self.target.model, fit_texts, target_hooks, **read)
@@ -387,18 +238,22 @@ class _Fit:
         if c.rule != "attribution":
             scores = mi.matrix if c.rule in ("min_mi", "max_mi") else None
             chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=self.seed)
-            aligners = self.align(expert_anchors, target_anchors, chosen.keys())
-            return chosen, aligners, self.learn(aligners, expert_pairs)
+            maps = self.align(expert_anchors, target_anchors, chosen.keys())
+            return chosen, maps, self.learn(maps, expert_pairs)
         gradients = self.gradients(behaviour, target_pairs, neutral)
         units = {name: gradients[name] * target_anchors.median_norm(name) for name in gradients}
         allowed = [names_t[j] for j in allowed_targets(len(names_t), c)]
-        effects = {}
-        for hook in names_e:  # one expert layer at a time: at most n_target maps are alive
-            for key, aligner in self.align(expert_anchors, target_anchors, [(hook, t) for t in allowed]).items():
-                mapped = aligner.encode(expert_pairs[hook])
-                effects[key] = float(units[key[1]] @ mean_difference(mapped, expert_pairs.labels).double())
-        candidates = sorted(effects, key=lambda k: -effects[k])[: max(c.n_candidates, c.n_pairs)]
-        aligners = self.align(expert_anchors, target_anchors, candidates)
+        keep = max(c.n_candidates, c.n_pairs)
+        aligners: dict[PairKey, Aligner] = {}
+        effects: dict[PairKey, float] = {}
+        for hook in names_e:  # one expert layer at a time: never more than n_target + n_candidates maps are held
+            aligners |= self.align(expert_anchors, target_anchors, [(hook, t) for t in allowed])
+            for target_hook in allowed:
+                mapped = aligners[hook, target_hook].encode(expert_pairs[hook])
+                difference = mean_difference(mapped, self.labels)
+                effects[hook, target_hook] = float(units[target_hook] @ difference.double())
+            best = sorted(effects, key=lambda k: -effects[k])[:keep]
+            aligners = {key: aligners[key] for key in best}
         rfms = self.learn(aligners, expert_pairs)
         scores = torch.full((len(names_e), len(names_t)), torch.nan, dtype=torch.float64)
         for (e, t), rfm in rfms.items():
@@ -416,7 +271,7 @@ class _Fit:
             states = target_pairs[last] if last in target_pairs else capture(
                 self.target.model, self.pair_texts, [last], positions=self.config.read_positions
             )[last]  # fmt: skip
-            readout = mean_difference(states, target_pairs.labels)
+            readout = mean_difference(states, self.labels)
             found = readout_gradient(self.target, neutral, readout, names)
         self.done("attribute", metric="completions" if behaviour is not None else "read-out", layers=len(names))
         return found
@@ -435,7 +290,7 @@ class _Fit:
         rfms = {}
         for key, aligner in tqdm(aligners.items(), desc="rfm", disable=not self.progress, leave=False):
             mapped = aligner.encode(expert_pairs[key[0]])
-            rfms[key] = fit_rfm(mapped, expert_pairs.labels, self.config.rfm, seed=self.seed)
+            rfms[key] = fit_rfm(mapped, self.labels, self.config.rfm, seed=self.seed)
         auc = [r.validation_auc for r in rfms.values() if r.validation_auc is not None]
         self.done("learn", directions=len(rfms), validation_auc=f"{min(auc):.3f} to {max(auc):.3f}" if auc else "-")
         return rfms

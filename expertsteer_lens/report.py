@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .calibration import Calibration
     from .evaluation import Evaluation
-    from .pipeline import ExpertSteering
+    from .fitted import ExpertSteering
 
 STYLE = """
 body{font-family:Inter,Helvetica,Arial,sans-serif;color:#1f2933;max-width:980px;margin:40px auto;padding:0 20px;

@@ -1,0 +1,176 @@
+"""What a fit found, and the plans made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ._checks import unknown_hook
+from .activations import ActivationStore
+from .aligners import Aligner
+from .calibration import Calibration, calibrate
+from .contrast import Behaviour
+from .errors import ArgumentError
+from .mutual_information import LayerPairMI
+from .pairing import LayerPairs
+from .plan import SteeringPlan, SteeringVector
+from .rfm import RFM
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .hosts import Host
+    from .pipeline import ExpertSteerConfig
+
+PairKey = tuple[str, str]
+"""(expert hook name, target hook name)"""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSteering:
+    """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for calibration and test."""
+
+    config: ExpertSteerConfig
+    seed: int
+    layer_pair_mi: LayerPairMI
+    layer_pairs: LayerPairs
+    aligners: dict[PairKey, Aligner]
+    rfms: dict[PairKey, RFM]
+    """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
+    target: Host
+    expert_pairs: ActivationStore
+    """The expert's states on the contrast pairs, labelled."""
+    target_pairs: ActivationStore
+    """The target's own states on the contrast pairs, labelled: the native ceiling is learnt from these."""
+    target_anchors: ActivationStore
+    calibration_texts: tuple[str, ...]
+    test_texts: tuple[str, ...]
+    validation_behaviour: Behaviour | None
+    test_behaviour: Behaviour | None
+    provenance: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
+    """Per step: name, seconds, and its figures."""
+
+    def direction(self, expert_hook: str, target_hook: str) -> Float[Tensor, " d_target"]:
+        """Unit direction in the target's space for one fitted pair, pointing towards the positive class."""
+        if (expert_hook, target_hook) not in self.rfms:
+            known = [f"{e} → {t}" for e, t in self.rfms]
+            raise unknown_hook(f"{expert_hook} → {target_hook}", known, "a fitted layer pair")
+        return self.rfms[expert_hook, target_hook].direction.clone()
+
+    def plan(
+        self,
+        *,
+        layer_pairs: Sequence[PairKey] | None = None,
+        coefficient: float | str = "auto",
+        positions: Any = "all",
+        edit: str = "add",
+    ) -> SteeringPlan:
+        """A plan that writes the fitted directions into the target.
+
+        Args:
+            layer_pairs: (expert hook, target hook) keys among the fitted candidates; default: the chosen pairs.
+            coefficient: signed strength in units of the target layer's median residual norm, shared by all layers; or
+                "auto": the largest that keeps the rise of neutral NLL on held-out anchors within `config.budget`.
+            positions: which tokens are steered, see `SteeringPlan`.
+            edit: "add" and others, see `SteeringPlan`.
+        """
+        keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
+        if isinstance(coefficient, str) and coefficient != "auto":
+            raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
+        strength = 0.1 if coefficient == "auto" else float(coefficient)
+        plan = self._plan_of({key: self.direction(*key) for key in keys}, strength, positions, edit)
+        if coefficient != "auto":
+            return plan
+        found = self.calibrate(plan)
+        return replace(
+            plan.with_coefficient(found.coefficient),
+            provenance={**plan.provenance, "calibration": found.to_dict()},
+        )
+
+    def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
+        """`calibrate` on this fit's held-out anchors and validation behaviour; keywords as there."""
+        settings = {"budget": self.config.budget, "behaviour": self.validation_behaviour, "batch_size": 32, **kwargs}
+        return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
+
+    def _plan_of(
+        self, directions: dict[PairKey, Tensor], strength: float, positions: Any = "all", edit: str = "add"
+    ) -> SteeringPlan:
+        vectors = []
+        for (expert_hook, target_hook), direction in directions.items():
+            vectors.append(
+                SteeringVector(
+                    hook_name=target_hook,
+                    direction=direction,
+                    coefficient=strength,
+                    relative_to="median_norm",
+                    median_norm=self.target_anchors.median_norm(target_hook),
+                    edit=edit,
+                    provenance=self._pair_facts(expert_hook, target_hook),
+                )
+            )
+        host = self.target
+        return SteeringPlan(
+            vectors=tuple(vectors),
+            positions=positions,
+            basis=host.basis,
+            target={
+                "name": host.name,
+                "fingerprint": host.fingerprint,
+                "d_model": host.d_model,
+                "n_layers": host.n_layers,
+            },
+            provenance={**self.provenance, "config": self.config.to_dict(), "seed": self.seed},
+        )
+
+    def _pair_facts(self, expert_hook: str, target_hook: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"expert_hook_name": expert_hook}
+        key = (expert_hook, target_hook)
+        if key in self.rfms:
+            facts["rfm_validation_auc"] = self.rfms[key].validation_auc
+            facts["aligner"] = asdict(self.aligners[key].quality)
+        mi = self.layer_pair_mi
+        if expert_hook in mi.expert_hook_names and target_hook in mi.target_hook_names:
+            i, j = mi.expert_hook_names.index(expert_hook), mi.target_hook_names.index(target_hook)
+            facts["mutual_information"] = float(mi.matrix[i, j])
+        return facts
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per fitted pair: MI, predicted effect (the rule's score), aligner R², RFM AUC, chosen or not."""
+        import pandas as pd
+
+        score = {(r.expert, r.target): (r.score, r.chosen) for r in self.layer_pairs.to_pandas().itertuples()}
+        rows = []
+        for key, rfm in self.rfms.items():
+            facts = self._pair_facts(*key)
+            rows.append(
+                {
+                    "expert": key[0],
+                    "target": key[1],
+                    "mutual_information": facts.get("mutual_information"),
+                    "aligner_r2": self.aligners[key].quality.r2,
+                    "rfm_validation_auc": rfm.validation_auc,
+                    "score": score[key][0] if key in score else None,
+                    "chosen": score[key][1] if key in score else False,
+                }
+            )
+        return pd.DataFrame(rows).sort_values("score", ascending=self.layer_pairs.rule == "min_mi", ignore_index=True)
+
+    def summary(self) -> str:
+        """The steps with their time and figures, and the chosen pairs, as text."""
+        lines = [f"{self.provenance['expert']['name']} → {self.provenance['target']['name']} (seed {self.seed})"]
+        for step in self.steps:
+            figures = ", ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
+            lines.append(f"  {step['step']:<10} {step['seconds']:6.1f} s   {figures}")
+        lines += [
+            f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})" for p in self.layer_pairs
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)
+        return f"ExpertSteering({chosen}; {len(self.rfms)} fitted pairs; aligner {self.config.aligner.kind})"
