@@ -197,11 +197,15 @@ def clip_massive(rows: Float[Tensor, "n d"], threshold: float = 8.0) -> ClippedR
     check_number("threshold", threshold, low=0.0, low_open=True)
     x = rows.detach().T.contiguous()
     median = _row_medians(x)
-    spread = _row_medians((x - median[:, None]).abs()) * (MAD_TO_SD * threshold)
+    deviation = (x - median[:, None]).abs()
+    spread = _row_medians(deviation) * (MAD_TO_SD * threshold)
     spread = torch.where(spread > 0, spread, torch.full_like(spread, torch.inf))
+    n_clipped = (deviation > spread[:, None]).sum(dim=1)
     lower, upper = median - spread, median + spread
-    clipped = torch.minimum(torch.maximum(rows.detach(), lower), upper)
-    return ClippedRows(clipped, lower, upper, (clipped != rows).sum(dim=0))
+    clipped = rows.detach().clone()
+    where = n_clipped.nonzero()[:, 0]
+    clipped[:, where] = torch.minimum(torch.maximum(clipped[:, where], lower[where]), upper[where])
+    return ClippedRows(clipped, lower, upper, n_clipped)
 
 
 def _row_medians(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ The paper (arXiv 2505.12313) chooses pairs of lowest mutual information and does
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ._checks import check_matrix
 from .errors import ArgumentError, DataError
-from .mi_estimators import KSG, CrossFittedCCA, DebiasedCKA, Estimator, GaussianMI, principal_scores
+from .mi_estimators import KSG, CrossFittedCCA, DebiasedCKA, Estimator, GaussianMI, parallel_map, principal_scores
 from .mi_result import (
     DEFAULT_COMPONENTS,
     DEFAULT_FOLDS,
@@ -70,22 +71,26 @@ def layer_pair_mi(
     n = first.shape[0]
     _check_samples(n, config)
     generator = torch.Generator().manual_seed(seed)
-    clipped: dict[str, dict[str, Any]] = {"expert": {}, "target": {}}
-    features = {
-        role: [_features(role, name, rows, config, clipped) for name, rows in side.items()]
-        for role, side in sides.items()
-    }
-    estimator, k = _build(features["expert"], features["target"], list(labels), config, generator)
-    matrix = estimator.observed()
-    orders = [torch.randperm(n, generator=generator).to(first.device) for _ in range(config.n_permutations)]
-    null = [estimator.permuted(o) for o in tqdm(orders, desc=f"null ({config.estimator})", disable=not progress)]
+    jobs = [(role, name, rows) for role, side in sides.items() for name, rows in side.items()]
     drawn = torch.multinomial(torch.ones(config.n_bootstrap, n), n, replacement=True, generator=generator)
     weights = torch.zeros(config.n_bootstrap, n, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones(drawn.shape).double()
     )
+    orders = [torch.randperm(n, generator=generator).to(first.device) for _ in range(config.n_permutations)]
+    with parallel_map(first.device) as run:
+        layers = list(run(lambda job: _prepare(job[0], job[1], job[2], config), jobs))
+        estimator, k = _build(layers, len(sides["expert"]), config, generator)
+        matrix, draws = next(iter(run(lambda e: (e.observed(), e.bootstrap(weights.to(first.device))), [estimator])))
+        null = list(
+            tqdm(run(estimator.permuted, orders), f"null ({config.estimator})", len(orders), disable=not progress)
+        )
+    clipped: dict[str, dict[str, Any]] = {"expert": {}, "target": {}}
+    for (role, name, _), layer in zip(jobs, layers, strict=True):
+        if layer.clipped:
+            clipped[role][name] = layer.clipped
     return LayerPairMI(
         matrix=matrix,
-        interval=_interval(matrix, estimator.bootstrap(weights.to(first.device)), config),
+        interval=_interval(matrix, draws, config),
         null=torch.stack(null) if null else matrix.new_zeros((0, *matrix.shape)),
         expert_hook_names=tuple(sides["expert"]),
         target_hook_names=tuple(sides["target"]),
@@ -127,49 +132,66 @@ def _check_samples(n: int, config: MIConfig) -> None:
         raise DataError(f"debiased CKA needs at least 4 samples, got {n}.")
 
 
-def _features(role: str, name: str, rows: Tensor, config: MIConfig, clipped: dict[str, dict[str, Any]]) -> Tensor:
-    """Clip, centre and standardise one layer, `[n, d]`, in float64 for float64 input and float32 otherwise."""
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer ready for an estimator."""
+
+    label: str
+    features: Tensor
+    """`[n, d]` clipped, centred, standardised ("cka"), else `[n, k]` whitened principal components."""
+    variances: Tensor
+    rank: int
+    clipped: dict[str, Any]
+
+
+def _prepare(role: str, name: str, rows: Tensor, config: MIConfig) -> _Layer:
+    """Clip, centre, standardise and (but for "cka") whiten one layer, float64 for float64 input and float32 otherwise."""
     x = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+    clipped: dict[str, Any] = {}
     if config.clip is not None:
         found = clip_massive(x, config.clip)
-        if int(found.n_clipped.sum()):
-            clipped[role][name] = found.summary()
+        clipped = dict(found.summary()) if found.coordinates else {}
         x = found.rows
     x = x - x.mean(0)
     scale = x.square().mean(0).sqrt()
+    label = f"{role}_states[{name!r}]"
     if not float(scale.max()) > 0.0:
-        raise DataError(f"{role}_states[{name!r}] is the same in every row; look at the texts and positions.")
+        raise DataError(f"{label} is the same in every row; look at the texts and positions.")
     if config.standardise:
         x = x / torch.where(scale > 0, scale, torch.ones_like(scale))
-    return x
+    if config.estimator == "cka":
+        return _Layer(label, x, scale, x.shape[1], clipped)
+    asked = config.n_components
+    found_pca = principal_scores(x, _default_components(x.shape[0], config) if asked is None else asked)
+    if asked is not None and found_pca.rank < asked:
+        raise ArgumentError(
+            f"n_components={asked} exceeds the rank {found_pca.rank} of {label} ({x.shape[0]} rows, width {x.shape[1]}); lower it."
+        )
+    return _Layer(label, found_pca.scores, found_pca.variances, found_pca.rank, clipped)
+
+
+def _default_components(n: int, config: MIConfig) -> int:
+    return min(DEFAULT_COMPONENTS[config.estimator], max(1, n // 4))
 
 
 def _build(
-    expert: list[Tensor], target: list[Tensor], labels: list[str], config: MIConfig, generator: torch.Generator
+    layers: list[_Layer], n_expert: int, config: MIConfig, generator: torch.Generator
 ) -> tuple[Estimator, int | None]:
     """The estimator asked for, on its features, and the number of components used."""
     if config.estimator == "cka":
-        return DebiasedCKA(expert, target), None
-    n = expert[0].shape[0]
-    asked = config.n_components
-    k = min(DEFAULT_COMPONENTS[config.estimator], max(1, n // 4)) if asked is None else asked
-    layers = [principal_scores(x, k) for x in (*expert, *target)]
-    for label, x, layer in zip(labels, (*expert, *target), layers, strict=True):
-        if asked is not None and layer.rank < asked:
-            raise ArgumentError(
-                f"n_components={asked} exceeds the rank {layer.rank} of {label} ({n} rows, width {x.shape[1]}); lower it."
-            )
-    k = min(k, *(layer.rank for layer in layers))
-    scores = [layer.scores[:, :k] for layer in layers]
-    left, right = scores[: len(expert)], scores[len(expert) :]
+        features = [layer.features for layer in layers]
+        return DebiasedCKA(features[:n_expert], features[n_expert:]), None
+    k = min(layer.features.shape[1] for layer in layers)
+    scores = [layer.features[:, :k] for layer in layers]
     if config.estimator == "gaussian":
-        return GaussianMI(left, right), k
+        return GaussianMI(scores[:n_expert], scores[n_expert:]), k
     if config.estimator == "ksg":
-        return KSG(left, right, config.n_neighbors or DEFAULT_NEIGHBORS), k
+        return KSG(scores[:n_expert], scores[n_expert:], config.n_neighbors or DEFAULT_NEIGHBORS), k
     share = DEFAULT_SHRINKAGE if config.shrinkage is None else config.shrinkage
     shrunk = [s * _shrink(layer.variances[:k], share) for s, layer in zip(scores, layers, strict=True)]
-    folds = torch.randperm(n, generator=generator).to(expert[0].device).tensor_split(config.n_folds or DEFAULT_FOLDS)
-    return CrossFittedCCA(shrunk[: len(expert)], shrunk[len(expert) :], folds), k
+    n, device = scores[0].shape[0], scores[0].device
+    folds = torch.randperm(n, generator=generator).to(device).tensor_split(config.n_folds or DEFAULT_FOLDS)
+    return CrossFittedCCA(shrunk[:n_expert], shrunk[n_expert:], folds), k
 
 
 def _shrink(variances: Tensor, share: float) -> Tensor:
