@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import models
+from expertsteer_lens.calibration import DEFAULT_GRID, calibrate
+from expertsteer_lens.contrast import Behaviour
+from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.hosts import as_host
+from expertsteer_lens.metrics import behaviour_metric, kl_per_token, neutral_nll
+from expertsteer_lens.plan import SteeringPlan
+
+TEXTS = ["the cat ran home", "a dog was here and it was big", "the sun and the moon and the rain"]
+BEHAVIOUR = Behaviour(prompts=("the cat is", "it was"), positive=(" happy",), negative=(" sad",))
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.bridge("llama")
+
+
+@pytest.fixture(scope="module")
+def plan() -> SteeringPlan:
+    direction = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(1))
+    return SteeringPlan.from_vectors({HOOK: direction}, coefficient=0.1, median_norms={HOOK: 8.0})
+
+
+def cost(model, plan, coefficient: float, unit: str = "nll") -> float:
+    host = as_host(model)
+
+    def mean(rows: torch.Tensor) -> float:
+        return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+    steered = plan.with_coefficient(coefficient)
+    if unit == "kl":
+        return mean(kl_per_token(host, TEXTS, steered))
+    return mean(neutral_nll(host, TEXTS, plan=steered)) - mean(neutral_nll(host, TEXTS))
+
+
+@pytest.mark.parametrize("unit", ["nll", "kl"])
+def test_the_coefficient_is_within_the_budget_and_the_next_is_not(model, plan, unit):
+    budget = 0.5 * cost(model, plan, 0.3, "kl")
+    found = calibrate(plan, model, TEXTS, budget=budget, unit=unit)
+    if found.coefficient == DEFAULT_GRID[-1]:
+        pytest.fail("the budget never bound, so this test shows nothing")
+    following = DEFAULT_GRID[DEFAULT_GRID.index(found.coefficient) + 1]
+    assert cost(model, plan, found.coefficient, unit) <= budget < cost(model, plan, following, unit)
+
+
+def test_bisection_finds_the_same_coefficient_where_the_cost_grows(model, plan):
+    costs = [cost(model, plan, c, "kl") for c in DEFAULT_GRID]
+    assert costs == sorted(costs)
+    for budget in (costs[2] * 1.01, costs[9] * 1.01, costs[-1] * 2):
+        walked = calibrate(plan, model, TEXTS, budget=budget, unit="kl")
+        bisected = calibrate(plan, model, TEXTS, budget=budget, unit="kl", curve=False)
+        assert walked.coefficient == bisected.coefficient
+        assert len(bisected.curve) <= 6
+
+
+def test_the_curve_holds_the_measured_effects_and_the_unsteered_origin(model, plan):
+    found = calibrate(plan, model, TEXTS, budget=1.0, behaviour=BEHAVIOUR, grid=(0.1, 0.2), negative=True)
+    assert [row["coefficient"] for row in found.curve] == [-0.2, -0.1, 0.0, 0.1, 0.2]
+    assert found.curve[2] == {"coefficient": 0.0, "cost": 0.0, "effect": 0.0}
+    host = as_host(model)
+    expected = behaviour_metric(host, BEHAVIOUR, plan=plan.with_coefficient(0.2)) - behaviour_metric(host, BEHAVIOUR)
+    assert found.curve[-1]["effect"] == pytest.approx(float(expected.mean()), abs=1e-6)
+    frame = found.to_pandas()
+    assert set(frame.band) <= {"usable", "broken"}
+    assert found.to_dict()["curve"][0]["coefficient"] == -0.2
+
+
+def test_the_walk_stops_once_the_text_is_broken(model, plan):
+    found = calibrate(plan, model, TEXTS, budget=cost(model, plan, 0.02, "kl") * 1.01, unit="kl")
+    assert found.coefficient == 0.02
+    assert len(found.curve) < len(DEFAULT_GRID)
+
+
+def test_the_ratio_between_layers_is_kept(model):
+    directions = {f"blocks.{i}.hook_resid_post": torch.ones(models.D_MODEL) + i for i in (0, 1)}
+    both = SteeringPlan.from_vectors(
+        directions, coefficient={"blocks.0.hook_resid_post": 0.1, HOOK: 0.4}, median_norms=dict.fromkeys(directions, 5.0)
+    )
+    scaled = both.with_coefficient(calibrate(both, model, TEXTS, budget=0.05, curve=False).coefficient)
+    assert scaled.vectors[1].coefficient == pytest.approx(4 * scaled.vectors[0].coefficient)
+
+
+def test_bad_arguments_are_explained(model, plan):
+    with pytest.raises(ArgumentError, match=r"even coefficient 0\.02 costs"):
+        calibrate(plan, model, TEXTS, budget=1e-9, unit="kl")
+    with pytest.raises(ArgumentError, match="grid must hold positive"):
+        calibrate(plan, model, TEXTS, grid=(-0.1, 0.1))
+    with pytest.raises(ArgumentError, match="budget must be"):
+        calibrate(plan, model, TEXTS, budget=0.0)
+    with pytest.raises(ArgumentError, match="unit must be one of"):
+        calibrate(plan, model, TEXTS, unit="bits")
+    with pytest.raises(DataError, match="texts is empty"):
+        calibrate(plan, model, [])
