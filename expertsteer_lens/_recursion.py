@@ -10,7 +10,7 @@ replaced by the d x d triangle of its QR factorisation, which has the same `G^T 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -78,28 +78,30 @@ class Fold:
         """Vectors of width d, in standardised coordinates, from their coefficients."""
         if not self.dual:
             return coefficients
-        # C ((X - shift) / scale) without a shifted copy of X.
-        lifted = coefficients @ self.rows.to(coefficients.dtype) - coefficients.sum(1, keepdim=True) * self.shift
-        return lifted / self.scale
+        parts = self.columns()
+        return torch.cat([coefficients @ standardised(self.rows[:, p], self.shift[p], self.scale[p]) for p in parts], 1)
+
+    def columns(self, *, chunk: int = 1024) -> list[slice]:
+        """Column ranges that bound the size of standardised copies of the rows."""
+        return [slice(start, start + chunk) for start in range(0, self.rows.shape[1], chunk)]
 
     def gradient_products(self, coefficients: Float[Tensor, "k c"]) -> Float[Tensor, "k k"]:
         """`G G^T`, whose eigenvalues are those of `G^T G`, and whose eigenvectors u give `G^T u`."""
         right = self.cross[: self.n] @ coefficients.T if self.dual else coefficients.T
         return coefficients @ right
 
-    def largest_entry(self, coefficients: Float[Tensor, "k c"], *, chunk: int = 1024) -> float:
+    def largest_entry(self, coefficients: Float[Tensor, "k c"]) -> float:
         """`max(G^T G)`, which for a PSD matrix lies on the diagonal: the largest squared column norm of G.
 
         Products in float32: it is one scalar that sets a unit, and its relative error of 1e-6 moves nothing else.
         """
         if not self.dual:
             return float(coefficients.square().sum(0).max())
-        size = coefficients.abs().max()
-        left, best = (coefficients / size).to(torch.float32), 0.0
-        for start in range(0, self.rows.shape[1], chunk):
-            part = slice(start, start + chunk)
-            columns = left @ standardised(self.rows[:, part], self.shift[part], self.scale[part], torch.float32)
-            best = max(best, float(columns.square().sum(0).max()))
+        size, best = coefficients.abs().max(), 0.0
+        left = (coefficients / size).to(torch.float32)
+        for part in self.columns():
+            entries = left @ standardised(self.rows[:, part], self.shift[part], self.scale[part], torch.float32)
+            best = max(best, float(entries.square().sum(0).max()))
         return best * float(size) ** 2
 
     def predict(
@@ -113,12 +115,6 @@ class Fold:
             distance = self.distances(cross, moved.square().sum(1), fitted.metric)
             out.append(kernel_values(distance, fitted.length, kernel=kernel) @ fitted.alpha)
         return torch.cat(out)
-
-    def training_only(self) -> Fold:
-        """The same without the held-out rows, owning its memory."""
-        return replace(
-            self, rows=self.rows.clone(), cross=self.cross[: self.n].clone(), norms=self.norms[: self.n].clone()
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,48 +158,59 @@ class RowGeometry:
         return Fold(self.rows[train], self.shift, self.scale, self.dual, cross, norms[order])
 
 
-def run_rounds(
-    fold: Fold,
-    targets: Float[Tensor, " n"],
-    *,
-    kernel: str,
-    bandwidth: float,
-    relative: bool,
-    ridge: float,
-    n_rounds: int,
-    center: bool,
-    normalise: str,
-) -> Iterator[Round]:
-    """Yield the rounds one by one. `relative`: bandwidth in units of the round's median training distance.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What one run of the recursion needs to know."""
+
+    kernel: str
+    bandwidth: float
+    relative: bool
+    """Whether bandwidth is in units of the round's median training distance."""
+    ridge: float
+    n_rounds: int
+    center: bool
+    normalise: str
+
+
+def run_rounds(fold: Fold, targets: Float[Tensor, " n"], setting: Setting) -> Iterator[Round]:
+    """Yield the rounds one by one.
 
     Raises:
-        SolveError: singular kernel system, vanishing gradients, or a median distance of 0 with `relative`.
+        SolveError: singular kernel system, vanishing gradients, or a median distance of 0 when `relative`.
     """
-    n, metric = fold.n, None
     images: Tensor | None = None
-    distance = fold.distances(fold.cross, fold.norms, None)
-    for number in range(1, n_rounds + 1):
-        length = bandwidth * (_median_distance(distance[:n]) if relative else 1.0)
-        values = kernel_values(distance, length, kernel=kernel)
-        alpha = solve_ridge(values[:n], targets, ridge)
-        weights = gradient_operator(distance[:n], values[:n], alpha, length, kernel=kernel)
-        gradients = _gradient_coefficients(fold, weights, images, metric)
-        if center:
-            gradients = gradients - gradients.mean(0)
-        if gradients.shape[0] > gradients.shape[1]:
-            gradients = torch.linalg.qr(gradients, mode="r").R
-        if float(gradients.abs().max()) < torch.finfo(gradients.dtype).tiny ** 0.5:
-            raise SolveError(
-                f"gradients vanish in round {number} at bandwidth={bandwidth:g}: the kernel is diagonal at this length "
-                f"({length:.3g}) against a median distance of {_median_distance(distance[:n]):.3g}; raise bandwidth."
-            )
-        yield Round(number, length, alpha, metric, gradients, values[n:] @ alpha)
-        if number == n_rounds:
-            return
-        images = fold.cross @ gradients.T
-        scale = _normaliser(fold, gradients, images, normalise) ** -0.5
-        metric, images = gradients * scale, images * scale
-        distance = distances(images, images[:n])
+    metric: Tensor | None = None
+    for number in range(1, setting.n_rounds + 1):
+        done = _one_round(fold, targets, setting, number, images, metric)
+        yield done
+        if number < setting.n_rounds:
+            images = fold.cross @ done.gradients.T
+            scale = _normaliser(fold, done.gradients, images, setting.normalise) ** -0.5
+            metric, images = done.gradients * scale, images.mul_(scale)
+
+
+def _one_round(
+    fold: Fold, targets: Tensor, setting: Setting, number: int, images: Tensor | None, metric: Tensor | None
+) -> Round:
+    """Fit the predictor in the metric (Euclidean when None) and take its gradients; `images` are those of all rows."""
+    n = fold.n
+    distance = fold.distances(fold.cross, fold.norms, None) if images is None else distances(images, images[:n])
+    length = setting.bandwidth * (_median_distance(distance[:n]) if setting.relative else 1.0)
+    values = kernel_values(distance, length, kernel=setting.kernel)
+    alpha = solve_ridge(values[:n], targets, setting.ridge)
+    predictions = values[n:] @ alpha
+    weights = gradient_operator(distance[:n], values[:n], alpha, length, kernel=setting.kernel)
+    gradients = _gradient_coefficients(fold, weights, images, metric)
+    if setting.center:
+        gradients = gradients - gradients.mean(0)
+    if gradients.shape[0] > gradients.shape[1]:
+        gradients = torch.linalg.qr(gradients, mode="r").R
+    if float(gradients.abs().max()) < torch.finfo(gradients.dtype).tiny ** 0.5:
+        raise SolveError(
+            f"gradients vanish in round {number} at bandwidth={setting.bandwidth:g}: the kernel is diagonal at this "
+            f"length ({length:.3g}) against a median distance of {_median_distance(distance[:n]):.3g}; raise bandwidth."
+        )
+    return Round(number, length, alpha, metric, gradients, predictions)
 
 
 def _gradient_coefficients(fold: Fold, weights: Tensor, images: Tensor | None, metric: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ._checks import check_labels, check_matrix, check_number
-from ._recursion import Fold, Round, RowGeometry, run_rounds
+from ._recursion import Fold, Round, RowGeometry, Setting, run_rounds
 from ._rfm_config import RFMConfig, RFMHistory, RFMRound
 from .errors import ArgumentError, DataError, SolveError
 from .gram import row_space, top_eigenpair
@@ -272,9 +272,7 @@ def _run(
 ) -> Iterator[tuple[Round, RFMRound]]:
     """Rounds of one setting with their lines of the history; `target` has training rows first, held-out rows after."""
     n, offset = fold.n, _offset(config, target[: fold.n])
-    rounds = run_rounds(
-        fold,
-        (target[:n] - offset).to(fold.cross.dtype),
+    setting = Setting(
         kernel=config.kernel,
         bandwidth=bandwidth,
         relative=config.bandwidth_unit == "median_distance",
@@ -283,7 +281,7 @@ def _run(
         center=center,
         normalise=config.normalise,
     )
-    for fitted in rounds:
+    for fitted in run_rounds(fold, (target[:n] - offset).to(fold.cross.dtype), setting):
         # (K + ridge I) alpha = y, so the residual y - K alpha is ridge * alpha.
         train_error = float((config.ridge * fitted.alpha).square().mean())
         error = auc = math.nan
