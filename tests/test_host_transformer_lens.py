@@ -252,7 +252,7 @@ def test_an_in_place_hook_that_runs_after_the_reader_cannot_reach_what_was_read(
     model = fresh(kind, "llama")
     host = as_host(model)
     batch = host.tokenize(PROMPTS[:1])
-    want = _capture._read(host, batch, [HOOK])[HOOK]
+    want = _capture._read(host, batch, [HOOK], "all")[HOOK]
     intervene = host.intervene
 
     @contextlib.contextmanager
@@ -262,7 +262,7 @@ def test_an_in_place_hook_that_runs_after_the_reader_cannot_reach_what_was_read(
             yield registration
 
     host.intervene = with_vandal  # type: ignore[method-assign]
-    assert torch.equal(_capture._read(host, batch, [HOOK])[HOOK], want)
+    assert torch.equal(_capture._read(host, batch, [HOOK], "all")[HOOK], want)
 
 
 @kinds

@@ -206,3 +206,28 @@ def test_the_extra_pass_of_return_cache_is_steered_like_the_generation() -> None
         with as_host(model).intervene({last: lambda x: seen.append(x.clone())}):
             model(tokens, return_type="logits")
     torch.testing.assert_close(cache[last], seen[0], atol=1e-5, rtol=0)
+
+
+GREEDY = {"max_new_tokens": N_NEW, "do_sample": False}
+OURS = {**GREEDY, "stop_at_eos": False, "return_type": "tokens"}
+WAYS: dict[str, Any] = {
+    "hf_generate": lambda m, ids, cached: m.hf_generate(ids, use_past_kv_cache=cached, **OURS),
+    "the model inside": lambda m, ids, cached: m.original_model.generate(
+        ids, use_cache=cached, eos_token_id=95, **GREEDY
+    ),
+    "generate_stream": lambda m, ids, cached: torch.cat(
+        [c.reshape(1, -1) for c in m.generate_stream(ids, use_past_kv_cache=cached, verbose=False, **OURS)], dim=1
+    ),
+}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_generate_with_a_bridge_is_noticed(way: str, cached: bool) -> None:
+    model, expected = model_of("bridge", "llama"), reference("llama", "generated")
+    with plan_for("llama", "generated").hooks(model) as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens = WAYS[way](model, torch.tensor([prompt_ids()[1]]), cached)
+    assert tokens[0, -N_NEW:].tolist() == expected[1][0]
+    assert report.n_forwards == N_NEW
+    assert "generate" not in model.original_model.__dict__

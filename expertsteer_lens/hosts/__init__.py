@@ -7,109 +7,16 @@ The single primitive is `Host.intervene`: capture, steering and gradients are al
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from expertsteer_lens.errors import HostError
 
-from ._base import EditFn, HostBase, Observer, Registration, TokenBatch
+from ._base import Host
 from ._capture import capture
 from ._measure import fingerprints_match
-
-
-class Host(Protocol):
-    """What the rest of the package knows about a model."""
-
-    kind: ClassVar[str]
-    """ "transformer_lens", "nnsight" or "huggingface"."""
-    model: Any
-    """The object the user gave."""
-    name: str
-    """Label of the model, for messages and files."""
-    n_layers: int
-    d_model: int
-    d_vocab: int
-    n_ctx: int | None
-    """Context length, None if the configuration does not say."""
-    tokenizer: Any
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-
-    @property
-    def basis(self) -> str:
-        """ "centred" if a constant added to the residual leaves the output alone (measured), else "raw"."""
-
-    @property
-    def fingerprint(self) -> str:
-        """How the model behaves on a fixed input; compare with `fingerprints_match`, not `==`."""
-
-    def check_ready(self) -> None:
-        """Raise `ModelStateError` if dropout is on."""
-
-    def hook_names(self, kind: str = "hook_resid_post") -> list[str]:
-        """`blocks.{i}.{kind}` for every layer that has it, in layer order."""
-
-    def check_hook_names(self, names: Sequence[str], *, steering: bool = False) -> list[str]:
-        """The names, or `HookNameError` (closest name; layer out of range; not steerable and why)."""
-
-    def place(self, hook_name: str) -> Any:
-        """What stands at a hook name; equal for two names of one hook point."""
-
-    def tokenize(
-        self, prompts: Sequence[str], *, prepend_bos: bool | None = None, max_length: int | None = None
-    ) -> TokenBatch:
-        """Right-padded ids and mask; None prepends BOS iff the tokenizer has one."""
-
-    def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
-        """Logits `[batch, pos, vocab]`; with `stop_at_layer=k < n_layers` blocks 0..k-1 run and the value is not logits."""
-
-    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
-        """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on every pass.
-
-        A tensor returned replaces the activation (same shape, dtype and device, else `InterventionError`); None leaves
-        it. Names are resolved before anything is registered, and exactly these hooks are removed at the end, whatever
-        happens inside.
-        """
-
-    def watch(self, observer: Observer) -> AbstractContextManager[None]:
-        """Inside the block, tell `observer` where each forward pass is in its sequence, and about generate calls."""
-
-    def quiet(self) -> AbstractContextManager[None]:
-        """Inside the block, hooks of others are out of action."""
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        prepend_bos: bool | None = None,
-        stop_at_eos: bool = True,
-    ) -> list[str]:
-        """The continuation of each prompt, without the prompt; greedy at temperature 0. Works under steering."""
-
-    def generate_tokens(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        prepend_bos: bool | None = None,
-        stop_at_eos: bool = True,
-    ) -> list[list[int]]:
-        """The new token ids of each prompt."""
+from ._parts import EditFn, Observer, Registration, TokenBatch
 
 
 def as_host(model: Any) -> Host:
@@ -120,7 +27,7 @@ def as_host(model: Any) -> Host:
     Raises:
         HostError: the object is none of these; the message says what was looked for.
     """
-    if isinstance(model, HostBase):
+    if isinstance(model, Host):
         return model
     for module, cls, claims in (
         (".transformer_lens", "TransformerLensHost", _is_transformer_lens),
@@ -155,7 +62,6 @@ def _is_huggingface(model: Any) -> bool:
 __all__ = [
     "EditFn",
     "Host",
-    "HostBase",
     "Observer",
     "Registration",
     "TokenBatch",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from expertsteer_lens._checks import check_number, check_texts, unknown_hook
@@ -18,60 +16,19 @@ from expertsteer_lens.errors import (
     DataError,
     HookNameError,
     HostError,
-    InterventionError,
     ModelStateError,
 )
-from expertsteer_lens.positions import ForwardInfo
 
 from ._measure import facts as facts_of
 from ._measure import measure_basis, measure_fingerprint
-
-EditFn = Callable[[Tensor], Tensor | None]
-"""Takes the activation `[batch, pos, d]`, returns its replacement or None for no change."""
+from ._parts import EditFn, Observer, Registration, TokenBatch, pad_right
 
 
-class Observer(Protocol):
-    """Told where the model is in a sequence; see `Host.watch`."""
-
-    def on_forward(self, info: ForwardInfo) -> None:
-        """A forward pass is about to run its first block."""
-
-    def on_generate(self, entering: bool) -> None:
-        """A `generate` call begins (True) or ends (False)."""
-
-
-class Registration(Protocol):
-    """Interventions that are in place."""
-
-    def lost(self) -> list[str]:
-        """Hook names whose intervention someone else removed."""
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Token ids and mask, right padded."""
-
-    input_ids: Int[Tensor, "batch pos"]
-    attention_mask: Int[Tensor, "batch pos"]
-    """1 at real tokens, 0 at padding."""
-
-    @property
-    def lengths(self) -> Int[Tensor, " batch"]:
-        """Real tokens per row."""
-        return self.attention_mask.sum(1)
-
-    def to(self, device: Any) -> TokenBatch:
-        """The same batch on another device."""
-        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device))
-
-    def __len__(self) -> int:
-        return self.input_ids.shape[0]
-
-
-class HostBase:
-    """Shared half of a host; a subclass supplies the model's own ways (see `Host` for the contract)."""
+class Host:
+    """What the rest of the package knows about a model. A subclass supplies the model's own ways, up to `place`."""
 
     kind: ClassVar[str] = "?"
+    """ "transformer_lens", "nnsight" or "huggingface"."""
 
     def __init__(
         self,
@@ -85,6 +42,18 @@ class HostBase:
         d_vocab: int,
         n_ctx: int | None,
     ) -> None:
+        """Keep what was read off the model.
+
+        Args:
+            model: the object the user gave.
+            parameters: the module whose weights (and training mode) these are.
+            tokenizer: None if the model has none.
+            name: label for messages and files.
+            n_layers: number of blocks.
+            d_model: width of the residual stream.
+            d_vocab: number of token ids.
+            n_ctx: context length, None if the configuration does not say.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -101,19 +70,27 @@ class HostBase:
         raise NotImplementedError
 
     def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
-        """See `Host.forward`."""
+        """Logits `[batch, pos, vocab]`; gradients are the caller's choice.
+
+        With `stop_at_layer=k < n_layers` only blocks 0..k-1 run, and what comes back is not logits.
+        """
         raise NotImplementedError
 
     def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
-        """See `Host.intervene`."""
+        """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on every pass.
+
+        A tensor returned replaces the activation (same shape, dtype and device, else `InterventionError`); None leaves
+        it. Names are resolved before anything is registered, and exactly these hooks are removed at the end, whatever
+        happens inside. Capture, steering and gradients are all built on this.
+        """
         raise NotImplementedError
 
     def watch(self, observer: Observer) -> AbstractContextManager[None]:
-        """See `Host.watch`."""
+        """Inside the block, tell `observer` where each forward pass is in its sequence, and about generate calls."""
         raise NotImplementedError
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Everybody's hooks are out of action inside, and back in place afterwards."""
+        """Inside the block, hooks of others are out of action; afterwards they are back as they were."""
         raise NotImplementedError
 
     def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
@@ -304,45 +281,3 @@ class HostBase:
             row = new.reshape(-1).tolist()
             out.append(row[: row.index(eos) + 1] if eos is not None and eos in row else row)
         return out
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Rows of ids as one right-padded batch."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, : len(row)] = 1
-    return TokenBatch(ids, mask)
-
-
-def guarded(hook_name: str, fn: EditFn) -> EditFn:
-    """`fn` with its input and output checked: three axes in, the same shape, dtype and device out."""
-
-    def checked(activation: Tensor) -> Tensor | None:
-        if not isinstance(activation, Tensor) or activation.ndim != 3:
-            got = tuple(activation.shape) if isinstance(activation, Tensor) else type(activation).__name__
-            raise HookNameError(
-                f"hook {hook_name!r} carries {got}; only [batch, pos, d] activations can be read or steered."
-            )
-        result = fn(activation)
-        if result is None:
-            return None
-        if not isinstance(result, Tensor):
-            raise InterventionError(
-                f"the intervention at {hook_name!r} returned {type(result).__name__}, not a tensor."
-            )
-        for what in ("shape", "dtype", "device"):
-            if getattr(result, what) != getattr(activation, what):
-                raise InterventionError(
-                    f"the intervention at {hook_name!r} changed the {what} from {_show(activation, what)} to "
-                    f"{_show(result, what)}; return it as it came."
-                )
-        return result
-
-    return checked
-
-
-def _show(value: Tensor, what: str) -> str:
-    return str(tuple(value.shape)) if what == "shape" else str(getattr(value, what))

@@ -15,9 +15,10 @@ from expertsteer_lens.activations import ActivationStore, layer_of, take_positio
 from expertsteer_lens.edits import centre
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
 
+from ._parts import TokenBatch
+
 if TYPE_CHECKING:
-    from . import Host
-    from ._base import TokenBatch
+    from ._base import Host
 
 
 def capture(
@@ -66,15 +67,17 @@ def capture(
     if not names:
         raise ArgumentError("hook_names is empty; give at least one name, or None for every block's output.")
     tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
+    _check_positions(positions, tokens.lengths)
     order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
     for index in _shown(batches, progress):
         part = _trimmed(tokens, index)
-        for name, value in _read(host, part, names).items():
-            for row, taken in zip(index, _take(value, positions, part, index), strict=True):
-                _check_finite(name, row, taken)
+        counts = part.lengths.tolist() if positions == "all" else [1] * len(index)
+        for name, value in _read(host, part, names, positions).items():
+            for row, taken in zip(index, value.split(counts), strict=True):
                 rows[name][row] = taken
+        _check_finite(rows, index)
     counts = [r.shape[0] for r in rows[names[0]]]
     stacked = {name: torch.cat(parts) for name, parts in rows.items()}
     return ActivationStore(
@@ -83,13 +86,22 @@ def capture(
 
 
 @torch.no_grad()
-def _read(host: Host, batch: TokenBatch, names: Sequence[str]) -> dict[str, Tensor]:
-    """Activations `[batch, pos, d]` at each name, cloned, float32, in the host's basis."""
+def _read(host: Host, batch: TokenBatch, names: Sequence[str], positions: str | int) -> dict[str, Tensor]:
+    """The rows `[n, d]` that `positions` picks at each name: copies on the CPU, float32, in the host's basis.
+
+    Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is done to the live activation
+    afterwards can reach them.
+    """
     found: dict[str, Tensor] = {}
+    centred = host.basis == "centred"
 
     def reader(name: str) -> Any:
         def fn(activation: Tensor) -> None:
-            found[name] = activation.detach().float().clone()
+            value = activation.detach()
+            taken = take_positions(
+                value.float() if positions == "mean" else value, positions, batch.attention_mask
+            ).float()
+            found[name] = centre(taken) if centred and taken.shape[-1] == host.d_model else taken
 
         return fn
 
@@ -98,8 +110,7 @@ def _read(host: Host, batch: TokenBatch, names: Sequence[str]) -> dict[str, Tens
     missing = [name for name in names if name not in found]
     if missing:
         raise InterventionError(f"hook points {missing} did not fire in a forward pass of {host.name!r}.")
-    centred = host.basis == "centred"
-    return {n: centre(v) if centred and v.shape[-1] == host.d_model else v for n, v in found.items()}
+    return {name: found[name].cpu() for name in names}
 
 
 def _stop_layer(names: Sequence[str]) -> int | None:
@@ -114,22 +125,26 @@ def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:
     return type(tokens)(tokens.input_ids[index, :width], tokens.attention_mask[index, :width])
 
 
-def _take(value: Tensor, positions: str | int, batch: TokenBatch, index: Sequence[int]) -> list[Tensor]:
-    out = []
-    for i, row in enumerate(index):
-        try:
-            out.append(take_positions(value[i : i + 1], positions, batch.attention_mask[i : i + 1]).cpu())
-        except DataError as error:
-            raise DataError(str(error).replace("prompt 0", f"prompts[{row}]")) from None
-    return out
+def _check_positions(positions: str | int, lengths: Tensor) -> None:
+    """Refuse before the model runs what `take_positions` would refuse half way."""
+    if positions in ("last", "mean", "all"):
+        return
+    if not isinstance(positions, int) or isinstance(positions, bool):
+        raise ArgumentError(f"positions must be 'last', 'mean', 'all' or an int, got {positions!r}.")
+    outside = (lengths <= positions) if positions >= 0 else (lengths < -positions)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise DataError(f"positions={positions} is outside prompts[{row}], which has {int(lengths[row])} tokens.")
 
 
-def _check_finite(name: str, row: int, value: Tensor) -> None:
-    if not torch.isfinite(value).all():
-        raise DataError(
-            f"the activation of prompts[{row}] at {name!r} holds NaN or Inf; look at that text, and at the model's dtype "
-            "(float16 overflows above 65504)."
-        )
+def _check_finite(rows: dict[str, list[Tensor]], index: Sequence[int]) -> None:
+    for name, values in rows.items():
+        for row in index:
+            if not torch.isfinite(values[row]).all():
+                raise DataError(
+                    f"the activation of prompts[{row}] at {name!r} holds NaN or Inf; look at that text, and at the model's "
+                    "dtype (float16 overflows above 65504)."
+                )
 
 
 def _labels(labels: Tensor | Sequence[int] | None, counts: Sequence[int]) -> Tensor | None:

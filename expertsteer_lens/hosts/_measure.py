@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from expertsteer_lens.errors import ModelStateError
 
+from ._parts import EditFn, TokenBatch
+
 if TYPE_CHECKING:
-    from ._base import EditFn, HostBase, TokenBatch
+    from ._base import Host
 
 # Measurements, remembered per model as long as its weights stay the same.
 _MEMORY: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = weakref.WeakKeyDictionary()
@@ -44,16 +46,14 @@ def _fixed_numbers(tag: str, count: int, below: int) -> list[int]:
     return [int.from_bytes(hashlib.sha256(f"{tag}:{i}".encode()).digest()[:8], "big") % below for i in range(count)]
 
 
-def _probe_batch(host: HostBase) -> TokenBatch:
-    from ._base import TokenBatch
-
+def _probe_batch(host: Host) -> TokenBatch:
     width = min(24, host.n_ctx or 24)
     ids = torch.tensor(_fixed_numbers("tokens", 2 * width, host.d_vocab), dtype=torch.long).reshape(2, width)
     return TokenBatch(ids, torch.ones_like(ids)).to(host.device)
 
 
 @torch.no_grad()
-def measure_basis(host: HostBase) -> str:
+def measure_basis(host: Host) -> str:
     """Add a constant to every coordinate of the first block's output and see whether the predictions move.
 
     The yardstick is a random perturbation of the same norm at the same place: "centred" if the constant moves the
@@ -87,7 +87,7 @@ _TOLERATED_BITS = 8
 
 
 @torch.no_grad()
-def measure_fingerprint(host: HostBase) -> str:
+def measure_fingerprint(host: Host) -> str:
     """`"{n_layers}x{d_model}-"` and 64 hex digits that say how the model ranks pairs of tokens on a fixed input.
 
     Bit j is set if, at a fixed place of a fixed token sequence, the logit of one fixed token exceeds that of another.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from expertsteer_lens.positions import ForwardInfo
 
-from ._base import Observer
+from ._parts import Observer
 
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
 

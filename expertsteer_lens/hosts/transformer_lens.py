@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from expertsteer_lens.positions import ForwardInfo
 
-from ._base import EditFn, HostBase, Observer, TokenBatch, guarded
+from ._base import Host
 from ._measure import hooks_suspended
+from ._parts import EditFn, Observer, TokenBatch, guarded
 from ._watch import watch_causal_module, watch_generate
 
 
-class TransformerLensHost(HostBase):
+class TransformerLensHost(Host):
     """A TransformerLens model that can be read and steered."""
 
     kind = "transformer_lens"
@@ -102,7 +103,7 @@ class TransformerLensHost(HostBase):
             yield
 
     def quiet(self) -> AbstractContextManager[None]:
-        """See `HostBase.quiet`."""
+        """See `Host.quiet`."""
         return hooks_suspended(list(self.model.hook_dict.values()))
 
     def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
