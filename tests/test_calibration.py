@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 
-import models
 from expertsteer_lens.calibration import DEFAULT_GRID, calibrate
 from expertsteer_lens.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -80,7 +80,9 @@ def test_the_walk_stops_once_the_text_is_broken(model, plan):
 def test_the_ratio_between_layers_is_kept(model):
     directions = {f"blocks.{i}.hook_resid_post": torch.ones(models.D_MODEL) + i for i in (0, 1)}
     both = SteeringPlan.from_vectors(
-        directions, coefficient={"blocks.0.hook_resid_post": 0.1, HOOK: 0.4}, median_norms=dict.fromkeys(directions, 5.0)
+        directions,
+        coefficient={"blocks.0.hook_resid_post": 0.1, HOOK: 0.4},
+        median_norms=dict.fromkeys(directions, 5.0),
     )
     scaled = both.with_coefficient(calibrate(both, model, TEXTS, budget=0.05, curve=False).coefficient)
     assert scaled.vectors[1].coefficient == pytest.approx(4 * scaled.vectors[0].coefficient)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 
-import models
 from expertsteer_lens.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
@@ -34,7 +34,9 @@ def host(request):
 
 def plan(coefficient: float = 2.0, positions="all", hook: str = HOOK) -> SteeringPlan:
     direction = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(3))
-    return SteeringPlan.from_vectors({hook: direction}, coefficient=coefficient, relative_to="unit", positions=positions)
+    return SteeringPlan.from_vectors(
+        {hook: direction}, coefficient=coefficient, relative_to="unit", positions=positions
+    )
 
 
 def slow_log_prob(host, prompt: str, completion: str) -> float:

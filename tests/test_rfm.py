@@ -522,7 +522,12 @@ def test_a_search_without_validation_rows_is_refused() -> None:
         fit_rfm(rows, labels, RFMConfig(validation_fraction=0.0))
     with pytest.raises(DataError, match=r"too few for validation_fraction=0.2: 2 negative and 1 positive rows"):
         fit_rfm(rows[:3], labels[:3])
+    with pytest.raises(DataError, match="18 negative and 2 positive rows do not give both parts both classes"):
+        fit_rfm(rows, torch.arange(20) < 2, RFMConfig(validation_fraction=0.1))
+    with pytest.raises(ArgumentError, match="seed must be an integer in"):
+        fit_rfm(rows, labels, seed=-1)
     assert fit(rows[:2], labels[:2]).direction.shape == (5,)
+    assert fit(rows[:, :1], labels).direction.abs().tolist() == [1.0]
 
 
 def test_duplicate_rows_at_too_small_a_ridge_raise_and_at_a_larger_one_do_not() -> None:

@@ -1,0 +1,280 @@
+"""The four steps end to end on the bundled pair, with their controls; and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+
+import models
+import pytest
+import torch
+
+import expertsteer_lens as esl
+from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError, HookNameError, ModelStateError
+from expertsteer_lens.metrics import behaviour_metric
+from expertsteer_lens.pipeline import split_anchors
+
+FAST_RFM = esl.RFMConfig(bandwidth=1.0, center_gradients=False, validation_fraction=0.0, n_rounds=3)
+FAST_MI = esl.MIConfig(n_permutations=10, n_bootstrap=20, n_components=8)
+
+
+def config(**changes) -> esl.ExpertSteerConfig:
+    return esl.ExpertSteerConfig(**{"rfm": FAST_RFM, "mi": FAST_MI, **changes})
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    expert, target = esl.zoo.load_pair()
+    return {
+        "expert": expert, "target": target, "pairs": esl.zoo.contrast_pairs(n=60), "anchors": esl.zoo.anchors(n=240),
+        "behaviour": esl.zoo.behaviour(n=40),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fit(zoo):
+    return esl.ExpertSteer(config()).fit(
+        zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], behaviour=zoo["behaviour"], progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(fit, zoo):
+    return esl.evaluate(
+        fit.plan(), zoo["target"], fit=fit, n_random=5, n_shuffles=2, prompt_prefix="What a happy day. "
+    )
+
+
+class TestOnTheZoo:
+    def test_the_expert_steers_the_target_beyond_chance(self, evaluation):
+        mean, sd = evaluation.floor
+        assert evaluation.plan.low > mean + 2 * sd
+        assert evaluation.verdict.startswith("Works")
+
+    def test_it_comes_near_the_native_ceiling(self, evaluation):
+        assert evaluation.plan.effect > 0.5 * evaluation.ceiling.effect
+
+    def test_shuffled_labels_do_less(self, evaluation):
+        shuffled = [r.effect for r in evaluation.rows if r.method == "label-shuffled RFM"]
+        assert len(shuffled) == 2
+        assert evaluation.plan.effect > max(shuffled) + 0.1
+
+    def test_the_budget_holds_on_texts_it_was_not_calibrated_on(self, evaluation):
+        assert evaluation.plan.nll_rise < 2 * evaluation.budget
+
+    def test_swapping_the_classes_turns_the_direction_round(self, zoo, fit):
+        key = fit.layer_pairs.keys()[0]
+        mapped = fit.aligners[key].encode(fit.expert_pairs[key[0]])
+        flipped = esl.fit_rfm(mapped, 1 - zoo["pairs"].labels, FAST_RFM, seed=0).direction
+        torch.testing.assert_close(flipped, -fit.direction(*key), atol=1e-4, rtol=0)
+
+    def test_the_weights_of_neither_model_change(self, zoo):
+        def digest(model):
+            return [float(p.detach().double().sum()) for p in model.original_model.parameters()]
+
+        before = digest(zoo["expert"]), digest(zoo["target"])
+        found = esl.ExpertSteer(config()).fit(
+            zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"][:60], progress=False
+        )
+        found.plan(coefficient=0.1)
+        assert (digest(zoo["expert"]), digest(zoo["target"])) == before
+
+    def test_the_same_seed_gives_the_same_fit_and_another_seed_another_split(self, zoo, fit):
+        arguments = (zoo["expert"], zoo["target"], zoo["pairs"])
+        keywords = {"anchors": zoo["anchors"], "behaviour": zoo["behaviour"], "progress": False}
+        again = esl.ExpertSteer(config()).fit(*arguments, **keywords)
+        assert again.layer_pairs.keys() == fit.layer_pairs.keys()
+        key = fit.layer_pairs.keys()[0]
+        assert torch.equal(again.direction(*key), fit.direction(*key))
+        other = esl.ExpertSteer(config(), seed=1).fit(*arguments, **keywords)
+        assert other.calibration_texts != fit.calibration_texts
+
+    def test_no_text_is_used_twice(self, zoo, fit):
+        held = set(fit.calibration_texts) | set(fit.test_texts)
+        assert not set(fit.calibration_texts) & set(fit.test_texts)
+        assert len(held) == round(240 * 0.15) * 2
+        assert not set(fit.validation_behaviour.prompts) & set(fit.test_behaviour.prompts)
+        assert fit.target_anchors.n == 240 - len(held)
+
+    def test_the_results_tell_their_story(self, fit, evaluation):
+        assert "capture" in fit.summary()
+        assert "chosen" in fit.summary()
+        assert bool(fit.to_pandas().chosen.iloc[0])
+        frame = evaluation.to_pandas()
+        assert {"this plan", "random (same norm)", "random (same budget)", "label-shuffled RFM", "wrong layer", "native RFM",
+                "native mean difference", "prompting"} == set(frame.method)  # fmt: skip
+        assert len(evaluation.to_pandas(collapse=False)) == 5 * 2 + 2 + 1 + 2 + 1 + 1
+        json.dumps(evaluation.to_dict())
+        assert evaluation.row("prompting").coefficient == 0
+        with pytest.raises(ArgumentError, match="no method 'magic'"):
+            evaluation.row("magic")
+
+    def test_a_plan_round_trips_with_its_calibration(self, fit, zoo, tmp_path):
+        plan = fit.plan()
+        loaded = esl.load(esl.save(plan, tmp_path / "plan"))
+        assert loaded.provenance["calibration"]["coefficient"] == plan.vectors[0].coefficient
+        assert loaded.provenance["config"]["pairing"]["rule"] == "attribution"
+        host = esl.as_host(zoo["target"])
+        one, two = (behaviour_metric(host, fit.test_behaviour, plan=p) for p in (plan, loaded))
+        assert torch.equal(one, two)
+
+    def test_several_pairs_share_one_coefficient(self, zoo):
+        found = esl.ExpertSteer(config(pairing=esl.PairingConfig(n_pairs=2))).fit(
+            zoo["expert"],
+            zoo["target"],
+            zoo["pairs"],
+            anchors=zoo["anchors"],
+            behaviour=zoo["behaviour"],
+            progress=False,
+        )
+        plan = found.plan(coefficient=0.05)
+        assert len({v.hook_name for v in plan.vectors}) == 2
+        assert {v.coefficient for v in plan.vectors} == {0.05}
+
+    def test_without_a_behaviour_the_read_out_chooses(self, zoo):
+        steps = []
+        found = esl.ExpertSteer(config()).fit(
+            zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], progress=False, on_step=steps.append
+        )
+        assert [s for s in steps if s["step"] == "attribute"][0]["metric"] == "read-out"
+        assert found.test_behaviour is None
+        assert found.plan().vectors[0].coefficient > 0
+        with pytest.raises(DataError, match="behaviour is missing"):
+            esl.evaluate(found.plan(coefficient=0.1), zoo["target"], fit=found)
+
+    def test_the_papers_preset_runs_as_described(self, zoo):
+        paper = esl.ExpertSteer(
+            config(aligner=esl.AlignerConfig(kind="autoencoder"), pairing=esl.PairingConfig(rule="min_mi"))
+        ).fit(zoo["expert"], zoo["target"], zoo["pairs"], behaviour=zoo["behaviour"], progress=False)
+        pair = paper.layer_pairs[0]
+        allowed = paper.layer_pair_mi.matrix[:, 1:-1]
+        assert pair.score == pytest.approx(float(allowed.min()))
+        assert list(paper.rfms) == paper.layer_pairs.keys()
+        preset = esl.ExpertSteerConfig.preset("paper")
+        assert (preset.aligner.kind, preset.pairing.rule) == ("autoencoder", "min_mi")
+
+    def test_a_model_can_steer_itself(self, zoo):
+        found = esl.ExpertSteer(config(aligner=esl.AlignerConfig(kind="identity"))).fit(
+            zoo["target"],
+            zoo["target"],
+            zoo["pairs"],
+            anchors=zoo["anchors"],
+            behaviour=zoo["behaviour"],
+            progress=False,
+        )
+        host = esl.as_host(zoo["target"])
+        change = behaviour_metric(host, found.test_behaviour, plan=found.plan()) - behaviour_metric(
+            host, found.test_behaviour
+        )
+        assert float(change.mean()) > 0
+
+
+class TestEvaluateAlone:
+    def test_a_plan_without_a_fit_is_held_against_random_directions_only(self, zoo, fit):
+        result = esl.evaluate(
+            fit.plan(coefficient=0.1), zoo["target"], behaviour=fit.test_behaviour, neutral=fit.test_texts,
+            calibration_texts=fit.calibration_texts, n_random=2,
+        )  # fmt: skip
+        assert result.ceiling is None
+        assert {r.role for r in result.rows} == {"plan", "control", "floor"}
+
+    def test_a_random_direction_is_called_chance(self, zoo, fit):
+        result = esl.evaluate(
+            fit.plan(coefficient=0.1).with_random_directions(seed=99), zoo["target"], behaviour=fit.test_behaviour,
+            neutral=fit.test_texts, calibration_texts=fit.calibration_texts, n_random=6,
+        )  # fmt: skip
+        assert result.verdict.startswith("Not distinguishable from chance")
+
+    def test_missing_texts_are_asked_for(self, zoo, fit):
+        with pytest.raises(DataError, match="neutral and calibration_texts are missing"):
+            esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], behaviour=fit.test_behaviour)
+
+
+class TestVerdicts:
+    @staticmethod
+    def result(plan: float, floor: list[float], ceiling: float):
+        from expertsteer_lens.evaluation import FLOOR, Evaluation, EvaluationRow
+
+        def row(method, role, effect):
+            return EvaluationRow(method, role, 0, (), 0.1, effect, effect - 0.05, effect + 0.05, 0.02, torch.zeros(1))
+
+        rows = [row("this plan", "plan", plan), *(row(FLOOR, "floor", f) for f in floor)]
+        return Evaluation((*rows, row("native RFM", "ceiling", ceiling)), 0.0, 0.1, {})
+
+    def test_a_target_that_cannot_express_it_is_said_to_be_so(self):
+        assert self.result(0.9, [0.0, 0.4, -0.4], 0.5).verdict.startswith("The target cannot express this")
+
+    def test_success_states_floor_ceiling_and_cost(self):
+        text = self.result(1.0, [0.0, 0.1, -0.1], 1.25).verdict
+        assert "10.0 sd above the random floor" in text
+        assert "80 % of the native ceiling" in text
+        assert "neutral NLL +0.02" in text
+
+    def test_no_effect_is_not_sold(self):
+        assert self.result(0.1, [0.0, 0.1, -0.1], 1.25).verdict.startswith("Not distinguishable from chance")
+
+
+class TestBadInput:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return models.bridge("gpt2")
+
+    PAIRS = esl.ContrastPairs.from_lists(
+        ["the cat was happy", "a good day", "so glad"], ["the cat was sad", "a bad day", "cried"]
+    )
+
+    def attempt(self, model, **keywords):
+        return esl.ExpertSteer(config()).fit(model, model, self.PAIRS, progress=False, **keywords)
+
+    def test_unknown_hook_names_get_the_closest(self, model):
+        with pytest.raises(HookNameError, match=r"closest: 'blocks\.1\.hook_resid_post'"):
+            self.attempt(model, target_hook_names=["blocks.1.hook_resid_pots"])
+
+    def test_pairs_of_another_type_are_refused(self, model):
+        with pytest.raises(DataError, match="pairs must be ContrastPairs, got list"):
+            esl.ExpertSteer().fit(model, model, ["a", "b"])
+
+    def test_too_few_anchors_are_refused(self, model):
+        with pytest.raises(DataError, match="too few to fit on and hold out"):
+            self.attempt(model, anchors=["the cat", "the dog"])
+
+    def test_training_mode_is_refused(self, model):
+        model.train()
+        try:
+            with pytest.raises(ModelStateError, match=r"call model\.eval"):
+                self.attempt(model)
+        finally:
+            model.eval()
+
+    def test_an_object_that_is_no_model_is_refused(self, model):
+        with pytest.raises(ExpertSteerError, match="int"):
+            esl.ExpertSteer().fit(model, 3, self.PAIRS)
+
+    def test_unknown_presets_and_config_fields_are_refused(self):
+        with pytest.raises(ArgumentError, match="closest: 'anchored'"):
+            esl.ExpertSteer(preset="anchord")
+        with pytest.raises(ArgumentError, match="unknown field 'alinger'"):
+            esl.ExpertSteerConfig.from_dict({"alinger": {}})
+
+    @pytest.mark.parametrize("field", ["batch_size", "held_out", "validation", "budget"])
+    def test_configuration_fields_are_checked(self, field):
+        with pytest.raises(ArgumentError, match=field):
+            esl.ExpertSteerConfig(**{field: -1})
+
+    def test_the_coefficient_is_a_number_or_auto(self, fit):
+        with pytest.raises(ArgumentError, match="a number or 'auto', got 'large'"):
+            fit.plan(coefficient="large")
+        with pytest.raises(HookNameError, match="a fitted layer pair"):
+            fit.plan(layer_pairs=[("blocks.0.hook_resid_post", "nowhere")])
+
+
+def test_a_config_survives_json():
+    settings = config(read_positions="mean", batch_size=4, budget=0.2)
+    assert esl.ExpertSteerConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_anchor_parts_are_disjoint_and_complete():
+    texts = [f"t{i}" for i in range(40)]
+    fitted, calibration, test = split_anchors(texts, 0.3, 0)
+    assert (len(fitted), len(calibration), len(test)) == (28, 6, 6)
+    assert sorted(fitted + calibration + test) == sorted(texts)
+    assert split_anchors(texts, 0.3, 1)[0] != fitted
