@@ -200,8 +200,6 @@ class PositionClock:
         if self._depth == 0 and entering:
             self._fresh = True
         self._depth = max(0, self._depth + (1 if entering else -1))
-        if self._depth == 0:
-            self._fresh = True
 
     def observe(self, info: ForwardInfo) -> Step:
         """Place one forward pass.

@@ -90,11 +90,12 @@ class Steering:
 
     def _place(self, info: ForwardInfo, hook_name: str | None = None) -> None:
         self._step = self._clock(hook_name).observe(info)
-        if not self._step.continues:
-            for i, vector in enumerate(self.plan.vectors):
-                read_at = None if vector.gate is None else vector.gate.hook_name or vector.hook_name
-                if hook_name is None or hook_name == read_at:
-                    self._open.pop(i, None)
+        for i, vector in enumerate(self.plan.vectors):
+            gate = vector.gate
+            if gate is None or hook_name not in (None, gate.hook_name or vector.hook_name):
+                continue
+            if gate.per == "token" or not self._step.continues:  # an older decision must not be taken for this one
+                self._open.pop(i, None)
         everything = self.plan.positions == "all" and info.attention_mask is None
         self._mask = None if everything else self._step.mask(self.plan.positions)
 
@@ -173,6 +174,11 @@ class Steering:
             )
         rows = self._row_coefficients(x)
         if vector.gate is not None:
+            if i not in self._open:
+                raise InterventionError(
+                    f"the gate of {vector.hook_name!r} was not reached in this pass ({vector.gate}); run the model from its "
+                    "first layer, or gate at the vector's own hook point."
+                )
             mask = self._open[i].expand(x.shape[:2]) if mask is None else mask & self._open[i]
         if rows is not None:
             on = (rows != 0)[:, None].expand(x.shape[:2])

@@ -27,6 +27,7 @@ from expertsteer_lens.errors import (
     InterventionError,
     ModelStateError,
 )
+from expertsteer_lens.gates import Gate
 from expertsteer_lens.hosts import as_host, capture, fingerprints_match
 from expertsteer_lens.plan import SteeringPlan
 
@@ -592,6 +593,39 @@ def test_a_real_sae_stacks_with_steering() -> None:
         with plan_at(f"{HOOK}.hook_sae_output").hooks(model):
             assert (run(model) - replaced).abs().max() > 0.1
     assert torch.equal(run(model), plain)
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+@pytest.mark.parametrize("kind", ["hooked", "hooked raw"])
+def test_a_gate_that_a_pass_does_not_reach_is_an_error_not_an_old_answer(kind: str, per: str) -> None:
+    model = fresh(kind)
+    gate = Gate(direction=direction(7), threshold=-1e6, hook_name="blocks.0.hook_resid_post", per=per)
+    plan = plan_at(gate=gate)
+    with torch.no_grad():
+        residual = model(IDS, stop_at_layer=1)
+
+    def skips_the_gate() -> None:
+        with plan.hooks(model), torch.no_grad():
+            run(model)  # here the gate is read, and open
+            model(residual, start_at_layer=1)
+
+    with pytest.raises(InterventionError, match="was not reached in this pass"):
+        skips_the_gate()
+
+
+@kinds
+def test_passes_that_start_and_stop_at_a_layer_are_seen(kind: str) -> None:
+    model = fresh(kind, "llama")
+    with torch.no_grad(), plan_at(positions="last_prompt").hooks(model) as report:
+        whole, part = run(model), run(model, IDS[:, :4])
+        residual = model(IDS, stop_at_layer=1)
+        try:
+            found = model(residual[:, :4], start_at_layer=1), model(residual, start_at_layer=1)
+        except NotImplementedError:
+            pytest.skip("a Bridge of this version cannot start at a layer")
+    torch.testing.assert_close(found[0], part, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], whole, atol=1e-5, rtol=0)
+    assert report.n_edited == {HOOK: 4}
 
 
 @kinds

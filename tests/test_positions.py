@@ -99,6 +99,16 @@ def test_one_token_prompts_in_a_row_start_again_at_every_generate_call() -> None
         assert [s.continues for s in steps] == [False, True, True]
 
 
+def test_a_generate_call_begins_a_new_sequence_whatever_ran_before() -> None:
+    clock = PositionClock()
+    clock.observe(ForwardInfo(1, 3))
+    clock.generation(True)
+    assert clock.observe(ForwardInfo(1, 4)).prompt_lengths.tolist() == [4]
+    assert clock.observe(ForwardInfo(1, 5)).prompt_lengths.tolist() == [4]
+    clock.generation(False)
+    assert clock.observe(ForwardInfo(1, 6)).prompt_lengths.tolist() == [6]
+
+
 def test_nested_generate_calls_are_one_generation() -> None:
     clock = PositionClock()
     clock.generation(True)
@@ -173,8 +183,8 @@ def test_a_mask_function_cannot_change_the_clock() -> None:
         return mask.fill_(False)
 
     step = PositionClock().observe(ForwardInfo(1, 3))
-    step.mask(vandal)
-    assert step.mask("all").all()
+    assert not step.mask(vandal).any()
+    assert step.real.all()
 
 
 def test_a_mask_of_another_shape_is_an_error() -> None:

@@ -163,10 +163,10 @@ def _underlying(model: Any) -> nn.Module | None:
 def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
     """HookedTransformer calls its own `forward` without hooks, so the pass is read off the calls of its blocks.
 
-    A pass is reported at the first block that runs: a block index that does not grow begins a new pass, so runs that
-    start or stop at a layer are seen too.
+    A pass is reported at the first block that runs: a block index that does not grow, or another shape, begins a new
+    pass, so runs that start or stop at a layer are seen too.
     """
-    last = [len(model.blocks)]
+    last: tuple[int, Any] = (len(model.blocks), None)
     ids: list[Tensor | None] = [None]
 
     def embedding(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -174,9 +174,12 @@ def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
 
     def block(index: int) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            starts, last[0] = index <= last[0], index
+            nonlocal last
             residual = args[0] if args else kwargs.get("resid_pre")
-            if not starts or not isinstance(residual, Tensor):
+            if not isinstance(residual, Tensor):
+                return
+            starts, last = index <= last[0] or residual.shape != last[1], (index, residual.shape)
+            if not starts:
                 return
             entry = kwargs.get("past_kv_cache_entry")
             tokens = ids[0] if ids[0] is not None and ids[0].shape == residual.shape[:2] else None
