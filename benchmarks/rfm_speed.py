@@ -186,7 +186,7 @@ def main() -> None:
         )
     lines += [
         "",
-        "The default search fits six settings on 80 % of the rows, five rounds each, and the best of them on all rows; it is "
+        "The default search fits three bandwidths on 80 % of the rows, five rounds each, and the best of them on all rows; it is "
         "listed for its cost only. xRFM's times do not include the eigenvector of its metric; ours does.",
     ]
     print("\n".join(lines))

@@ -29,13 +29,16 @@ class RFMConfig:
     """Added to the kernel's diagonal, >= 0 (the kernel's own diagonal is 1)."""
     n_rounds: int = 5
     """Rounds of predictor and AGOP, >= 1; with validation rows the best of them is kept."""
-    center_gradients: bool | tuple[bool, ...] = (True, False)
-    """Whether the mean gradient is subtracted before the outer product; a tuple is searched."""
+    center_gradients: bool | tuple[bool, ...] = False
+    """Whether the mean gradient is subtracted before the outer product; a tuple is searched. The reference code searches
+    both. Not centring is our default: on two small story models the uncentred direction steered as well or better, and
+    where reading is perfect the AUC cannot tell the two apart."""
     normalise: str = "trace"
     """What the AGOP is divided by to make the next metric: "trace" (rotation-invariant), "max" (its largest entry,
     depends on the basis; as xRFM) or "none". Acts only with bandwidth_unit="absolute"."""
     standardise: str = "scale"
-    """"none"; "scale": one scalar, so that coordinates have mean variance 1 and rotations commute with the fit;
+    """"none"; "scale": one scalar, so that coordinates have mean variance 1 and rotations commute with the fit (the
+    default: a residual stream has no preferred basis, and gradient and displacement are then the same line);
     "coordinate": each coordinate to unit variance, which privileges the basis. See `RFM.direction` for the way back."""
     targets: str = "centred"
     """What is regressed: "centred", label minus mean label (swapping the labels flips the direction), or "zero_one",
@@ -95,6 +98,7 @@ class RFMConfig:
         return cls(
             bandwidth=(1.0, 10.0, 100.0),
             bandwidth_unit="absolute",
+            center_gradients=(True, False),
             normalise="max",
             standardise="none",
             targets="zero_one",

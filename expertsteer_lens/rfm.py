@@ -137,11 +137,12 @@ def fit_rfm(
 
     Raises:
         DataError: not finite, unequal lengths, one class, too few rows for the split, all rows equal.
-        ArgumentError: a search asked for without validation rows.
+        ArgumentError: a search asked for without validation rows; a seed outside [0, 2^32).
         WidthError: validation rows of another width.
         SolveError: the kernel system is singular at this ridge, or the gradients vanish at this bandwidth. In a search
             such settings are recorded in `history`, and it raises only if none is left.
     """
+    check_number("seed", seed, low=0, high=2**32 - 1, integer=True)
     rows, target, n = _stack(activations, labels, validation)
     geometry = RowGeometry.of(rows, n_fitted=n, standardise=config.standardise)
     everything = torch.arange(n, device=rows.device)
@@ -231,15 +232,20 @@ def _split(target: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     from sklearn.model_selection import train_test_split
 
     counts = [int((target == c).sum()) for c in (0.0, 1.0)]
-    if math.ceil(fraction * len(target)) < 2 or min(counts) < 2:
+    n_held = math.ceil(fraction * len(target))
+    parts: list[list[int]] = []
+    if n_held >= 2 and min(counts) >= 2:
+        parts = train_test_split(
+            list(range(len(target))), test_size=n_held, stratify=target.cpu().numpy(), random_state=seed
+        )
+    if not parts or any(len(target[part].unique()) < 2 for part in parts):
         raise DataError(
             f"activations are too few for validation_fraction={fraction:g}: {counts[0]} negative and {counts[1]} "
-            "positive rows; pass validation=(rows, labels), or set validation_fraction=0 and give single values."
+            "positive rows do not give both parts both classes; pass validation=(rows, labels), raise the fraction, or "
+            "set it to 0 and give single values."
         )
-    train, held = train_test_split(
-        list(range(len(target))), test_size=fraction, stratify=target.cpu().numpy(), random_state=seed
-    )
-    return torch.tensor(sorted(train), device=target.device), torch.tensor(sorted(held), device=target.device)
+    train, held = (torch.tensor(sorted(part), device=target.device) for part in parts)
+    return train, held
 
 
 def _search(fold: Fold, target: Tensor, config: RFMConfig, records: list[RFMRound]) -> tuple[Round, RFMRound]:

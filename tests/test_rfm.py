@@ -275,7 +275,7 @@ def test_labels_as_bool_or_signs_and_half_precision_rows_are_accepted() -> None:
 
 def test_search_keeps_the_best_auc_then_the_lower_error_then_the_earlier_round() -> None:
     rows, labels = nonlinear(150, 10)
-    config = RFMConfig(bandwidth=(0.01, 1.0), n_rounds=3)
+    config = RFMConfig(bandwidth=(0.01, 1.0), center_gradients=(True, False), n_rounds=3)
     found = fit_rfm(rows, labels, config, seed=1)
     searched = [line for line in found.history if line.stage == "search"]
     assert [(r.bandwidth, r.center_gradients, r.round) for r in searched] == [
