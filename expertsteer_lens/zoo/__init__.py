@@ -87,12 +87,14 @@ def contrast_pairs(n: int = 200, seed: int = 0) -> ContrastPairs:
     `behaviour`, so what transfers is the mood and not those words. Openings are of the split `pairs`, never trained on.
     """
     from expertsteer_lens.contrast import ContrastPairs
+
     from . import world
 
     check_number("n", n, low=2, integer=True)
     rng = random.Random(f"pairs-{seed}")
     seen: set[str] = set()
-    positive, negative = [], []
+    positive: list[str] = []
+    negative: list[str] = []
     while len(positive) < n:
         opening, cast = world.draw_opening(rng, "pairs")
         length = rng.randint(2, 4)
@@ -129,6 +131,7 @@ def behaviour(n: int = 100, seed: int = 0) -> Behaviour:
     shared by all prompts: positive ` happy`, ` glad`, ...; negative ` sad`, ` upset`, ...
     """
     from expertsteer_lens.contrast import Behaviour
+
     from . import lexicon, world
 
     check_number("n", n, low=1, integer=True)

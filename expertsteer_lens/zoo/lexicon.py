@@ -25,7 +25,7 @@ PLACES = {
 }  # fmt: skip
 """Place: the preposition that goes with it."""
 
-FEELINGS = {
+FEELINGS: dict[str, tuple[str, ...]] = {
     "happy": ("happy", "glad", "proud", "jolly", "hopeful"),
     "sad": ("sad", "upset", "lonely", "gloomy", "afraid"),
     "neutral": ("calm", "sleepy", "hungry", "busy", "curious"),
@@ -41,7 +41,7 @@ FEELING_STEMS = (
     "{N} told {C} that {he} was",
 )
 
-MANNER = {
+MANNER: dict[str, dict[str, tuple[str, ...]]] = {
     "walk": {
         "happy": ("skipped", "danced", "hopped", "raced"),
         "sad": ("trudged", "limped", "crept", "shuffled"),
@@ -77,7 +77,7 @@ OPENINGS = (
 )
 """First one or two sentences: the same for every mood, and what tells the splits apart."""
 
-EVENTS = {
+EVENTS: dict[str, tuple[str, ...]] = {
     "happy": (
         "{N} found a shiny coin under the {thing}.",
         "{C} gave {N} a big hug.",
@@ -122,7 +122,7 @@ EVENTS = {
     ),
 }
 
-WEATHER = {
+WEATHER: dict[str, tuple[str, ...]] = {
     "happy": (
         "The sun came out and the sky was clear.",
         "A rainbow stood over the {place}.",
@@ -143,7 +143,7 @@ WEATHER = {
     ),
 }
 
-FACES = {
+FACES: dict[str, tuple[str, ...]] = {
     "happy": (
         "{N} laughed and clapped {his} hands.",
         "{N} smiled from ear to ear.",
@@ -167,7 +167,7 @@ FACES = {
     ),
 }
 
-SPEECH = {
+SPEECH: dict[str, tuple[str, ...]] = {
     "happy": (
         '"Hooray!" {said} {N}. "This is wonderful!"',
         '"What a lovely {time}!" {said} {C}.',
@@ -201,7 +201,7 @@ ACTIONS = (
 )
 """Sentences of every mood; the mood is in the words filled in from MANNER."""
 
-THINGS = {
+THINGS: dict[str, tuple[str, str, str]] = {
     "kite": ("The kite flew high over the clouds.", "The kite tore in two.", "The kite had a long tail."),
     "ball": ("The ball bounced right into the goal.", "The ball rolled away and sank.", "The ball was made of leather."),
     "boat": ("The boat sailed fast and won the race.", "The boat filled with water.", "The boat was made of wood."),
@@ -215,20 +215,20 @@ THINGS = {
 }  # fmt: skip
 """Thing: what happens to it in a happy, a sad and a neutral story."""
 
-TURNS = {
+TURNS: dict[str, tuple[str, ...]] = {
     "happy": ("But then everything got better.", "But then help came at last.", "Then a wonderful thing happened."),
     "sad": ("But then everything went wrong.", "But then bad news came.", "Then a terrible thing happened."),
 }
 """The sentence before a change of mood, by the mood that follows."""
 
-STARTERS = {
+STARTERS: dict[str, tuple[str, ...]] = {
     "happy": ("Hurrah,", "Best of all,", "By good luck,"),
     "sad": ("Alas,", "Worst of all,", "By bad luck,"),
     "neutral": ("Then", "After that,", "Later,"),
 }
 """What may stand before an event, the weather or what happens to the thing."""
 
-ENDINGS = {
+ENDINGS: dict[str, tuple[str, ...]] = {
     "happy": (
         "It was the best {time} of all.",
         "They all went home smiling.",

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expertsteer_lens._checks import check_choice, check_number
+
 from . import lexicon as lx
 
 SPLITS = ("train", "validation", "pairs", "anchors", "behaviour")
@@ -188,8 +189,8 @@ def _template(rng: random.Random, kind: str, cast: Mapping[str, str], mood: str)
         return rng.choice(lx.ACTIONS)
     if kind == "feeling":
         return f"{rng.choice(lx.FEELING_STEMS)} {rng.choice(lx.FEELINGS[mood])}."
-    table = {"event": lx.EVENTS, "weather": lx.WEATHER, "face": lx.FACES, "speech": lx.SPEECH}[kind]
-    return rng.choice(table[mood])
+    tables = {"event": lx.EVENTS, "weather": lx.WEATHER, "face": lx.FACES, "speech": lx.SPEECH}
+    return rng.choice(tables[kind][mood])
 
 
 def _fill(template: str, words: Mapping[str, str]) -> str:
