@@ -24,7 +24,6 @@ from .pairing import LayerPairs, PairingConfig, allowed_targets, select_layer_pa
 from .rfm import RFM, RFMConfig, fit_rfm
 
 if TYPE_CHECKING:
-
     from .hosts import Host
 
 PRESETS = ("anchored", "paper")
@@ -34,8 +33,9 @@ PRESETS = ("anchored", "paper")
 class ExpertSteerConfig:
     """Settings of the four steps. `ExpertSteerConfig.preset("anchored")` and `.preset("paper")` are the two to start from."""
 
-    aligner: AlignerConfig = field(default_factory=AlignerConfig)
-    """Step 1: how expert states are placed in the target's space."""
+    aligner: AlignerConfig = field(default_factory=lambda: AlignerConfig(kind="anchored_autoencoder"))
+    """Step 1: how expert states are placed in the target's space. Chosen on the validation prompts of
+    `benchmarks/real_pair.py`, where it steered further than the other kinds."""
     mi: MIConfig = field(default_factory=MIConfig)
     """Step 2: how layers are compared."""
     pairing: PairingConfig = field(default_factory=PairingConfig)

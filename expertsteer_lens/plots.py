@@ -87,10 +87,16 @@ def plot_dose_response(calibration: Calibration) -> Any:
     _style(figure, "Dose–response on validation",
            f"shaded: cost within {calibration.budget:g} nats per token on {calibration.n_texts} neutral texts")  # fmt: skip
     figure.update_xaxes(title="coefficient (× median residual norm)", zeroline=True, zerolinecolor="#cbd2d9")
-    left = "change of log p(positive) − log p(negative), nats" if has_effect else "cost, nats per token"
+    left = "effect, nats" if has_effect else "cost, nats per token"
     figure.update_layout(
         yaxis={"title": left, "zeroline": True, "zerolinecolor": "#cbd2d9"},
-        yaxis2={"title": "cost, nats per token", "overlaying": "y", "side": "right", "showgrid": False},
+        yaxis2={
+            "title": {"text": "cost, nats per token", "standoff": 12},
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "automargin": True,
+        },
         legend={"orientation": "h", "y": -0.22},
     )
     return figure

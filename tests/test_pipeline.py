@@ -135,7 +135,7 @@ class TestOnTheZoo:
         found = esl.ExpertSteer(config()).fit(
             zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], progress=False, on_step=steps.append
         )
-        assert [s for s in steps if s["step"] == "attribute"][0]["metric"] == "read-out"
+        assert next(s for s in steps if s["step"] == "attribute")["metric"] == "read-out"
         assert found.test_behaviour is None
         assert found.plan().vectors[0].coefficient > 0
         with pytest.raises(DataError, match="behaviour is missing"):

@@ -72,7 +72,9 @@ def load(name: str, host: str = "transformer_lens") -> Any:
         nnsight = importlib.import_module("nnsight")
         return nnsight.TransformersModel(hf_model, tokenizer=tokenizer)
     bridge = importlib.import_module("transformer_lens.model_bridge")
-    return bridge.TransformerBridge.boot_transformers(str(path), hf_model=hf_model, tokenizer=tokenizer, device="cpu")
+    return bridge.TransformerBridge.boot_transformers(
+        f"zoo-{name}", hf_model=hf_model, tokenizer=tokenizer, device="cpu"
+    )
 
 
 def load_pair(host: str = "transformer_lens") -> tuple[Any, Any]:
