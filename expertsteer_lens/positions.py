@@ -116,16 +116,10 @@ class Step:
             DataError: a negative position lies before the first token of a row.
             InterventionError: a callable returns a wrong shape, or is not causal while text is generated.
         """
-        index, lengths = self.index, self.prompt_lengths[:, None]
+        index = self.index
         real = index >= 0
         if isinstance(positions, str):
-            rules = {
-                "all": real,
-                "prompt": real & (index < lengths),
-                "last_prompt": real & (index == lengths - 1),
-                "generated": real & (index >= lengths - 1),
-            }
-            return rules[check_choice("positions", positions, NAMED)]
+            return self._named(check_choice("positions", positions, NAMED), real)
         if isinstance(positions, slice):
             return real & self._in_slice(positions)
         if callable(positions):
@@ -135,6 +129,14 @@ class Step:
         for position in wanted:
             out |= index == self._absolute(position)
         return real & out
+
+    def _named(self, positions: str, real: Tensor) -> Tensor:
+        if positions == "all":
+            return real
+        lengths = self.prompt_lengths[:, None]
+        if positions == "prompt":
+            return real & (self.index < lengths)
+        return real & (self.index == lengths - 1 if positions == "last_prompt" else self.index >= lengths - 1)
 
     def _absolute(self, position: int) -> Tensor:
         lengths = self.prompt_lengths[:, None]

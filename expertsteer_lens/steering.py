@@ -48,6 +48,7 @@ class Steering:
             raise ArgumentError("row_coefficients must be a list of finite numbers, one per row of the batch.")
         self._step: Step | None = None
         self._mask: Tensor | None = None
+        self._mask_total: Tensor | None = None
         self._open: dict[int, Tensor] = {}
         self._deltas: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
         host.check_ready()
@@ -96,6 +97,7 @@ class Steering:
                 continue
             if gate.per == "token" or not self._step.continues:  # an older decision must not be taken for this one
                 self._open.pop(i, None)
+        self._mask_total = None
         everything = self.plan.positions == "all" and info.attention_mask is None
         self._mask = None if everything else self._step.mask(self.plan.positions)
 
@@ -208,9 +210,14 @@ class Steering:
             )
         return self._rows.to(x.device)
 
-    @staticmethod
-    def _count(parts: list[Any], mask: Tensor | None, x: Tensor) -> None:
-        parts.append(x.shape[0] * x.shape[1] if mask is None else mask.sum())
+    def _count(self, parts: list[Any], mask: Tensor | None, x: Tensor) -> None:
+        if mask is None:
+            parts.append(x.shape[0] * x.shape[1])
+        elif mask is self._mask:
+            self._mask_total = mask.sum() if self._mask_total is None else self._mask_total
+            parts.append(self._mask_total)
+        else:
+            parts.append(mask.sum())
         if len(parts) > 512:
             parts[:] = [sum(parts)]
 
