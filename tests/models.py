@@ -19,7 +19,12 @@ from torch import nn
 
 FAMILIES = ("gpt2", "llama", "neox", "gemma2")
 D_MODEL, N_LAYERS, N_CTX, D_VOCAB = 32, 3, 64, 96
-_WORDS = ["the", "a", "an", "cat", "dog", "boy", "girl", "tree", "house", "sun", "moon", "rain", "snow", "run", "ran", "walk", "walked", "saw", "see", "look", "happy", "sad", "glad", "angry", "big", "small", "red", "blue", "green", "old", "new", "good", "bad", "day", "night", "once", "upon", "time", "there", "was", "is", "and", "or", "but", "not", "very", "so", "then", "they", "he", "she", "it", "we", "you", "in", "on", "under", "with", "from", "to", "of", "for", "my", "your", "his", "her", "friend", "mother", "father", "played", "said", "went", "home", "smiled", "cried"]
+_WORDS = """
+the a an cat dog boy girl tree house sun moon rain snow run ran walk walked saw see look happy sad glad angry
+big small red blue green old new good bad day night once upon time there was is and or but not very so then
+they he she it we you in on under with from to of for my your his her friend mother father played said went
+home smiled cried
+""".split()  # noqa: SIM905
 
 
 @functools.cache
