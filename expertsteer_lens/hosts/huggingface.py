@@ -1,0 +1,231 @@
+"""Hugging Face: any causal model of transformers, read and steered through torch forward hooks on its own modules.
+
+Hook names are those of TransformerLens. Hooks of the user stay where they are; ours run in the order of registration.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertsteer_lens.errors import HookNameError, HostError
+
+from ._base import Host
+from ._blocks import Blocks, Place, find_blocks, first_argument, first_of, text_config, with_first, with_first_argument
+from ._measure import _probe_batch, facts, hooks_suspended
+from ._parts import EditFn, Observer, TokenBatch, guarded
+from ._watch import watch_causal_module, watch_generate
+
+NO_TOKEN = 2**31 - 1
+"""An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like any other token."""
+
+# Tokenizers given to `as_host`, or found beside a model's weights; None where there is none to be found.
+_TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class HuggingFaceHost(Host):
+    """A Hugging Face causal model that can be read and steered."""
+
+    kind = "huggingface"
+
+    def __init__(self, model: nn.Module, *, tokenizer: Any = None) -> None:
+        config = text_config(model)
+        if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+            raise HostError(
+                f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be steered as a "
+                "Hugging Face model. Boot it as a TransformerBridge and name its hook points."
+            )
+        if tokenizer is not None:
+            _TOKENIZERS[model] = tokenizer
+        super().__init__(
+            model,
+            parameters=model,
+            tokenizer=find_tokenizer(model),
+            name=label(model),
+            n_layers=int(config.num_hidden_layers),
+            d_model=int(config.hidden_size),
+            d_vocab=int(config.vocab_size),
+            n_ctx=getattr(config, "max_position_embeddings", None),
+        )
+        self.blocks: Blocks = find_blocks(model)
+
+    def all_hook_names(self) -> list[str]:
+        """`blocks.{i}.` and `hook_resid_pre`, `hook_resid_post`, and `hook_attn_out`, `hook_mlp_out` where found."""
+        return list(self.blocks.places)
+
+    def check_hook_names(self, names: Any, *, steering: bool = False) -> list[str]:
+        """See `Host.check_hook_names`; also refuses attention and MLP outputs that are not what the block adds up."""
+        found = super().check_hook_names(names, steering=steering)
+        branches = [name for name in found if name.endswith(("hook_attn_out", "hook_mlp_out"))]
+        if branches and not self._branches_add_up():
+            raise HookNameError(
+                f"hook {branches[0]!r} is not to be had on {type(self.model).__name__}: the outputs of its attention and MLP "
+                "modules do not add up to what the block adds to the residual stream; use hook_resid_pre or hook_resid_post."
+            )
+        return found
+
+    def _branches_add_up(self) -> bool:
+        known = facts(self._weights)
+        if "branches" not in known:
+            known["branches"] = "add up" if _measure_branches(self) else "do not"
+        return known["branches"] == "add up"
+
+    def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
+        """Logits, or the residual entering `stop_at_layer`: the pass is left there by an exception of our own."""
+        self.check_ready()
+        options = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **no_cache(self.model)}
+        if stop_at_layer is None or stop_at_layer >= self.n_layers:
+            return self.model(**options).logits
+
+        def leave(_: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _Reached(first_argument(args, kwargs))
+
+        block = self.model.get_submodule(self.blocks.layers[stop_at_layer])
+        handle = block.register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            return self.model(**options).logits
+        except _Reached as reached:
+            return reached.residual
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[TorchHooks]:
+        """Put each function at its module, in order; names are resolved before anything is registered."""
+        self.check_hook_names(list(fns))
+        with self.torch_hooks({name: guarded(name, fn) for name, fn in fns.items()}) as registered:
+            yield registered
+
+    @contextmanager
+    def torch_hooks(
+        self, fns: Mapping[str, EditFn], *, active: Callable[[], bool] = lambda: True
+    ) -> Iterator[TorchHooks]:
+        """Torch hooks that act while `active()` holds, on names already checked."""
+        registered = TorchHooks()
+        with ExitStack() as stack:
+            for name, fn in fns.items():
+                place = self.blocks.places[name]
+                registered.add(name, self.model.get_submodule(place.path), place, fn, active)
+                stack.callback(registered.entries[-1][2].remove)
+            yield registered
+
+    @contextmanager
+    def watch(self, observer: Observer) -> Iterator[None]:
+        """Tell `observer` about every forward pass and every generate call, until the end of the block."""
+        with ExitStack() as stack:
+            stack.enter_context(watch_causal_module(self.model.get_submodule(self.blocks.base), observer))
+            stack.enter_context(watch_generate([self.model], observer))
+            yield
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """See `Host.quiet`."""
+        return hooks_suspended(list(self.model.modules()))
+
+    def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
+        options = generate_options(max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id())
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        return out[:, ids.shape[1] :]
+
+
+class TorchHooks:
+    """The torch hooks of one `intervene` call."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Any, Any]] = []
+
+    def add(self, name: str, module: nn.Module, place: Place, fn: EditFn, active: Callable[[], bool]) -> None:
+        """Register at one module."""
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            value = fn(first_argument(args, kwargs)) if active() else None
+            return None if value is None else with_first_argument(args, kwargs, value)
+
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            value = fn(first_of(output)) if active() else None
+            return None if value is None else with_first(output, value)
+
+        if place.side == "input":
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            self.entries.append((name, module._forward_pre_hooks, handle))
+        else:
+            handle = module.register_forward_hook(after)
+            self.entries.append((name, module._forward_hooks, handle))
+
+    def lost(self) -> list[str]:
+        """Hook names whose hook someone else removed."""
+        return [name for name, hooks, handle in self.entries if handle.id not in hooks]
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: how a pass that has read enough is left
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__()
+        self.residual = residual
+
+
+def find_tokenizer(model: nn.Module) -> Any:
+    """`model.tokenizer`, the one given to `as_host`, or the one that lies beside the weights on this machine; else None."""
+    attached = getattr(model, "tokenizer", None)
+    if attached is not None:
+        return attached
+    if model not in _TOKENIZERS:
+        _TOKENIZERS[model] = _local_tokenizer(getattr(model.config, "name_or_path", ""))  # type: ignore[union-attr]
+    return _TOKENIZERS[model]
+
+
+def _local_tokenizer(name: str) -> Any:
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:  # a folder, or something already downloaded: nothing is fetched
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None  # none there, or not loadable: `tokenize` says what to do
+
+
+def label(model: nn.Module) -> str:
+    """The model's name; of a folder only its own name, not where it lies on this machine."""
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)  # type: ignore[union-attr]
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """`use_cache=False` where the model knows it: nobody asks for the keys and values of a single pass."""
+    return {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
+
+
+def generate_options(*, max_new_tokens: int, temperature: float, eos: int | None, pad: int) -> dict[str, Any]:
+    """Arguments of `generate` that leave nothing to the model's own generation settings (penalties, top-k, several EOS)."""
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "eos_token_id": NO_TOKEN if eos is None else eos,
+        "pad_token_id": pad,
+        **sampling,
+    }
+
+
+@torch.no_grad()
+def _measure_branches(host: HuggingFaceHost) -> bool:
+    """Whether attention and MLP outputs add up to what the first block adds to the stream, to rounding."""
+    seen: dict[str, Tensor] = {}
+    names = [f"blocks.0.{kind}" for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")]
+
+    def keep(name: str) -> EditFn:
+        return lambda x: seen.__setitem__(name, x.double())
+
+    with host.quiet(), host.torch_hooks({name: keep(name) for name in names}):
+        host.forward(_probe_batch(host), stop_at_layer=1)
+    before, attention, mlp, after = (seen[name] for name in names)
+    error = (before + attention + mlp - after).norm() / after.norm()
+    return float(error) < (1e-4 if host.dtype in (torch.float32, torch.float64) else 3e-2)
