@@ -21,15 +21,15 @@ from dataclasses import replace
 
 import pandas as pd
 import torch
-from expertsteer_lens.aligners import AlignerConfig, fit_aligner_grid
-from expertsteer_lens.directions import mean_difference, random_direction
-from expertsteer_lens.mutual_information import MIConfig, layer_pair_mi
 from scipy.stats import spearmanr
 
 import expertsteer_lens as esl
+from expertsteer_lens.aligners import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.directions import mean_difference, random_direction
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.hosts.loading import load_model
 from expertsteer_lens.metrics import behaviour_gradient, behaviour_metric, neutral_nll
+from expertsteer_lens.mutual_information import MIConfig, layer_pair_mi
 from expertsteer_lens.rfm import RFMConfig, fit_rfm
 
 ALIGNERS = ("autoencoder", "ridge", "procrustes", "anchored_autoencoder")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .._checks import check_choice
-from ..errors import ArgumentError
+from expertsteer_lens._checks import check_choice
+from expertsteer_lens.errors import ArgumentError
 
 HOSTS = ("transformer_lens", "nnsight", "huggingface")
 
