@@ -70,17 +70,12 @@ def layer_pair_mi(
         check_paired(first, rows, first_label, label)
     n = first.shape[0]
     _check_samples(n, config)
-    generator = torch.Generator().manual_seed(seed)
+    folds, orders, weights = _draws(n, config, seed, first.device)
     jobs = [(role, name, rows) for role, side in sides.items() for name, rows in side.items()]
-    drawn = torch.multinomial(torch.ones(config.n_bootstrap, n), n, replacement=True, generator=generator)
-    weights = torch.zeros(config.n_bootstrap, n, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(drawn.shape).double()
-    )
-    orders = [torch.randperm(n, generator=generator).to(first.device) for _ in range(config.n_permutations)]
     with parallel_map(first.device) as run:
         layers = list(run(lambda job: _prepare(job[0], job[1], job[2], config), jobs))
-        estimator, k = _build(layers, len(sides["expert"]), config, generator)
-        matrix, draws = next(iter(run(lambda e: (e.observed(), e.bootstrap(weights.to(first.device))), [estimator])))
+        estimator, k = _build(layers, len(sides["expert"]), config, folds)
+        matrix, draws = next(iter(run(lambda e: (e.observed(), e.bootstrap(weights)), [estimator])))
         null = list(
             tqdm(run(estimator.permuted, orders), f"null ({config.estimator})", len(orders), disable=not progress)
         )
@@ -111,6 +106,17 @@ def _named(role: str, states: Sequence[Tensor] | Mapping[str, Tensor]) -> dict[s
     if not named:
         raise DataError(f"{role}_states is empty; give at least one layer.")
     return named
+
+
+def _draws(n: int, config: MIConfig, seed: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Folds, permutations and bootstrap weights, each from its own stream: how many of one never moves another."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator).to(device)
+    streams = [torch.Generator().manual_seed(int(s)) for s in torch.randint(2**62, (2,), generator=generator)]
+    orders = [torch.randperm(n, generator=streams[0]).to(device) for _ in range(config.n_permutations)]
+    drawn = torch.randint(n, (config.n_bootstrap, n), generator=streams[1])
+    weights = torch.stack([torch.bincount(row, minlength=n) for row in drawn]).to(device=device, dtype=torch.float64)
+    return list(order.tensor_split(config.n_folds or DEFAULT_FOLDS)), orders, weights
 
 
 def _check_samples(n: int, config: MIConfig) -> None:
@@ -175,7 +181,7 @@ def _default_components(n: int, config: MIConfig) -> int:
 
 
 def _build(
-    layers: list[_Layer], n_expert: int, config: MIConfig, generator: torch.Generator
+    layers: list[_Layer], n_expert: int, config: MIConfig, folds: Sequence[Tensor]
 ) -> tuple[Estimator, int | None]:
     """The estimator asked for, on its features, and the number of components used."""
     if config.estimator == "cka":
@@ -189,8 +195,6 @@ def _build(
         return KSG(scores[:n_expert], scores[n_expert:], config.n_neighbors or DEFAULT_NEIGHBORS), k
     share = DEFAULT_SHRINKAGE if config.shrinkage is None else config.shrinkage
     shrunk = [s * _shrink(layer.variances[:k], share) for s, layer in zip(scores, layers, strict=True)]
-    n, device = scores[0].shape[0], scores[0].device
-    folds = torch.randperm(n, generator=generator).to(device).tensor_split(config.n_folds or DEFAULT_FOLDS)
     return CrossFittedCCA(shrunk[:n_expert], shrunk[n_expert:], folds), k
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from expertsteer_lens.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.mi_estimators import CORRELATION_CAP, nats_of, parallel_map, principal_scores
-from expertsteer_lens.mutual_information import LayerPairMI, MIConfig, layer_pair_mi
+from expertsteer_lens.mutual_information import LayerPairMI, MIConfig, _draws, layer_pair_mi
 
 ESTIMATORS = ("cca", "gaussian", "ksg", "cka")
 NATS = ("cca", "gaussian", "ksg")
@@ -61,8 +61,6 @@ def test_gaussian_estimator_is_unbiased_where_the_plain_one_is_far_off() -> None
         x, y, truth = correlated(120, rho, seed=seed)
         values.append(score(x, y, quick("gaussian", n_components=20)))
         zx, zy = (principal_scores(z - z.mean(0), 20).scores for z in (x, y))
-        inner = (zx.T @ zy / 120).square()
-        assert inner.sum() > 0
         cross = zx.T @ zy / 120
         plain.append(float(-0.5 * torch.logdet(torch.eye(20, dtype=torch.float64) - cross.T @ cross)))
     got = torch.tensor(values)
@@ -99,9 +97,9 @@ def test_cka_equals_the_formula_of_unbiased_hsic() -> None:
     y[:, :2] += 2 * x[:, :2]
 
     def hsic(a: Tensor, b: Tensor) -> float:
-        k, l = (g - torch.diag(g.diagonal()) for g in (a @ a.T, b @ b.T))
+        k, m = (g - torch.diag(g.diagonal()) for g in (a @ a.T, b @ b.T))
         n = len(a)
-        first = torch.trace(k @ l) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ l).sum()
+        first = torch.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
         return float(first / (n * (n - 3)))
 
     a, b = x - x.mean(0), y - y.mean(0)
@@ -190,10 +188,8 @@ def test_a_null_draw_is_the_estimate_on_permuted_rows(estimator: str) -> None:
     x, y, _ = correlated(80, [0.9, 0.3], seed=2)
     config = quick(estimator, n_permutations=1)
     got = layer_pair_mi([x], [y], config, seed=4)
-    generator = torch.Generator().manual_seed(4)
-    torch.multinomial(torch.ones(20, 80), 80, replacement=True, generator=generator)
-    order = torch.randperm(80, generator=generator)
-    # The direct run draws its folds from the same state, so it sees the same folds.
+    order = _draws(80, config, 4, x.device)[1][0]
+    assert sorted(order.tolist()) == list(range(80))
     again = layer_pair_mi([x], [y[order]], config, seed=4)
     torch.testing.assert_close(got.null[0], again.matrix, rtol=1e-3, atol=1e-4)
     assert abs(float(got.null[0] - got.matrix)) > 0.1
@@ -277,13 +273,13 @@ def test_cka_interval_covers_the_large_sample_value() -> None:
         x = normal(n, 5, seed=seed)
         return x, x[:, :3] @ normal(3, 4, seed=77) + normal(n, 4, seed=seed + 500)
 
-    truth = score(*draw(3000, 999), quick("cka", standardise=False))
+    truth = sum(score(*draw(2000, 900 + i), quick("cka", standardise=False)) for i in range(4)) / 4
     covered = 0
     for seed in range(40):
         x, y = draw(200, seed)
         low, high = layer_pair_mi([x], [y], quick("cka", n_bootstrap=200, standardise=False), seed=seed).interval[0, 0]
         covered += bool(low <= truth <= high)
-    assert covered >= 33
+    assert covered >= 34  # of 40; 92 of 100 in a longer run: first-order weights are a tenth too narrow at n=200
 
 
 def test_more_confidence_and_fewer_texts_widen_the_interval() -> None:
@@ -371,7 +367,7 @@ def test_the_plot_is_made_by_plots() -> None:
 
 
 def test_clipped_coordinates_are_recorded() -> None:
-    x, y, _ = correlated(150, [0.9, 0.8], seed=0)
+    x, y, _ = correlated(600, [0.9, 0.8], seed=0)
     spoiled = x.clone()
     spoiled[3, 1] = 1e4
     clean = layer_pair_mi([x], [y], quick(clip=8.0))
@@ -383,7 +379,7 @@ def test_clipped_coordinates_are_recorded() -> None:
         "target": {},
     }
     assert loose.clipped == {"expert": {}, "target": {}}
-    assert abs(float(got.matrix - clean.matrix)) < 0.2 < float(clean.matrix - loose.matrix)
+    assert abs(float(got.matrix - clean.matrix)) < 0.5 * float(clean.matrix - loose.matrix)
 
 
 # --- conformance ---------------------------------------------------------------------------------------------------
@@ -496,9 +492,9 @@ def test_counts_decide_the_draws() -> None:
     many = layer_pair_mi([x], [y], quick(n_permutations=9, n_bootstrap=400))
     assert (len(few.null), len(many.null)) == (4, 9)
     assert not torch.equal(few.interval, many.interval)
-    assert torch.equal(
-        layer_pair_mi([x], [y], quick(n_bootstrap=10)).matrix.shape and few.matrix.isfinite(), few.matrix > 0
-    )
+    # The draws of one kind do not move the others.
+    assert torch.equal(few.matrix, many.matrix)
+    assert torch.equal(few.null, many.null[:4])
 
 
 @pytest.mark.parametrize(
