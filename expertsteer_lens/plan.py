@@ -15,7 +15,7 @@ from torch import Tensor
 from ._checks import check_choice, check_number
 from .activations import ActivationStore, layer_of
 from .edits import centre
-from .errors import ArgumentError, DataError, HostError
+from .errors import ArgumentError, DataError
 from .gates import Gate
 from .positions import Positions, check_positions
 
@@ -271,19 +271,36 @@ class SteeringPlan:
         """
         return self._steering(model, allow_mismatch, prompt_lengths, None).functions(attention_mask)
 
-    def apply(self, model: Any) -> None:
-        """Steer inside an nnsight trace that is open.
+    def apply(
+        self, model: Any, *, allow_mismatch: bool = False, prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        row_coefficients: Sequence[float] | Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Steer the nnsight run that is open: call it once, first thing in the body of `trace`, `generate` or `invoke`.
+
+        Every pass of the run is steered (all steps of a `generate`, no loop needed; in an `invoke` its own rows), and
+        whatever the body reads is steered, the `.output` of the steered layer too. Checked at the end like `hooks`.
+        For traces that run on a server use `edit`.
 
         Raises:
-            HostError: the host has no traces; use `hooks` there.
+            HostError: outside of a trace, or on another host; use `hooks` there.
+            InterventionError: called after the model began to run, or in a loop over later steps.
         """
         from .hosts import as_host
 
-        host = as_host(model)
-        write = getattr(host, "apply_plan", None)
-        if write is None:
-            raise HostError(f"apply works inside an nnsight trace; on {host.kind} use `with plan.hooks(model):`.")
-        write(self)
+        options = (allow_mismatch, prompt_lengths, row_coefficients)
+        as_host(model).apply_plan(self, lambda host: self._steering(host, *options))
+
+    def edit(
+        self, model: Any, *, allow_mismatch: bool = False, prompt_lengths: int | Sequence[int] | Tensor | None = None
+    ) -> Any:
+        """Make the plan a default edit of an nnsight model; it steers every later run until `.remove()` on the handle.
+
+        It is made of plain torch operations and travels with the model: `remote=True` runs are steered on the server,
+        which needs nothing of this package. Gates and reports are for `hooks`, `attach` and `apply`.
+        """
+        from .hosts import as_host
+
+        return as_host(model).edit_plan(self, allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths)
 
     def _steering(self, model: Any, allow_mismatch: bool, prompt_lengths: Any, row_coefficients: Any) -> Steering:
         from .hosts import as_host

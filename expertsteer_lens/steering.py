@@ -73,6 +73,14 @@ class Steering:
             stack.enter_context(self.host.watch(self))
             yield registration
 
+    def run_functions(self) -> dict[str, Function]:
+        """The function of each hook point, for a host that puts them into a run of its own; see `finish`."""
+        return self._functions()
+
+    def finish(self) -> None:
+        """Check what `run` checks at its end, where a host knows the end of its own run."""
+        check_outcome(self.report, [], model=self.host.name, positions=self.plan.positions)
+
     # -- the observer: called before the first block of every pass ----------------------------------------------------
 
     def on_generate(self, entering: bool) -> None:

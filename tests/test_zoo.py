@@ -231,6 +231,7 @@ def test_anchors_are_of_every_mood_and_neutral_texts_of_none():
         return sum(bool(moody & set(re.findall(r"[a-z]+", text))) for text in texts) / len(texts)
 
     assert share(zoo.anchors(200)) > 0.5
+    assert share(zoo.anchors(200, moods={"neutral": 1.0})) == 0.0
     assert share(zoo.neutral_texts(200)) == 0.0
 
 

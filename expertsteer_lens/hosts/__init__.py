@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expertsteer_lens.errors import HostError
+from expertsteer_lens.errors import ArgumentError, HostError
 
 from ._base import Host
 from ._capture import capture
@@ -19,28 +19,43 @@ from ._measure import fingerprints_match
 from ._parts import EditFn, Observer, Registration, TokenBatch
 
 
-def as_host(model: Any) -> Host:
+def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) -> Host:
     """The host for `model`: a TransformerBridge, HookedTransformer, nnsight model or Hugging Face causal model.
 
     Cheap: what a host measures (basis, fingerprint) is remembered per model for as long as its weights stay the same.
+    `repr` of the host says which it is and why.
+
+    Args:
+        model: the model, or a host, which is returned as it is.
+        tokenizer: for a Hugging Face or nnsight model that has none; remembered for this model.
+        remote: for an nnsight model that runs on a server: True, "local" (nnsight's rehearsal) or an address.
 
     Raises:
         HostError: the object is none of these; the message says what was looked for.
+        ArgumentError: `tokenizer` or `remote` on a host that cannot use it.
     """
     if isinstance(model, Host):
         return model
-    for module, cls, claims in (
-        (".transformer_lens", "TransformerLensHost", _is_transformer_lens),
-        (".nnsight", "NNsightHost", _is_nnsight),
-        (".huggingface", "HuggingFaceHost", _is_huggingface),
+    options = {name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value}
+    for module, cls, claims, reason, accepted in (
+        (".transformer_lens", "TransformerLensHost", _is_transformer_lens, "it has hook_dict and cfg", ()),
+        (".nnsight", "NNsightHost", _is_nnsight, "its class is nnsight's", ("tokenizer", "remote")),
+        (".huggingface", "HuggingFaceHost", _is_huggingface, _HUGGINGFACE, ("tokenizer",)),
     ):
         if claims(model):
-            return getattr(importlib.import_module(module, __name__), cls)(model)
+            for name in set(options) - set(accepted):
+                raise ArgumentError(f"{name} cannot be given for a {type(model).__name__}; leave it out.")
+            host = getattr(importlib.import_module(module, __name__), cls)(model, **options)
+            host.reason = f"{type(model).__name__}, because {reason}"
+            return host
     raise HostError(
         f"cannot steer a {type(model).__module__}.{type(model).__name__}: it is no TransformerLens model (no hook_dict and "
         "cfg), no nnsight model, and no Hugging Face causal model (no config and get_output_embeddings). "
         "Pass a TransformerBridge, HookedTransformer, nnsight model or AutoModelForCausalLM."
     )
+
+
+_HUGGINGFACE = "it is a torch module with config and get_output_embeddings"
 
 
 def _is_transformer_lens(model: Any) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,18 @@ from ._measure import facts as facts_of
 from ._measure import measure_basis, measure_fingerprint
 from ._parts import EditFn, Observer, Registration, TokenBatch, pad_right
 
+if TYPE_CHECKING:
+    from expertsteer_lens.plan import SteeringPlan
+    from expertsteer_lens.steering import Steering
+
 
 class Host:
     """What the rest of the package knows about a model. A subclass supplies the model's own ways, up to `place`."""
 
     kind: ClassVar[str] = "?"
     """ "transformer_lens", "nnsight" or "huggingface"."""
+    reason: str = ""
+    """What `as_host` saw in the model."""
 
     def __init__(
         self,
@@ -111,6 +117,17 @@ class Host:
 
     def _in_training(self) -> bool:
         return bool(self._weights.training)
+
+    def apply_plan(self, plan: SteeringPlan, make: Callable[[Host], Steering]) -> None:
+        """Steer the nnsight run whose code is executing; see `SteeringPlan.apply`."""
+        raise HostError(f"apply works inside an nnsight trace; on {self.kind} use `with plan.hooks(model):`.")
+
+    def edit_plan(self, plan: SteeringPlan, *, allow_mismatch: bool, prompt_lengths: Any) -> Any:
+        """Make the plan an nnsight edit; see `SteeringPlan.edit`."""
+        raise HostError(f"edit makes an nnsight edit; on {self.kind} use `handle = plan.attach(model)`.")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.n_layers} layers, d_model={self.d_model}): {self.reason}"
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -206,7 +223,10 @@ class Host:
         """
         texts = check_texts("prompts", prompts)
         if self.tokenizer is None:
-            raise HostError(f"the model {self.name!r} has no tokenizer; give it one (model.tokenizer = ...).")
+            raise HostError(
+                f"the model {self.name!r} has no tokenizer; give it one: model.tokenizer = ..., or as_host(model, "
+                "tokenizer=...)."
+            )
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if prepend_bos and bos is None:
             raise ArgumentError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=None or False.")

@@ -63,9 +63,9 @@ def find_blocks(model: nn.Module) -> Blocks:
     places: dict[str, Place] = {}
     layers = tuple(f"{path}.{i}" for i in range(n_layers))
     for i, layer in enumerate(layers):
-        found = {"hook_resid_pre": Place(layer, "input"), "hook_resid_post": Place(layer, "output")}
-        found.update(_branches(layer, dict(model.get_submodule(layer).named_children())))
-        places.update({f"blocks.{i}.{kind}": found[kind] for kind in KINDS if kind in found})
+        here = {"hook_resid_pre": Place(layer, "input"), "hook_resid_post": Place(layer, "output")}
+        here.update(_branches(layer, dict(model.get_submodule(layer).named_children())))
+        places.update({f"blocks.{i}.{kind}": here[kind] for kind in KINDS if kind in here})
     base = getattr(model, "base_model", model)
     base_path = next((name for name, module in model.named_modules() if module is base), "")
     return Blocks(places, layers, base_path)

@@ -94,6 +94,9 @@ def _read(host: Host, batch: TokenBatch, names: Sequence[str], positions: str | 
     """
     found: dict[str, Tensor] = {}
     centred = host.basis == "centred"
+    if getattr(host, "remote", False):
+        found = host.read_remotely(batch, list(names), positions)  # type: ignore[attr-defined]
+        return {name: centre(x) if centred and x.shape[-1] == host.d_model else x for name, x in found.items()}
 
     def reader(name: str) -> Any:
         def fn(activation: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,35 +25,47 @@ def watch_causal_module(module: nn.Module, observer: Observer) -> Iterator[None]
     Ids, mask and cache are read from the call's own arguments, so nothing has to be guessed: the number of cached
     tokens is the cache's own.
     """
-    signature = inspect.signature(module.forward)
+    names = parameter_names(module)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
-            given = {**signature.bind_partial(*args).arguments, **kwargs}
-        except TypeError:
-            given = dict(kwargs)
-        ids = given.get("input_ids")
-        tokens = ids if ids is not None else given.get("inputs_embeds")
-        if not isinstance(tokens, Tensor):
-            tokens = next((a for a in args if isinstance(a, Tensor)), None)
-        if tokens is None:
-            return
-        mask = given.get("attention_mask")
-        observer.on_forward(
-            ForwardInfo(
-                batch=tokens.shape[0],
-                n_new=tokens.shape[1],
-                past=_cached_tokens(given.get("past_key_values")),
-                attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-                input_ids=ids if isinstance(ids, Tensor) else None,
-            )
-        )
+        info = forward_info(names, args, kwargs)
+        if info is not None:
+            observer.on_forward(info)
 
     handle = module.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """What the positional arguments of a module's `forward` are called; wrappers of it may or may not show `self`."""
+    return [name for name in inspect.signature(module.forward).parameters if name != "self"]
+
+
+def forward_info(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> ForwardInfo | None:
+    """What a decoder's arguments say about the pass; None if they hold no tokens, or stand-ins without values."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    ids = given.get("input_ids")
+    tokens = ids if ids is not None else given.get("inputs_embeds")
+    if not isinstance(tokens, Tensor):
+        tokens = next((a for a in args if isinstance(a, Tensor)), None)
+    if tokens is None or is_stand_in(tokens):
+        return None
+    mask = given.get("attention_mask")
+    return ForwardInfo(
+        batch=tokens.shape[0],
+        n_new=tokens.shape[1],
+        past=_cached_tokens(given.get("past_key_values")),
+        attention_mask=mask if isinstance(mask, Tensor) and mask.ndim == 2 else None,
+        input_ids=ids if isinstance(ids, Tensor) else None,
+    )
+
+
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether this is a fake tensor, with a shape and no values (nnsight's `scan` runs a model on them)."""
+    return "FakeTensor" in (cls.__name__ for cls in type(tensor).__mro__)
 
 
 def _cached_tokens(cache: Any) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._checks import check_choice, check_number
@@ -108,15 +109,17 @@ def contrast_pairs(n: int = 200, seed: int = 0) -> ContrastPairs:
     return ContrastPairs.from_lists(positive=positive, negative=negative)
 
 
-def anchors(n: int = 400, seed: int = 0) -> list[str]:
+def anchors(n: int = 400, seed: int = 0, moods: Mapping[str, float] | None = None) -> list[str]:
     """`n` unlabelled stories as the world tells them, of every mood, for aligning two models.
 
-    Nobody has to know their mood; it varies, so that a map fitted on them can carry it. Openings are of the split
-    `anchors`, so none is a training text, a pair or a prompt of `behaviour`.
+    Nobody has to know their mood; it varies, so that a map fitted on them can carry it. `moods` sets the weights of happy,
+    sad and neutral stories: `{"neutral": 1.0}` gives anchors that never vary along the mood, on which no map can learn
+    where it lies (a negative control). Openings are of the split `anchors`, so none is a training text, a pair or a
+    prompt of `behaviour`.
     """
     from . import world
 
-    return [story.text for story in world.stories(n, seed=seed, split="anchors")]
+    return [story.text for story in world.stories(n, seed=seed, split="anchors", moods=moods)]
 
 
 def neutral_texts(n: int = 100, seed: int = 0) -> list[str]:

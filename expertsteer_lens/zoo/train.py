@@ -68,7 +68,14 @@ RECIPES = {
         seed=1,
     ),
     "target": Recipe(
-        family="llama", d_model=96, n_layers=5, n_heads=4, vocab_size=640, n_steps=3600, learning_rate=3e-3, seed=2
+        family="llama",
+        d_model=96,
+        n_layers=5,
+        n_heads=4,
+        vocab_size=640,
+        n_steps=3600,
+        learning_rate=3e-3,
+        seed=2,
     ),
 }
 

@@ -1,0 +1,109 @@
+"""Workers: code that nnsight runs in step with a model, at one hook point, on every pass of a run.
+
+A run is one `trace`, `generate` or `pipe`. Each worker is a nnsight `Mediator`, as the body of a trace or an edit is, so it
+is served in turn with the user's own code. It starts over with every run and ends with it.
+
+The functions made here are nested and name nothing of this package when they run, only nnsight, so nnsight can send them
+to a server that has never heard of it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+CODE = "body(model)"
+
+Body = Callable[[Any], None]
+"""What a worker runs; takes the nnsight model."""
+
+
+def worker(model: Any, body: Body) -> Any:
+    """A worker that has not started; put into `model._edits` it runs (anew) in every run of the model."""
+    from nnsight.intervention.interleaver import Mediator
+
+    source = compile(CODE, "<expertsteer_lens>", "exec")
+    return Mediator(source, {}, {"body": body, "model": model}, copy=True, node=ast.parse(CODE))
+
+
+def following(path: str, side: str, fn: Callable[[Any], Any], finish: Callable[[], None] | None = None) -> Body:
+    """At every pass: `fn(activation)` at one side of the module at `path`; what it returns (unless None) takes its place.
+
+    Args:
+        path: dotted path from the model's root.
+        side: "input", "output", or "arguments" (`fn` gets `(args, kwargs)` of the call, to look at only).
+        fn: called with the activation.
+        finish: called when the run has ended by itself (not by an exception, and not by `tracer.stop()`).
+    """
+
+    def body(model: Any) -> None:
+        from nnsight.intervention.interleaver import OutOfOrderError
+        from nnsight.intervention.iterator import Iterations
+
+        module = model.get(path) if path else model
+        try:
+            for _ in Iterations()[:]:
+                if side == "arguments":
+                    fn(module.inputs)
+                elif side == "input":
+                    value = fn(module.input)
+                    if value is not None:
+                        module.input = value
+                else:
+                    output = module.output
+                    pair = isinstance(output, tuple)
+                    value = fn(output[0] if pair else output)
+                    if value is not None:
+                        module.output = (value, *output[1:]) if pair else value
+        except OutOfOrderError:  # nnsight's word for: the run is over, and this worker still waits for a next pass
+            if finish is not None:
+                finish()
+
+    return body
+
+
+def stopping(path: str, keep: list[Any]) -> Body:
+    """Keep what enters the module at `path` and end the run there."""
+
+    def body(model: Any) -> None:
+        from nnsight.intervention.interleaver import EarlyStopException
+
+        keep.append(model.get(path).input)
+        raise EarlyStopException
+
+    return body
+
+
+def run_in_progress(model: Any) -> bool:
+    """Whether a trace (or generate) of this model is being run now."""
+    return bool(model.interleaver.interleaving or model.interleaver.mediators)
+
+
+def current_run() -> Any:
+    """The worker whose code is running now (the body of a trace), or None outside of one."""
+    from greenlet import getcurrent
+
+    reference = getattr(getcurrent(), "mediator", None)
+    return None if reference is None else reference()
+
+
+def has_joined(caller: Any, mark: Any) -> bool:
+    """Whether workers of this mark are at work on the caller's rows of the run."""
+    marks = [getattr(one, "expertsteer_mark", None) for one in caller.interleaver.mediators]
+    return (mark, caller.batch_group) in marks
+
+
+def join(model: Any, caller: Any, bodies: list[Body], mark: Any) -> None:
+    """Start workers in the caller's run, before it in turn and on its rows.
+
+    Served before the code that called, they have changed an activation by the time it is read there.
+    """
+    run = caller.interleaver
+    for body in bodies:
+        new = worker(model, body)
+        new.batch_group = caller.batch_group
+        new.expertsteer_mark = (mark, caller.batch_group)
+        run.mediators.insert(run.mediators.index(caller), new)
+        new.start(run)
+    run.reindex()
