@@ -46,7 +46,7 @@ notebooks: $(VENV)/.done ## execute the notebooks
 bench: $(VENV)/.done ## the speed benchmarks (installs xrfm)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt xrfm
 	$(BIN)/python benchmarks/rfm_speed.py
-	$(BIN)/python benchmarks/mi_speed.py
+	$(BIN)/python benchmarks/mi_speed.py --repeats 3
 
 sizes: ## lines per file and per room
 	@wc -l expertsteer_lens/*.py expertsteer_lens/*/*.py | sort -n

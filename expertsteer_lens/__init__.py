@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# Not lazy: nnsight mounts a method `save` on every object, modules included, so a lazy `save` would never be looked up.
+from .io import load, push_to_hub, save
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -37,14 +40,11 @@ _HOME = {
     "fit_aligner": "aligners",
     "fit_rfm": "rfm",
     "layer_pair_mi": "mutual_information",
-    "load": "io",
-    "push_to_hub": "io",
-    "save": "io",
     "select_layer_pairs": "pairing",
 }
 _MODULES = ("directions", "edits", "errors", "plots", "zoo")
 
-__all__ = ["__version__", *sorted(_HOME), *_MODULES]
+__all__ = ["__version__", "load", "push_to_hub", "save", *sorted(_HOME), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -107,8 +107,9 @@ class ExpertSteering:
                     hook_name=target_hook,
                     direction=direction,
                     coefficient=strength,
-                    relative_to="median_norm",
-                    median_norm=self.target_anchors.median_norm(target_hook),
+                    # A fraction (ablate, rescale) has no length; every other strength is in units of the layer's norm.
+                    relative_to="unit" if edit in ("ablate", "rescale") else "median_norm",
+                    median_norm=None if edit in ("ablate", "rescale") else self.target_anchors.median_norm(target_hook),
                     edit=edit,
                     provenance=self._pair_facts(expert_hook, target_hook),
                 )

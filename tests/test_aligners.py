@@ -231,6 +231,9 @@ def test_procrustes_is_a_scaled_isometry_between_principal_components() -> None:
     singular = torch.linalg.svdvals(got.encode_weight)
     torch.testing.assert_close(singular[:4], singular[:1].expand(4), **SINGLE)
     assert singular[4:].max() < 1e-5
+    fitted, centred = got.encode(e) - t.mean(0), t - t.mean(0)
+    # The one scale is the best: what is left over is orthogonal to what was fitted.
+    assert abs(float((fitted * (centred - fitted)).sum() / fitted.square().sum())) < 1e-5
 
 
 # --- anchored autoencoder ------------------------------------------------------------------------------------------
@@ -428,6 +431,11 @@ class TestConformance:
                 assert out.shape == (2, 3, 8)
                 assert out.dtype == dtype
                 assert out.device == h.device
+
+    def test_low_precision_states_are_mapped_in_float32(self, kind: str) -> None:
+        got, h = self.fit(kind), normal(50, 8, seed=3).to(torch.bfloat16)
+        assert torch.equal(got.encode(h), got.encode(h.float()).to(torch.bfloat16))
+        assert torch.equal(got.decode(h), got.decode(h.float()).to(torch.bfloat16))
 
     def test_encode_is_affine_with_the_published_weight_and_bias(self, kind: str) -> None:
         got, h = self.fit(kind), normal(5, 8, seed=1).float()

@@ -165,6 +165,13 @@ def test_loading_imports_no_host(plan, tmp_path):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_save_is_ours_even_after_nnsight_has_mounted_its_own_on_every_object():
+    pytest.importorskip("nnsight")
+    import expertsteer_lens.io
+
+    assert esl.save is expertsteer_lens.io.save
+
+
 def test_errors_are_ours():
     assert issubclass(ArtifactError, ExpertSteerError)
     assert issubclass(ArtifactError, ValueError)
