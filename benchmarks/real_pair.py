@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-random", type=int, default=5)
     parser.add_argument("--standardise", default=None, help="RFMConfig.standardise; default: the library's")
+    parser.add_argument("--center-gradients", choices=("default", "both"), default="default",
+                        help="RFMConfig.center_gradients: the library's default, or both tried on RFM's validation rows")  # fmt: skip
     args = parser.parse_args()
     started = time.perf_counter()
 
@@ -115,7 +117,8 @@ def main() -> None:
     e_anchors, t_anchors = capture(expert, data["anchors"]), capture(target, data["anchors"])
     e_pairs, t_pairs = capture(expert, data["pairs"].texts), capture(target, data["pairs"].texts)
     bench = Bench(target, data, t_anchors, args.budget)
-    rfm = RFMConfig() if args.standardise is None else RFMConfig(standardise=args.standardise)
+    changes: dict = {} if args.standardise is None else {"standardise": args.standardise}
+    rfm = RFMConfig(**changes, **({"center_gradients": (True, False)} if args.center_gradients == "both" else {}))
     targets, experts = t_pairs.hook_names, e_pairs.hook_names
     print(f"captured after {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -177,6 +180,7 @@ def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> st
         low, high = part.loc[part.mi.idxmin()].test, part.loc[part.mi.idxmax()].test
         lines.append(f"| {method} | {rho_a:+.2f} | {first:+.2f} | {rho_m:+.2f} | {low:+.2f} | {high:+.2f} |")
     command = f"python benchmarks/real_pair.py --budget {args.budget:g} --seed {args.seed} --n-random {args.n_random}"
+    command += f" --center-gradients {args.center_gradients}"
     lines += ["", f"Command: `{command}` ({seconds:.0f} s on two cores; torch {torch.__version__})."]
     return "\n".join(lines) + "\n"
 
