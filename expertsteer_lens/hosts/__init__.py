@@ -17,10 +17,14 @@ from ._base import Host
 from ._capture import capture
 from ._measure import fingerprints_match
 from ._parts import EditFn, Observer, Registration, TokenBatch
+from .hooked_module import capture_tensors
 
 
 def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) -> Host:
     """The host for `model`: a TransformerBridge, HookedTransformer, nnsight model or Hugging Face causal model.
+
+    Another network with TransformerLens hook points (vision, audio, a `HookedRootModule` of yours) gets a host that can be
+    captured (`capture_tensors`) and steered, but takes no texts.
 
     Cheap: what a host measures (basis, fingerprint) is remembered per model for as long as its weights stay the same.
     `repr` of the host says which it is and why.
@@ -38,8 +42,9 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
         return model
     options = {name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value}
     for module, cls, claims, reason, accepted in (
-        (".transformer_lens", "TransformerLensHost", _is_transformer_lens, "it has hook_dict and cfg", ()),
+        (".transformer_lens", "TransformerLensHost", _is_transformer_lens, "it has hook_dict and cfg.d_vocab", ()),
         (".nnsight", "NNsightHost", _is_nnsight, "its class is nnsight's", ("tokenizer", "remote")),
+        (".hooked_module", "HookedModuleHost", _is_hooked_module, "it has hook_dict, and no vocabulary", ()),
         (".huggingface", "HuggingFaceHost", _is_huggingface, _HUGGINGFACE, ("tokenizer",)),
     ):
         if claims(model):
@@ -50,8 +55,8 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
             return host
     raise HostError(
         f"cannot steer a {type(model).__module__}.{type(model).__name__}: it is no TransformerLens model (no hook_dict and "
-        "cfg), no nnsight model, and no Hugging Face causal model (no config and get_output_embeddings). "
-        "Pass a TransformerBridge, HookedTransformer, nnsight model or AutoModelForCausalLM."
+        "cfg), no nnsight model, no Hugging Face causal model (no config and get_output_embeddings), and no other network with "
+        "hook points (no hook_dict). Pass a TransformerBridge, HookedTransformer, nnsight model or AutoModelForCausalLM."
     )
 
 
@@ -59,11 +64,17 @@ _HUGGINGFACE = "it is a torch module with config and get_output_embeddings"
 
 
 def _is_transformer_lens(model: Any) -> bool:
-    return not _is_nnsight(model) and hasattr(model, "hook_dict") and hasattr(getattr(model, "cfg", None), "d_model")
+    cfg = getattr(model, "cfg", None)
+    reads_tokens = hasattr(cfg, "d_model") and getattr(cfg, "d_vocab", -1) > 0  # vision and audio bridges do not
+    return not _is_nnsight(model) and hasattr(model, "hook_dict") and reads_tokens
 
 
 def _is_nnsight(model: Any) -> bool:
     return any(base.__module__.split(".")[0] == "nnsight" for base in type(model).__mro__)
+
+
+def _is_hooked_module(model: Any) -> bool:
+    return isinstance(model, torch.nn.Module) and isinstance(getattr(model, "hook_dict", None), dict)
 
 
 def _is_huggingface(model: Any) -> bool:
@@ -82,5 +93,6 @@ __all__ = [
     "TokenBatch",
     "as_host",
     "capture",
+    "capture_tensors",
     "fingerprints_match",
 ]

@@ -41,6 +41,10 @@ class HuggingFaceHost(Host):
                 f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be steered as a "
                 "Hugging Face model. Boot it as a TransformerBridge and name its hook points."
             )
+        if not hasattr(config, "vocab_size") or model.get_output_embeddings() is None:  # type: ignore[operator]
+            raise HostError(
+                f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM."
+            )
         if tokenizer is not None:
             _TOKENIZERS[model] = tokenizer
         super().__init__(
