@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ def parallel_map(device: torch.device) -> Iterator[Callable[[Callable[[Any], Any
         torch.set_num_threads(threads)
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """What `layer_pair_mi` needs of an estimator."""
 

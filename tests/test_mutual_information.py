@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor
 from expertsteer_lens.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.mi_estimators import CORRELATION_CAP, nats_of, parallel_map, principal_scores
-from expertsteer_lens.mutual_information import LayerPairMI, MIConfig, _draws, layer_pair_mi
+from expertsteer_lens.mutual_information import LayerPairMI, MIConfig, _draws, _interval, layer_pair_mi
 
 ESTIMATORS = ("cca", "gaussian", "ksg", "cka")
 NATS = ("cca", "gaussian", "ksg")
@@ -208,7 +209,7 @@ def test_default_components_follow_rank_and_rows() -> None:
     assert layer_pair_mi(wide, wide, quick()).n_components == 32
     assert layer_pair_mi(wide, wide, quick("ksg")).n_components == 8
     assert layer_pair_mi(wide, wide, quick("cka")).n_components is None
-    assert layer_pair_mi([wide[0][:40]], wide[0][None, :40], quick()).n_components == 10
+    assert layer_pair_mi([wide[0][:40]], [wide[0][:40]], quick()).n_components == 10
     centred = wide[0][:, :6] - wide[0][:, :6].mean(1, keepdim=True)
     assert layer_pair_mi([centred], wide, quick()).n_components == 5
 
@@ -282,6 +283,23 @@ def test_cka_interval_covers_the_large_sample_value() -> None:
         low, high = layer_pair_mi([x], [y], quick("cka", n_bootstrap=200, standardise=False), seed=seed).interval[0, 0]
         covered += bool(low <= truth <= high)
     assert covered >= 34  # of 40; 92 of 100 in a longer run: first-order weights are a tenth too narrow at n=200
+
+
+def test_intervals_are_centred_on_the_estimate_and_cca_stays_above_zero() -> None:
+    matrix = torch.tensor([[1.0, 0.1]], dtype=torch.float64)
+    spread = torch.linspace(-1.0, 1.0, 101, dtype=torch.float64)[:, None, None]
+    draws = matrix + 5.0 + spread  # resampling adds noise, so every draw is biased upward
+    plain = _interval(matrix, draws, quick("gaussian", confidence=0.5))
+    torch.testing.assert_close(plain, torch.tensor([[[0.5, 1.5], [-0.4, 0.6]]], dtype=torch.float64))
+    clamped = _interval(matrix, draws, quick("cca", confidence=0.5))
+    torch.testing.assert_close(clamped, torch.tensor([[[0.5, 1.5], [0.0, 0.6]]], dtype=torch.float64))
+
+
+def test_a_null_draw_equal_to_the_estimate_counts_against_it() -> None:
+    got = example(n_permutations=3)
+    null = torch.stack([got.matrix, got.matrix - 1, got.matrix + 1])
+    tied = dataclasses.replace(got, null=null)
+    torch.testing.assert_close(tied.p_values, torch.full((2, 2), 0.75), check_dtype=False)
 
 
 def test_more_confidence_and_fewer_texts_widen_the_interval() -> None:
