@@ -1,0 +1,214 @@
+"""The same weights through every host: the same activations, the same steered logits, the same tokens.
+
+The reference is that of `test_position_goldens`: a plain model, no cache, one prompt at a time, and the vector added at a list
+of positions written out by hand. TransformerBridge is held to it there; here are nnsight (each way of steering it) and plain
+Hugging Face, and the activations of all three.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import models
+import pytest
+import torch
+from test_position_goldens import N_NEW, PROMPTS, RULES, plan_for, prompt_ids, reference
+from torch import Tensor
+
+from expertsteer_lens.hosts import as_host, capture
+from expertsteer_lens.hosts._blocks import KINDS
+from expertsteer_lens.plan import SteeringPlan
+
+WAYS = ("huggingface", "nnsight hooks", "nnsight apply", "nnsight edit")
+families = pytest.mark.parametrize("family", models.FAMILIES)
+# A bare NNsight wrapper differs from a TransformersModel in how it is run, not in the model: one family will do.
+cases = pytest.mark.parametrize(
+    ("way", "family"), [*((way, family) for way in WAYS for family in models.FAMILIES), ("NNsight hooks", "llama")]
+)
+CLOSE = {"atol": 2e-5, "rtol": 0.0}  # ten times the drift between padded and unpadded passes without any steering
+
+
+@functools.cache
+def model_of(way: str, family: str) -> Any:
+    if way == "bridge":
+        return models.bridge(family)
+    if way == "huggingface":
+        model = models.hf(family)
+        model.tokenizer = models.tokenizer()
+        return model
+    from nnsight import NNsight, TransformersModel
+
+    if way.startswith("NNsight"):
+        return NNsight(models.hf(family))
+    return TransformersModel(models.hf(family), tokenizer=models.tokenizer())
+
+
+@contextmanager
+def steered(way: str, model: Any, plan: SteeringPlan, **options: Any) -> Iterator[None]:
+    """Steering that is installed outside of the run; `apply` is called inside, see `run`."""
+    if way.endswith("edit"):
+        handle = plan.edit(model, **options)
+        yield
+        handle.remove()
+    else:
+        with nullcontext() if way.endswith("apply") else plan.hooks(model, **options):
+            yield
+
+
+def generated(
+    way: str, model: Any, plan: SteeringPlan, rows: list[list[int]], *, cached: bool
+) -> tuple[Tensor, Tensor]:
+    """New tokens and their log-probabilities; rows of unequal length are padded on the left."""
+    ids, mask = padded(rows, "left")
+    options = {
+        "input_ids": ids, "attention_mask": mask, "max_new_tokens": N_NEW, "do_sample": False, "use_cache": cached,
+        "eos_token_id": 2**31 - 1, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
+    }  # fmt: skip
+    with steered(way, model, plan):
+        if way.endswith("apply"):
+            with model.generate(**options) as tracer:
+                plan.apply(model)
+                out = tracer.result.save()
+        elif way.startswith("NNsight"):
+            out = model.trace(**options, fn="generate", trace=False)
+        else:
+            out = model.generate(**options)
+    return out.sequences[:, -N_NEW:], torch.stack(out.logits, dim=1).log_softmax(-1)
+
+
+def scored(
+    way: str, model: Any, plan: SteeringPlan, rows: list[list[int]], lengths: list[int], side: str
+) -> list[Tensor]:
+    """Log-probabilities at the real tokens of each row, from one padded pass."""
+    ids, mask = padded(rows, side)
+    options = {"input_ids": ids, "attention_mask": mask}
+    if way != "huggingface" or side == "left":  # plain models do not place left-padded tokens by themselves
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    with steered(way, model, plan, prompt_lengths=lengths), torch.no_grad():
+        if way.startswith(("nnsight", "NNsight")):
+            with model.trace(**options):
+                if way.endswith("apply"):
+                    plan.apply(model, prompt_lengths=lengths)
+                logits = model.output.logits.save()
+        else:
+            logits = model(**options).logits
+    return [logits[i][mask[i].bool()].log_softmax(-1) for i in range(len(rows))]
+
+
+def padded(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, where], mask[i, where] = torch.tensor(row), 1
+    return ids, mask
+
+
+@cases
+@pytest.mark.parametrize("rule", RULES)
+def test_steered_generation_is_the_reference(way: str, family: str, rule: str) -> None:
+    model, expected, plan = model_of(way, family), reference(family, rule), plan_for(family, RULES[rule][0])
+    alone = PROMPTS.index("sun")  # two tokens with BOS: the shortest, and the one a clock is most easily wrong about
+    for cached in (True, False):
+        tokens, rows = generated(way, model, plan, prompt_ids(), cached=cached)
+        for i, (want_tokens, want_rows) in enumerate(expected):
+            torch.testing.assert_close(rows[i], want_rows, **CLOSE)
+            assert tokens[i].tolist() == want_tokens
+        tokens, rows = generated(way, model, plan, [prompt_ids()[alone]], cached=cached)
+        torch.testing.assert_close(rows[0], expected[alone][1], **CLOSE)
+        assert tokens[0].tolist() == expected[alone][0]
+
+
+@cases
+@pytest.mark.parametrize("rule", RULES)
+def test_steered_scores_of_padded_completions_are_the_reference(way: str, family: str, rule: str) -> None:
+    model, expected, plan = model_of(way, family), reference(family, rule), plan_for(family, RULES[rule][0])
+    rows = [ids + want[0][:-1] for ids, want in zip(prompt_ids(), expected, strict=True)]
+    lengths = [len(ids) for ids in prompt_ids()]
+    for side in ("right", "left"):
+        for i, found in enumerate(scored(way, model, plan, rows, lengths, side)):
+            torch.testing.assert_close(found[lengths[i] - 1 :], expected[i][1], **CLOSE)
+
+
+@families
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_activations_are_equal_on_every_host(kind: str, family: str) -> None:
+    names = [f"blocks.{i}.{kind}" for i in range(models.N_LAYERS)]
+    want = capture(model_of("bridge", family), PROMPTS, names, positions="all", batch_size=2)
+    for way in ("huggingface", "nnsight hooks"):
+        found = capture(model_of(way, family), PROMPTS, names, positions="all", batch_size=2)
+        assert found.provenance["basis"] == want.provenance["basis"]
+        for name in names:
+            torch.testing.assert_close(found[name], want[name], atol=2e-5, rtol=0)
+
+
+@families
+def test_the_fingerprint_is_that_of_the_weights_on_every_host(family: str) -> None:
+    assert len({as_host(model_of(way, family)).fingerprint for way in ("bridge", "huggingface", "nnsight hooks")}) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@families
+def test_steering_another_site_is_the_same_on_every_host(kind: str, family: str) -> None:
+    vector = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(3))
+    plan = SteeringPlan.from_vectors(
+        {f"blocks.1.{kind}": vector}, coefficient=40.0, relative_to="unit", positions="generated"
+    )
+    tokens = {}
+    for way in ("bridge", "huggingface", "nnsight hooks", "nnsight edit"):
+        model = model_of(way, family)
+        plain = as_host(model).generate_tokens(PROMPTS, max_new_tokens=4, stop_at_eos=False)
+        with steered(way, model, plan):
+            tokens[way] = as_host(model).generate_tokens(PROMPTS, max_new_tokens=4, stop_at_eos=False)
+        assert tokens[way] != plain
+    assert all(found == tokens["bridge"] for found in tokens.values())
+
+
+@pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # one in the centred basis, one in the raw
+def test_every_edit_that_travels_is_the_edit_that_stays(edit: str, keep: bool, family: str) -> None:
+    """`plan.edit` says the mathematics of steering a second time; the two must be one."""
+    generator = torch.Generator().manual_seed(4)
+    vectors = {
+        f"blocks.{i}.hook_resid_{side}": torch.randn(32, generator=generator) for i, side in ((0, "post"), (2, "pre"))
+    }
+    strength = 3.0 if edit in ("add", "clamp") else 0.8
+    for sign in (strength, -strength):
+        plan = SteeringPlan.from_vectors(
+            vectors, coefficient=sign, relative_to="unit", edit=edit, preserve_norm=keep, positions=slice(1, None)
+        )
+        ids = {"input_ids": torch.tensor([prompt_ids()[1]])}
+        model, plain = model_of("nnsight edit", family), model_of("huggingface", family)
+        with torch.no_grad():
+            with plan.hooks(plain):
+                want = plain(**ids).logits
+            with steered("nnsight edit", model, plan):
+                found = model.trace(**ids, trace=False).logits
+            assert (want - plain(**ids).logits).abs().max() > 0.1
+        torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["huggingface", "nnsight hooks", "nnsight edit"])
+def test_half_precision_models_are_captured_in_float32_and_steered_in_their_own(way: str, dtype: torch.dtype) -> None:
+    from nnsight import TransformersModel
+
+    hf = models.hf("llama", dtype=dtype)
+    hf.tokenizer = models.tokenizer()
+    model = hf if way == "huggingface" else TransformersModel(hf, tokenizer=models.tokenizer())
+    store = capture(model, PROMPTS)
+    whole = capture(model_of("huggingface", "llama"), PROMPTS)
+    assert store["blocks.1.hook_resid_post"].dtype == torch.float32
+    for name in store:
+        assert torch.cosine_similarity(store[name], whole[name]).min() > 0.99
+    plan, host = plan_for("llama", "all"), as_host(model)
+    before = host.forward(host.tokenize(PROMPTS))
+    with steered(way, model, plan):
+        after = host.forward(host.tokenize(PROMPTS))
+    assert after.dtype == dtype
+    assert not torch.equal(before, after)
+    assert torch.equal(host.forward(host.tokenize(PROMPTS)), before)
