@@ -247,7 +247,8 @@ def solve_anchored(split: PairSplit, ridge: float, k: int, anchor_weight: float)
     With S^2 = e + ridge, B = C_TE S^-1 and w = anchor_weight tr C_EE / tr C_TT, the optimal W given its row space P (a
     projector of rank k in whitened coordinates) is B P S^-1, and the objective is a constant minus tr(P (S^2 + w B^T B)): P
     is the top-k eigenspace of S^2 + w B^T B. No iteration. w -> 0 gives PCA, with the target deciding only the basis;
-    w -> infinity gives (reduced-rank) ridge regression.
+    w -> infinity gives (reduced-rank) ridge regression. If B P has rank below k (the target explains fewer axes), the
+    minimum is only approached, by codes of vanishing size; B P S^-1 is then the solution without those.
     """
     e = split.expert.values + ridge * split.expert.unit
     b = split.cross / e.sqrt()

@@ -214,11 +214,14 @@ class _Prepared:
     side: Side
     folds: list[ExpertSplit]
     full: ExpertSplit
+    axes: Tensor
+    """`[d, r]` principal axes of all anchors in the (scaled) original coordinates."""
 
 
 def _prepare(side: Side, config: AlignerConfig) -> _Prepared:
     folds = [solvers.expert_split(side, i) for i in range(config.n_folds)]
-    return _Prepared(side, folds, solvers.expert_split(side, None))
+    full = solvers.expert_split(side, None)
+    return _Prepared(side, folds, full, side.basis @ full.vectors)
 
 
 def _rank(config: AlignerConfig, d_expert: int, d_target: int) -> int:
@@ -306,7 +309,7 @@ def _express(
 ) -> Aligner:  # fmt: skip
     """Undo eigenvectors, row space and scaling; keep two thin factors where they are smaller than the matrix."""
     e, k = expert.side, w.shape[1]
-    axes = e.basis @ expert.full.vectors[:, :k]
+    axes = expert.axes[:, :k]
     right, back = axes.T / e.scale, e.scale[:, None] * axes
     if target is None:
         left, forth, mean = w, d, torch.zeros(d_target, dtype=w.dtype, device=w.device)
