@@ -96,6 +96,7 @@ def read_behaviour(path: Path) -> Any:
 def steered_texts(
     plan: Any, model: Any, prompts: list[str], strength: float, max_new_tokens: int = 40, allow_mismatch: bool = False
 ) -> list[Any]:
+    """Each prompt continued at minus, zero and plus the strength."""
     from .hosts import as_host
     from .report import SteeredText
 
@@ -118,6 +119,7 @@ def calibrated(fit: Any) -> tuple[Any, Any]:
 
 
 def write_results(out: Path, fit: Any, plan: Any, result: Any, curve: Any, texts: list[Any]) -> None:
+    """Figures, tables, the plan and the report of a fit that was evaluated."""
     from .io import save
     from .plots import plot_dose_response, plot_layer_pair_mi, plot_layer_pairs
     from .report import write_report
@@ -137,6 +139,7 @@ def write_results(out: Path, fit: Any, plan: Any, result: Any, curve: Any, texts
 
 
 def write_evaluation(out: Path, result: Any) -> None:
+    """Figure, table and JSON of an evaluation."""
     from .plots import plot_evaluation
 
     _write_figure(plot_evaluation(result), out / "comparison.html")
@@ -150,6 +153,7 @@ def _write_figure(figure: Any, path: Path) -> None:
 
 
 def describe(model: Any) -> str:
+    """Name, width and depth of a model."""
     from .hosts import as_host
 
     host = as_host(model)
@@ -162,11 +166,13 @@ def say(text: str, *, style: str | None = None) -> None:
 
 
 def print_step(step: dict[str, Any]) -> None:
+    """A line of figures for a finished step of a fit."""
     figures = "  ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
     console.print(f"  [green]{step['step']:<10}[/green] {step['seconds']:5.1f} s  {escape(figures)}")
 
 
 def print_texts(texts: list[Any]) -> None:
+    """Continuations side by side, a table a prompt."""
     for item in texts:
         table = Table(title=escape(f"“{item.prompt} …”"), title_justify="left", show_lines=False, expand=True)
         strengths = sorted(item.texts)
@@ -178,6 +184,7 @@ def print_texts(texts: list[Any]) -> None:
 
 
 def print_evaluation(result: Any) -> None:
+    """The comparison and its verdict."""
     from .report import table_for_people
 
     console.print()

@@ -17,6 +17,7 @@ from torch import Tensor
 from .aligners import AlignerConfig, fit_aligner_grid
 from .directions import expert_minus_base, logistic_probe, mean_difference, pca_direction
 from .errors import ArgumentError
+from .metrics import behaviour_gradient
 from .pairing import PairingConfig, allowed_targets, select_layer_pairs
 from .rfm import fit_rfm
 
@@ -71,6 +72,7 @@ def comparison(
         jobs.append(Job(FLOOR, "floor", s, lambda p=drawn: p))  # type: ignore[misc]
     if fit is None:
         return jobs
+    fit = _with_gradients(fit)
     for s in range(seed, seed + n_shuffles):
         jobs.append(Job("label-shuffled RFM", "control", s, lambda s=s: shuffled_plan(fit, plan, s)))  # type: ignore[misc]
     jobs.append(Job("wrong layer", "control", 0, lambda: wrong_layer_plan(fit, plan)))
@@ -93,6 +95,16 @@ def comparison(
     for s in (fit.seed, fit.seed + 1):
         jobs.append(Job("paper preset", "baseline", s, lambda s=s: paper_plan(fit, plan, s)))  # type: ignore[misc]
     return jobs
+
+
+def _with_gradients(fit: ExpertSteering) -> ExpertSteering:
+    """The fit with the gradients of its validation prompts, which rules other than attribution do not take."""
+    if fit.gradients or fit.validation_behaviour is None:
+        return fit
+    found = behaviour_gradient(
+        fit.target, fit.validation_behaviour, list(fit.target_pairs), batch_size=fit.config.batch_size
+    )
+    return replace(fit, gradients=found)
 
 
 def learner(name: str, fit: ExpertSteering) -> Learner:
@@ -126,9 +138,9 @@ def mapped_plan(fit: ExpertSteering, plan: SteeringPlan, learn: Learner) -> Stee
 
 
 def realigned_plan(fit: ExpertSteering, plan: SteeringPlan, kind: str) -> SteeringPlan:
-    """The same four steps with another aligner."""
-    other = fit.refit(aligner=AlignerConfig(kind=kind), pairing=_pairing(fit, plan))
-    return _placed(fit, plan, {key: other.direction(*key) for key in other.rfms})
+    """The same four steps with another aligner, layer pairs by attribution."""
+    pairing = replace(_pairing(fit, plan), rule="attribution")
+    return _refitted_plan(fit, plan, fit.refit(aligner=AlignerConfig(kind=kind), pairing=pairing))
 
 
 def least_squares_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
@@ -146,9 +158,13 @@ def least_squares_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
 def paper_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPlan:
     """Reconstruction-only auto-encoder in the gauge of `seed`, pairs of lowest mutual information, RFM."""
     pairing = replace(_pairing(fit, plan), rule="min_mi")
-    other = fit.refit(aligner=AlignerConfig(kind="autoencoder"), pairing=pairing, seed=seed)
+    return _refitted_plan(fit, plan, fit.refit(aligner=AlignerConfig(kind="autoencoder"), pairing=pairing, seed=seed))
+
+
+def _refitted_plan(fit: ExpertSteering, plan: SteeringPlan, other: ExpertSteering) -> SteeringPlan:
+    """What another fit of the same readings chose."""
     return _redirected(
-        fit, plan, {key: other.direction(*key) for key in [(p.expert, p.target) for p in other.layer_pairs]}
+        fit, plan, {(p.expert, p.target): other.direction(p.expert, p.target) for p in other.layer_pairs}
     )
 
 
@@ -205,8 +221,7 @@ def base_plan(fit: ExpertSteering, plan: SteeringPlan, base: ActivationStore) ->
 def _placed(fit: ExpertSteering, plan: SteeringPlan, found: Mapping[PairKey, Tensor]) -> SteeringPlan:
     """As many directions as the plan has vectors, at distinct target layers, largest predicted effect first.
 
-    A fit without gradients (other rules than attribution) is given those of its behaviour, or failing that uses the
-    candidates nearest to the plan's own layers.
+    Without gradients (a fit by another rule that has no validation prompts): the candidates nearest to the plan's layers.
     """
     names = list(fit.target_pairs)
     if fit.gradients:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_number
+from .errors import ArgumentError
 from .evaluation import Evaluation, EvaluationRow, evaluate
 from .hosts import as_host
 from .metrics import behaviour_and_accuracy
@@ -205,7 +206,12 @@ def run_bench(
         host: as for `zoo.load`; the numbers are the same on each, plain Hugging Face is the fastest for tiny models.
         n_jobs: domains and studies measured side by side, each on one thread; -1: as many as there are processors.
         on_progress: called with a line of text at the end of each part.
+
+    Raises:
+        ArgumentError: no domain, or one that does not exist.
     """
+    if not domains:
+        raise ArgumentError(f"domains is empty; leave it out for all of {world.DOMAINS}.")
     for name in domains:
         check_choice("domains", name, world.DOMAINS)
     check_number("n_random", n_random, low=2, integer=True)

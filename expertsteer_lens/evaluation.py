@@ -305,11 +305,11 @@ class _Run:
         n_bootstrap: int,
         seed: int,
     ) -> None:
-        behaviour = behaviour or (fit.test_behaviour if fit else None)
+        behaviour = fit.test_behaviour if behaviour is None and fit else behaviour
         if behaviour is None:
             raise DataError("behaviour is missing: pass behaviour=Behaviour(...), or a fit that was given one.")
-        texts = neutral or (fit.test_texts if fit else None)
-        calibration = calibration_texts or (fit.calibration_texts if fit else None)
+        texts = fit.test_texts if neutral is None and fit else neutral
+        calibration = fit.calibration_texts if calibration_texts is None and fit else calibration_texts
         if texts is None or calibration is None:
             raise DataError("neutral and calibration_texts are missing: pass both, or a fit, which holds some out.")
         self.host, self.behaviour, self.seed = host, behaviour, seed

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from expertsteer_lens.bench import PLAN, Bench, StudyRow, _rows_of
+from expertsteer_lens.bench import PLAN, Bench, StudyRow, _rows_of, run_bench
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.evaluation import Evaluation, EvaluationRow
 from expertsteer_lens.hosts import as_host
@@ -81,6 +81,10 @@ class TestWorld:
             domains.task("cures")
         with pytest.raises(ArgumentError, match="split must be one of"):
             domains.behaviour("general", "train")
+        with pytest.raises(ArgumentError, match="domains is empty"):
+            run_bench(domains=())
+        with pytest.raises(ArgumentError, match="domains must be one of"):
+            run_bench(domains=("law",))
 
 
 class TestModels:

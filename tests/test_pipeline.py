@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens._compared import base_plan
+from expertsteer_lens._compared import base_plan, realigned_plan
 from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError, HookNameError, ModelStateError
 from expertsteer_lens.metrics import behaviour_metric
 from expertsteer_lens.pipeline import split_anchors
@@ -149,6 +149,24 @@ class TestOnTheZoo:
         assert max(r.validation_auc for r in found.rfms.values()) < 0.95
         assert any(step["step"] == "select" for step in found.steps)
         assert not any(step["step"] == "select" for step in fit.steps)
+
+    def test_the_ceiling_does_not_depend_on_the_rule_of_the_fit(self, fit, zoo, evaluation):
+        paper = replace(fit.refit(pairing=esl.PairingConfig(rule="min_mi")), gradients={})
+        result = esl.evaluate(paper.plan(coefficient=0.1), zoo["target"], fit=paper, n_random=2, n_shuffles=0)
+        assert result.row("native RFM").hook_names == evaluation.row("native RFM").hook_names
+        assert result.row("native RFM").effect == pytest.approx(evaluation.row("native RFM").effect, abs=1e-6)
+
+    def test_another_aligner_is_held_to_the_same_choice_of_pairs(self, fit):
+        plan = realigned_plan(fit, fit.plan(coefficient=0.1), "ridge")
+        chosen = fit.refit(aligner=esl.AlignerConfig(kind="ridge")).layer_pairs[0]
+        assert (plan.vectors[0].provenance["expert_hook_name"], plan.vectors[0].hook_name) == (
+            chosen.expert,
+            chosen.target,
+        )
+
+    def test_an_empty_list_is_not_taken_for_none(self, fit, zoo):
+        with pytest.raises(DataError, match="neutral is empty"):
+            esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], fit=fit, neutral=[])
 
     def test_expert_minus_base_is_carried_over_by_the_maps(self, fit, zoo):
         shift = {h: torch.linspace(-1, 1, fit.expert_pairs.d_model) for h in fit.expert_pairs}
