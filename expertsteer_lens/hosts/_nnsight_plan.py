@@ -46,11 +46,12 @@ def plain_body(
         from nnsight.intervention.iterator import Iterations
 
         seen: dict[str, Any] = {}
+        decoder = model.get(base) if base else model
+        modules = [(model.get(path), side, change) for path, side, change in sites]
         try:
             for _ in Iterations()[:]:
-                mask = place((model.get(base) if base else model).inputs, seen)
-                for path, side, change in sites:
-                    module = model.get(path)
+                mask = place(decoder.inputs, seen)
+                for module, side, change in modules:
                     if side == "input":
                         module.input = change(module.input, mask)
                     else:
@@ -64,13 +65,15 @@ def plain_body(
     return body
 
 
-def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> Callable[..., Tensor]:
-    """Which tokens of a pass to change, from the decoder's arguments; `seen` holds what earlier passes of the run said."""
+def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> Callable[..., Tensor | None]:
+    """Which tokens of a pass to change (None: every one), from the decoder's arguments; `seen` holds what earlier passes of
+    the run said.
+    """
     given_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths).reshape(-1, 1)
     select, matters = _selector(positions), positions != "all"
     needs_prompt = given_lengths is None and needs_prompt_length(positions)
 
-    def place(inputs: Any, seen: dict[str, Any]) -> Tensor:
+    def place(inputs: Any, seen: dict[str, Any]) -> Any:
         import torch
 
         given = dict(zip(arguments, inputs[0], strict=False))
@@ -96,7 +99,8 @@ def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> 
         if given_lengths is not None:
             lengths = given_lengths.to(totals.device).expand(batch, 1)
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, past:]
-        return (index >= 0) & select(index, lengths, real)
+        chosen = (index >= 0) & select(index, lengths, real)
+        return None if chosen.device.type == "cpu" and bool(chosen.all()) else chosen  # elsewhere, looking would wait
 
     return place
 
@@ -132,18 +136,18 @@ def _selector(positions: Positions) -> Callable[..., Tensor]:
     return select
 
 
-def _changer(vector: SteeringVector, centred: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """The edit of one vector on the tokens of a mask; everything it needs is a number or a tensor."""
+def _changer(vector: SteeringVector, centred: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The edit of one vector on the tokens of a mask (None: all); everything it needs is a number or a tensor."""
     edit, keep = vector.edit, vector.preserve_norm
     strength, scale = float(vector.coefficient), float(vector.scale)
     direction, delta = vector.direction, centre(vector.delta) if centred else vector.delta
 
-    def change(x: Tensor, mask: Tensor) -> Tensor:
+    def change(x: Tensor, mask: Any) -> Tensor:
         import torch
 
-        mask = mask.to(x.device)[..., None]
+        mask = None if mask is None else mask.to(x.device)[..., None]
         if edit == "add" and not keep:
-            return torch.where(mask, x + delta.to(x), x)
+            return x + delta.to(x) if mask is None else torch.where(mask, x + delta.to(x), x)
         whole = x if x.dtype == torch.float64 else x.float()
         before = whole - whole.mean(-1, keepdim=True) if centred else whole
         unit = direction.to(before)
@@ -160,6 +164,7 @@ def _changer(vector: SteeringVector, centred: bool) -> Callable[[Tensor, Tensor]
         if keep:
             tiny = torch.finfo(torch.float32).tiny
             after = after * (before.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True).clamp(min=tiny))
-        return torch.where(mask, (whole + (after - before)).to(x.dtype), x)
+        after = (whole + (after - before)).to(x.dtype)
+        return after if mask is None else torch.where(mask, after, x)
 
     return change

@@ -1,17 +1,24 @@
-"""Workers: code that nnsight runs in step with a model, at one hook point, on every pass of a run.
+"""Workers: code that nnsight runs in step with a model, on every pass of a run.
 
 A run is one `trace`, `generate` or `pipe`. Each worker is a nnsight `Mediator`, as the body of a trace or an edit is, so it
 is served in turn with the user's own code. It starts over with every run and ends with it.
 
-The functions made here are nested and name nothing of this package when they run, only nnsight, so nnsight can send them
-to a server that has never heard of it.
+There are two kinds. A `worker` is a coroutine with a body of its own; the bodies made here are nested and name nothing of
+this package when they run, only nnsight, so nnsight can send them to a server that has never heard of it. A `Station` is a
+plain function at one hook point: it stays on this machine, and costs a call instead of two switches of coroutines.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+from nnsight.intervention.interleaver import Event, Mediator, Pending
+
+from expertsteer_lens.errors import InterventionError
+
+from ._blocks import first_argument, first_of, with_first, with_first_argument
 
 CODE = "body(model)"
 
@@ -21,8 +28,6 @@ Body = Callable[[Any], None]
 
 def worker(model: Any, body: Body) -> Any:
     """A worker that has not started; put into `model._edits` it runs (anew) in every run of the model."""
-    from nnsight.intervention.interleaver import Mediator
-
     source = compile(CODE, "<expertsteer_lens>", "exec")
     return Mediator(source, {}, {"body": body, "model": model}, copy=True, node=ast.parse(CODE))
 
@@ -63,6 +68,51 @@ def following(path: str, side: str, fn: Callable[[Any], Any], finish: Callable[[
     return body
 
 
+class Station(Mediator):
+    """`fn(activation)` at one side of a module, on every pass; what it returns (unless None) takes its place.
+
+    To nnsight it is a worker that waits for one location and, once served there, for the next visit of it.
+    """
+
+    def __init__(self, envoy: Any, side: str, fn: Callable[[Any], Any]) -> None:
+        """Keep the place and the function.
+
+        Args:
+            envoy: nnsight's view of the module.
+            side: "input" or "output".
+            fn: called with the activation.
+        """
+        super().__init__(None, {}, {})
+        self._location, self._side, self._fn = f"{envoy.path}.{side}", side, fn
+
+    def start(self, interleaver: Any = None) -> None:
+        """Wait for the first visit of a run."""
+        self.interleaver = interleaver
+        self.counts_at_start = {self._location: interleaver.counts.get(self._location, 0)}
+        self.pending = Pending(Event.VALUE, self._location, 0)
+
+    def handle(self, provider: str, value: Any) -> Any:
+        """Serve this visit: what the module was given (arguments and keywords), or what it returned."""
+        self.pending = self.pending._replace(iteration=self.pending.iteration + 1)
+        batcher = self.interleaver.batcher  # knows which rows of the batch are whose
+        own = value if batcher is None else batcher.narrow(value, self.batch_group)
+        if self._side == "input":
+            changed = self._fn(first_argument(*own))
+            edited = None if changed is None else with_first_argument(*own, changed)
+        else:
+            changed = self._fn(first_of(own))
+            edited = None if changed is None else with_first(own, changed)
+        if edited is None:
+            return value
+        return edited if batcher is None else batcher.widen(value, self.batch_group, edited)
+
+    def __getstate__(self) -> NoReturn:
+        raise InterventionError(
+            "steering by hooks stays on this machine and cannot be sent with a remote run; use "
+            "`handle = plan.edit(as_host(model, remote=...))` instead of plan.hooks, attach or apply."
+        )
+
+
 def stopping(path: str, keep: list[Any]) -> Body:
     """Keep what enters the module at `path` and end the run there."""
 
@@ -94,14 +144,13 @@ def has_joined(caller: Any, mark: Any) -> bool:
     return (mark, caller.batch_group) in marks
 
 
-def join(model: Any, caller: Any, bodies: list[Body], mark: Any) -> None:
+def join(caller: Any, workers: list[Any], mark: Any) -> None:
     """Start workers in the caller's run, before it in turn and on its rows.
 
     Served before the code that called, they have changed an activation by the time it is read there.
     """
     run = caller.interleaver
-    for body in bodies:
-        new = worker(model, body)
+    for new in workers:
         new.batch_group = caller.batch_group
         new.expertsteer_mark = (mark, caller.batch_group)
         run.mediators.insert(run.mediators.index(caller), new)

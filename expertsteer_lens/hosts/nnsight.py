@@ -7,7 +7,7 @@ itself) a torch hook does the same. Both are gone at the end, and the user's edi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +134,7 @@ class NNsightHost(Host):
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
             return self.model.trace(**options, trace=False).logits
         kept: list[Tensor] = []
-        with self._edited([runs.stopping(self.inner.blocks.layers[stop_at_layer], kept)]):
+        with self._edited([runs.worker(self.model, runs.stopping(self.inner.blocks.layers[stop_at_layer], kept))]):
             self.model.trace(**options, trace=False)
         return kept[0]
 
@@ -165,22 +165,23 @@ class NNsightHost(Host):
         """
         self.check_hook_names(list(fns))
         if self.remote:
-            with self._edited(self._bodies(fns)) as edits:
+            places = self.inner.blocks.places
+            sent = [runs.following(places[name].path, places[name].side, fn) for name, fn in fns.items()]
+            with self._edited([runs.worker(self.model, body) for body in sent]) as edits:
                 yield _Registered(self.model, dict(zip(fns, edits, strict=True)), TorchHooks())
             return
         checked = {name: _unless_scanned(guarded(name, fn)) for name, fn in fns.items()}
         outside = self._local().torch_hooks(checked, active=lambda: not runs.run_in_progress(self.model))
-        with self._edited(self._bodies(checked)) as edits, outside as hooks:
+        with self._edited(self._stations(checked)) as edits, outside as hooks:
             yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
 
-    def _bodies(self, fns: Mapping[str, EditFn]) -> list[runs.Body]:
+    def _stations(self, fns: Mapping[str, EditFn]) -> list[runs.Station]:
         places = self.inner.blocks.places
-        return [runs.following(places[name].path, places[name].side, fn) for name, fn in fns.items()]
+        return [runs.Station(self.model.get(places[name].path), places[name].side, fn) for name, fn in fns.items()]
 
     @contextmanager
-    def _edited(self, bodies: list[runs.Body]) -> Iterator[list[Any]]:
+    def _edited(self, edits: Sequence[Any]) -> Iterator[Sequence[Any]]:
         with ExitStack() as stack:
-            edits = [runs.worker(self.model, body) for body in bodies]
             for edit in edits:
                 self.model._edits.append(edit)
                 stack.callback(discard_edit, self.model, edit)
@@ -229,9 +230,9 @@ class NNsightHost(Host):
             if info is not None:
                 steering.on_forward(info)
 
-        watcher = runs.following(base, "arguments", note, finish=steering.finish)
+        watcher = runs.worker(self.model, runs.following(base, "arguments", note, finish=steering.finish))
         checked = {name: _unless_scanned(guarded(name, fn)) for name, fn in steering.run_functions().items()}
-        runs.join(self.model, caller, [watcher, *self._bodies(checked)], id(plan))
+        runs.join(caller, [watcher, *self._stations(checked)], id(plan))
 
     def edit_plan(self, plan: SteeringPlan, *, allow_mismatch: bool, prompt_lengths: Any) -> EditHandle:
         """Put the plan among the model's default edits; see `SteeringPlan.edit`."""
