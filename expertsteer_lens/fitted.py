@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .activations import ActivationStore
 from .aligners import Aligner
 from .calibration import Calibration, calibrate
 from .contrast import Behaviour
-from .errors import ArgumentError
+from .errors import ArgumentError, ModelStateError
 from .mutual_information import LayerPairMI
 from .pairing import LayerPairs
 from .plan import SteeringPlan, SteeringVector
@@ -28,6 +28,30 @@ if TYPE_CHECKING:
 
 PairKey = tuple[str, str]
 """(expert hook name, target hook name)"""
+
+
+class AbsentModel:
+    """Stands where the target was in a fit that was loaded without it: its facts, and an error for all that needs weights."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._facts = dict(facts)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Host.facts`."""
+        return dict(self._facts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._facts:
+            return self._facts[name]
+        raise ModelStateError(
+            f"this fit was loaded without its target ({self._facts.get('name', '?')}), which this needs; load it with "
+            "esl.load(path, target=model)."
+        )
+
+    def __repr__(self) -> str:
+        return f"AbsentModel({self._facts.get('name', '?')!r})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +86,8 @@ class ExpertSteering:
     aligners: dict[PairKey, Aligner]
     rfms: dict[PairKey, RFM]
     """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
-    target: Host
+    target: Host | AbsentModel
+    """The model to be steered; only its facts if the fit was loaded without it."""
     readings: Readings
     gradients: dict[str, Tensor]
     """d metric / d state at each target hook point, summed over positions; empty unless the rule is "attribution"."""
@@ -145,7 +170,8 @@ class ExpertSteering:
             )
         same_mi = settings.mi == self.config.mi and seed in (None, self.seed)
         return solve(
-            settings, self.seed if seed is None else seed, self.target, self.readings, progress=progress,
+            settings, self.seed if seed is None else seed, self.target, self.readings,  # type: ignore[arg-type]
+            progress=progress,
             mi=self.layer_pair_mi if same_mi else None, gradients=self.gradients or None,
         )  # fmt: skip
 
@@ -216,17 +242,12 @@ class ExpertSteering:
                     provenance=self._pair_facts(expert_hook, target_hook),
                 )
             )
-        host = self.target
+        facts = self.target.facts()
         return SteeringPlan(
             vectors=tuple(vectors),
             positions=positions,
-            basis=host.basis,
-            target={
-                "name": host.name,
-                "fingerprint": host.fingerprint,
-                "d_model": host.d_model,
-                "n_layers": host.n_layers,
-            },
+            basis=facts.pop("basis"),
+            target=facts,
             provenance={**self.provenance, "config": self.config.to_dict(), "seed": self.seed},
         )
 

@@ -20,7 +20,7 @@ from .contrast import Behaviour, ContrastPairs, text_hash
 from .directions import mean_difference
 from .errors import ArgumentError, DataError
 from .fitted import ExpertSteering, PairKey, Readings
-from .hosts import as_host, capture
+from .hosts import as_host, capture, texts_sha256
 from .metrics import behaviour_gradient, readout_gradient
 from .mutual_information import LayerPairMI, MIConfig, layer_pair_mi
 from .pairing import LayerPairs, PairingConfig, allowed_targets, select_layer_pairs
@@ -133,7 +133,9 @@ class ExpertSteer:
         """Run the four steps.
 
         Args:
-            expert: the model that knows; any host object. May be the target itself (self-steering).
+            expert: the model that knows; any host object. May be the target itself (self-steering). Or its states, captured
+                elsewhere or earlier: `capture(expert, [*pairs.texts, *anchors])`, so that the two models need never be in
+                memory together.
             target: the model to be steered; any host object.
             pairs: labelled texts.
             anchors: unlabelled texts run through both models, which tie the two spaces together; default: the texts of
@@ -157,8 +159,9 @@ class ExpertSteer:
                 "test_behaviour is given without behaviour, the prompts to choose layers by; pass both."
             )
         run = _Fit(self.config, self.seed, as_host(target), progress, on_step)
+        source = expert if isinstance(expert, ActivationStore) else as_host(expert)
         readings = run.read(
-            as_host(expert), pairs, anchors, behaviour, test_behaviour, neutral, expert_hook_names, target_hook_names
+            source, pairs, anchors, behaviour, test_behaviour, neutral, expert_hook_names, target_hook_names
         )
         return run.solve(readings)
 
@@ -202,7 +205,7 @@ class _Fit:
 
     def read(
         self,
-        expert: Host,
+        expert: Host | ActivationStore,
         pairs: ContrastPairs,
         anchors: Sequence[str] | None,
         behaviour: Behaviour | None,
@@ -216,7 +219,10 @@ class _Fit:
             raise DataError(
                 f"pairs must be ContrastPairs, got {type(pairs).__name__}; use ContrastPairs.from_lists(...)."
             )
-        expert_hooks = expert.check_hook_names(list(expert_hook_names or expert.hook_names()))
+        captured = isinstance(expert, ActivationStore)
+        expert_hooks = list(expert_hook_names or (expert if captured else expert.hook_names()))
+        if not captured:
+            expert.check_hook_names(expert_hooks)
         target_hooks = target.check_hook_names(list(target_hook_names or target.hook_names()))
         texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
         if neutral is None:
@@ -231,17 +237,20 @@ class _Fit:
             validation, test = behaviour.split(c.validation, seed=self.seed)
 
         read: dict[str, Any] = {"positions": c.read_positions, "batch_size": c.batch_size, "progress": self.progress}
-        expert_anchors = capture(expert.model, fit_texts, expert_hooks, **read)
+        if isinstance(expert, ActivationStore):
+            expert_anchors, expert_pairs = _from_states(expert, expert_hooks, pairs, anchors, fit_texts, c.read_positions)
+        else:
+            expert_anchors = capture(expert.model, fit_texts, expert_hooks, **read)
+            expert_pairs = capture(expert.model, pairs.texts, expert_hooks, labels=pairs.labels, **read)
         target_anchors = capture(target.model, fit_texts, target_hooks, **read)
-        expert_pairs = capture(expert.model, pairs.texts, expert_hooks, labels=pairs.labels, **read)
         target_pairs = capture(target.model, pairs.texts, target_hooks, labels=pairs.labels, **read)
         final = target.hook_names()[-1]
         store = target_pairs if final in target_pairs else capture(target.model, pairs.texts, [final], **read)
         self.done("capture", pairs=len(pairs), anchors=len(fit_texts), expert_layers=len(expert_hooks),
                   target_layers=len(target_hooks))  # fmt: skip
         provenance = {
-            "expert": _model_facts(expert, expert_pairs),
-            "target": _model_facts(target, target_pairs),
+            "expert": _model_facts(expert_pairs),
+            "target": _model_facts(target_pairs),
             "pairs": {"n": len(pairs), "hash": pairs.hash},
             "anchors": {"n": len(texts), "hash": text_hash(texts), "given": anchors is not None},
             "behaviour": None if behaviour is None else {"n": len(behaviour), "hash": behaviour.hash},
@@ -383,6 +392,34 @@ def _labels(store: ActivationStore) -> Tensor:
     return store.labels
 
 
-def _model_facts(host: Host, store: ActivationStore) -> dict[str, Any]:
-    facts = {"name": host.name, "fingerprint": host.fingerprint, "d_model": host.d_model, "n_layers": host.n_layers}
-    return {**facts, "basis": host.basis, "prepend_bos": store.provenance.get("prepend_bos")}
+def _model_facts(store: ActivationStore) -> dict[str, Any]:
+    names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
+    return {name: store.provenance.get(name) for name in names}
+
+
+def _from_states(
+    states: ActivationStore, names: Sequence[str], pairs: ContrastPairs, anchors: Sequence[str] | None,
+    fit_texts: Sequence[str], positions: str | int,
+) -> tuple[ActivationStore, ActivationStore]:  # fmt: skip
+    """The anchors' and the pairs' rows of states captured before.
+
+    Raises:
+        DataError: they are of other texts, or of another token of each.
+    """
+    texts = [*pairs.texts, *(anchors or ())]
+    wanted = "capture(expert, [*pairs.texts, *anchors])" if anchors is not None else "capture(expert, pairs.texts)"
+    facts = states.provenance
+    if states.n != len(texts) or facts.get("texts_sha256", texts_sha256(texts)) != texts_sha256(texts):
+        raise DataError(
+            f"expert holds states of {states.n} texts, which are not the {len(texts)} of pairs and anchors, in this order; "
+            f"make them with {wanted}."
+        )
+    if facts.get("positions", positions) != positions:
+        raise DataError(
+            f"expert holds states read at positions={facts['positions']!r}, but config.read_positions is {positions!r}; "
+            "read and fit at the same token."
+        )
+    row = {text: i for i, text in reversed(list(enumerate(texts)))}  # a text that comes twice has the same state twice
+    chosen = ActivationStore({name: states[name] for name in names}, provenance=facts)
+    fitted = chosen.select([row[text] for text in fit_texts])
+    return fitted, ActivationStore(chosen.select(range(len(pairs.texts))), pairs.labels, facts)

@@ -68,7 +68,7 @@ def positions_to_json(positions: Positions) -> Any:
         return {"slice": [positions.start, positions.stop, positions.step]}
     if callable(positions):
         raise ArgumentError(
-            "positions is a callable and cannot be written to a file; use a name, an int, a slice or a list."
+            "positions is a function, which cannot be saved; use a name, an int, a slice or a list."
         )
     return list(positions) if isinstance(positions, tuple) else positions
 

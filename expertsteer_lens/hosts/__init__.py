@@ -14,7 +14,7 @@ import torch
 from expertsteer_lens.errors import ArgumentError, HostError
 
 from ._base import Host
-from ._capture import capture
+from ._capture import capture, texts_sha256
 from ._measure import fingerprints_match
 from ._parts import EditFn, Observer, Registration, TokenBatch
 from .hooked_module import capture_tensors
@@ -95,4 +95,5 @@ __all__ = [
     "capture",
     "capture_tensors",
     "fingerprints_match",
+    "texts_sha256",
 ]

@@ -160,6 +160,11 @@ class Host:
             facts["fingerprint"] = measure_fingerprint(self)
         return facts["fingerprint"]
 
+    def facts(self) -> dict[str, Any]:
+        """What files say of a model: name, fingerprint, d_model, n_layers, basis."""
+        names = ("name", "fingerprint", "d_model", "n_layers", "basis")
+        return {name: getattr(self, name) for name in names}
+
     def check_ready(self) -> None:
         """Raise `ModelStateError` if dropout is on."""
         if self._in_training():

@@ -182,9 +182,14 @@ def _provenance(
         if prepend_bos is not None
         else getattr(host.tokenizer, "bos_token_id", None) is not None,
         "rows_per_prompt": list(counts) if positions == "all" else 1,
-        "texts_sha256": hashlib.sha256("\x1e".join(texts).encode()).hexdigest(),
+        "texts_sha256": texts_sha256(texts),
         "versions": _versions(),
     }
+
+
+def texts_sha256(texts: Sequence[str]) -> str:
+    """What the provenance of captured states says of their texts: the same for the same texts in the same order."""
+    return hashlib.sha256("\x1e".join(texts).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
