@@ -26,6 +26,7 @@ class RunReport:
     n_fired: dict[str, int] = field(default_factory=dict)
     """Calls of each hook."""
     _selected: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    """A number, and tensors yet to be added to it."""
     _edited: dict[str, list[Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -44,10 +45,9 @@ class RunReport:
 
 def _totals(counts: dict[str, list[Any]]) -> dict[str, int]:
     # Counts stay on the device until somebody asks: a hook never waits for one.
-    for name, parts in counts.items():
-        if len(parts) > 1:
-            counts[name] = [int(sum(int(p) for p in parts))]
-    return {name: int(parts[0]) if parts else 0 for name, parts in counts.items()}
+    for parts in counts.values():
+        parts[:] = [sum(int(p) for p in parts)]  # in place: the hooks go on counting here
+    return {name: parts[0] for name, parts in counts.items()}
 
 
 def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None:

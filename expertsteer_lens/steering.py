@@ -47,10 +47,13 @@ class Steering:
         if self._rows is not None and (self._rows.ndim != 1 or not bool(torch.isfinite(self._rows).all())):
             raise ArgumentError("row_coefficients must be a list of finite numbers, one per row of the batch.")
         self._registration: Registration | None = None
+        # Every token of every pass, wherever it stands in its sequence: there is nothing to find out about a pass.
+        self._everywhere = plan.positions == "all" and all(vector.gate is None for vector in plan.vectors)
+        self._shape: tuple[int, int] | None = None  # rows and tokens of the pass; None: no pass is known
+        self._unfollowed = False  # nobody tells where a pass is, and it does not matter
         self._step: Step | None = None
         self._mask: Tensor | None = None  # None: every token of the pass
         self._nothing = False  # no token of the pass
-        self._unplaced = False  # every token of every pass, wherever it stands: nothing to find out
         self._mask_total: Tensor | None = None
         self._open: dict[int, Tensor] = {}
         self._deltas: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
@@ -106,6 +109,11 @@ class Steering:
         return self._clocks.setdefault(hook_name, PositionClock(self._prompt_lengths))
 
     def _place(self, info: ForwardInfo, hook_name: str | None = None) -> None:
+        self._shape, given = (info.batch, info.n_new), info.attention_mask
+        told = hook_name is None  # a bare list is not: it has to count the tokens itself
+        if self._everywhere and told and (given is None or given.shape == (info.batch, info.past + info.n_new)):
+            self._select(None if given is None else given[:, info.past :].bool())
+            return
         self._step = self._clock(hook_name).observe(info)
         for i, vector in enumerate(self.plan.vectors):
             gate = vector.gate
@@ -113,13 +121,17 @@ class Steering:
                 continue
             if gate.per == "token" or not self._step.continues:  # an older decision must not be taken for this one
                 self._open.pop(i, None)
-        self._mask_total = None
-        everything = self.plan.positions == "all" and info.attention_mask is None
-        mask = None if everything else self._step.mask(self.plan.positions)
-        self._nothing = False
+        everything = self.plan.positions == "all" and given is None
+        self._select(None if everything else self._step.mask(self.plan.positions))
+
+    def _select(self, mask: Tensor | None) -> None:
+        """Note the tokens of this pass, `[batch, pos]`, that are to be edited (None: every one)."""
+        self._mask_total, self._nothing = None, False
         if mask is not None and mask.device.type == "cpu":  # on an accelerator, looking would wait for it
-            self._nothing = not bool(mask.any())
-            mask = None if bool(mask.all()) else mask
+            if bool(mask.all()):
+                mask = None
+            else:
+                self._nothing = not bool(mask.any())
         self._mask = mask
 
     # -- the functions at the hook points -----------------------------------------------------------------------------
@@ -133,10 +145,42 @@ class Steering:
             if vector.gate is not None and vector.gate.hook_name not in (None, vector.hook_name):
                 reading.setdefault(str(vector.gate.hook_name), []).append(i)
         for counts in (self.report._selected, self.report._edited):
-            counts.update({name: [] for name in acting})
+            counts.update({name: [0] for name in acting})
         self.report.n_fired.update(dict.fromkeys(acting, 0))
         order = [name for name in reading if name not in acting] + list(acting)
-        return {name: self._function(name, reading.get(name, []), acting.get(name, [])) for name in order}
+        return {name: self._fastest(name, reading.get(name, []), acting.get(name, [])) for name in order}
+
+    def _fastest(self, name: str, reading: list[int], acting: list[int]) -> Function:
+        """`_function`, with a way past it for what is commonest: plain additions in a pass of which every token is edited.
+
+        It has as few lines as it can: between two calls the weights of a block have gone through the processor's caches, so
+        what such a call costs is the fetching of its code.
+        """
+        whole = self._function(name, reading, acting)
+        adding = [i for i in acting if self.plan.vectors[i].coefficient != 0]
+        plain = not reading and self._rows is None and all(_adds(self.plan.vectors[i]) for i in acting)
+        if not plain or not adding:
+            return whole
+        fired, selected, edited = self.report.n_fired, self.report._selected[name], self.report._edited[name]
+        dtype, device, deltas = None, None, ()
+
+        def fn(x: Tensor) -> Tensor | None:
+            nonlocal dtype, device, deltas
+            shape = x.shape
+            if self._mask is not None or self._nothing or shape[:2] != self._shape:
+                return whole(x)
+            if x.dtype is not dtype or x.device != device:
+                self._check_width(adding[0], x)
+                dtype, device, deltas = x.dtype, x.device, tuple(self._delta(i, x) for i in adding)
+            fired[name] += 1
+            n = shape[0] * shape[1]
+            selected[0] += n
+            edited[0] += n * len(deltas)
+            for delta in deltas:
+                x = x + delta
+            return x
+
+        return fn
 
     def _function(self, name: str, reading: list[int], acting: list[int]) -> Function:
         def fn(x: Tensor) -> Tensor | None:
@@ -159,16 +203,16 @@ class Steering:
         return fn
 
     def _check_pass(self, name: str, x: Tensor) -> None:
-        if self._unplaced:
+        if self._unfollowed:
             return
-        if self._step is None:
+        if self._shape is None:
             raise InterventionError(
                 f"hook {name!r} fired in no pass of {self.host.name!r} that could be followed, so the tokens cannot be told; "
                 "run the whole model, not a part of it."
             )
-        if tuple(self._step.index.shape) != tuple(x.shape[:2]):
+        if self._shape != tuple(x.shape[:2]):
             raise InterventionError(
-                f"hook {name!r} carries {tuple(x.shape[:2])} tokens, but the pass has {tuple(self._step.index.shape)}; "
+                f"hook {name!r} carries {tuple(x.shape[:2])} tokens, but the pass has {self._shape}; "
                 "steer at a hook point that sees every token of the pass."
             )
 
@@ -194,11 +238,7 @@ class Steering:
         vector = self.plan.vectors[i]
         if vector.coefficient == 0:
             return x
-        if vector.direction.shape[0] != x.shape[-1]:
-            raise WidthError(
-                f"the vector at {vector.hook_name!r} has width {vector.direction.shape[0]}, but the activations there have "
-                f"width {x.shape[-1]}."
-            )
+        self._check_width(i, x)
         rows = self._row_coefficients(x)
         if vector.gate is not None:
             if i not in self._open:
@@ -214,13 +254,21 @@ class Steering:
         if self._nothing:
             return x
         self._count(self.report._edited[vector.hook_name], mask, x)
-        if vector.edit == "add" and not vector.preserve_norm:
+        if _adds(vector):
             delta = self._delta(i, x)
             return edits.add(x, delta if rows is None else rows.to(x)[:, None, None] * delta, mask=mask)
         before = edits.centre(edits.wide(x)) if self._centred else edits.wide(x)
         after = _apply(vector, before, self._delta(i, before), None if rows is None else rows[:, None])
         out = (edits.wide(x) + (after - before)).to(x.dtype)
         return out if mask is None else torch.where(mask[..., None], out, x)
+
+    def _check_width(self, i: int, x: Tensor) -> None:
+        vector = self.plan.vectors[i]
+        if vector.direction.shape[0] != x.shape[-1]:
+            raise WidthError(
+                f"the vector at {vector.hook_name!r} has width {vector.direction.shape[0]}, but the activations there have "
+                f"width {x.shape[-1]}."
+            )
 
     def _delta(self, i: int, x: Tensor) -> Tensor:
         key = (i, x.dtype, x.device)
@@ -239,22 +287,22 @@ class Steering:
         return self._rows.to(x.device)
 
     def _count(self, parts: list[Any], mask: Tensor | None, x: Tensor) -> None:
+        """Add to `parts`: a number, and tensors that nobody has waited for yet."""
         if mask is None:
-            parts.append(x.shape[0] * x.shape[1])
+            parts[0] += x.shape[0] * x.shape[1]
         elif mask is self._mask:
             self._mask_total = mask.sum() if self._mask_total is None else self._mask_total
             parts.append(self._mask_total)
         else:
             parts.append(mask.sum())
         if len(parts) > 512:
-            parts[:] = [sum(p.to(x.device) if isinstance(p, Tensor) else p for p in parts)]
+            parts[1:] = [sum(p.to(x.device) for p in parts[1:])]
 
     # -- a bare list of functions -------------------------------------------------------------------------------------
 
     def functions(self, attention_mask: Tensor | None) -> list[tuple[str, Callable[..., Tensor | None]]]:
         """See `SteeringPlan.fwd_hooks`: each hook point keeps its own clock, moved by the shapes it sees."""
-        gated = any(vector.gate is not None for vector in self.plan.vectors)
-        self._unplaced = self.plan.positions == "all" and attention_mask is None and not gated
+        self._unfollowed = self._everywhere and attention_mask is None
         return [(name, self._listed(name, fn, attention_mask)) for name, fn in self._functions().items()]
 
     def _listed(self, name: str, fn: Function, attention_mask: Tensor | None) -> Callable[..., Tensor | None]:
@@ -263,11 +311,12 @@ class Steering:
         def hook_fn(tensor: Tensor, hook: Any = None) -> Tensor | None:
             if tensor.ndim != 3:
                 raise HookNameError(f"hook {name!r} carries {tuple(tensor.shape)}; steering needs [batch, pos, d].")
-            if self._unplaced:
+            batch, n_new = tensor.shape[:2]
+            if self._unfollowed:
+                self._shape = (batch, n_new)
                 out = fn(tensor)
                 self.report.n_forwards = max(self.report.n_fired.values())
                 return out
-            batch, n_new = tensor.shape[:2]
             follows = n_new == 1 and bool(seen) and seen[0].real.shape[0] == batch
             past = seen[0].real.shape[1] if follows else 0
             self._place(ForwardInfo(batch, n_new, past, None if past else attention_mask), name)
@@ -278,6 +327,11 @@ class Steering:
             return out
 
         return hook_fn
+
+
+def _adds(vector: SteeringVector) -> bool:
+    """Whether all that the vector ever does is to add its delta."""
+    return vector.edit == "add" and not vector.preserve_norm and vector.gate is None
 
 
 def _apply(vector: SteeringVector, x: Tensor, delta: Tensor, rows: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import typechecking  # noqa: F401 - before nnsight, which gives every object a method that beartype cannot digest at import
 from jaxtyping import install_import_hook
 
 # The inner mathematics only: public functions refuse bad shapes themselves, with messages that are tested.

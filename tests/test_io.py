@@ -93,7 +93,7 @@ def test_a_file_cut_in_half_is_noticed(plan, tmp_path):
     [
         ({"format_version": 99}, "format_version 99, this package reads 1"),
         ({"surprise": 1}, "unknown field 'surprise'"),
-        ({"positions": {"slices": []}}, "is not understood"),
+        ({"positions": {"slices": []}}, "positions must be one of"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(plan, tmp_path, change, message):

@@ -90,6 +90,8 @@ def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> 
             raise ValueError("the mask given does not say which tokens are padding, so positions cannot be told.")
         else:
             real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
+        if not matters:
+            return some(real[:, past:])
         totals = real.sum(1, keepdim=True)
         lengths = seen.get("lengths")
         if lengths is None or lengths.shape[0] != batch or bool((totals < lengths).any()):
@@ -99,7 +101,9 @@ def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> 
         if given_lengths is not None:
             lengths = given_lengths.to(totals.device).expand(batch, 1)
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, past:]
-        chosen = (index >= 0) & select(index, lengths, real)
+        return some((index >= 0) & select(index, lengths, real))
+
+    def some(chosen: Tensor) -> Any:
         return None if chosen.device.type == "cpu" and bool(chosen.all()) else chosen  # elsewhere, looking would wait
 
     return place

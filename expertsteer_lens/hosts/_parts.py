@@ -84,13 +84,14 @@ def guarded(hook_name: str, fn: EditFn) -> EditFn:
             raise InterventionError(
                 f"the intervention at {hook_name!r} returned {type(result).__name__}, not a tensor."
             )
-        for what in ("shape", "dtype", "device"):
-            if getattr(result, what) != getattr(activation, what):
-                raise InterventionError(
-                    f"the intervention at {hook_name!r} changed the {what} from {_show(activation, what)} to "
-                    f"{_show(result, what)}; return it as it came."
-                )
-        return result
+        was = activation
+        if result.shape == was.shape and result.dtype is was.dtype and result.device == was.device:
+            return result
+        what = next(w for w in ("shape", "dtype", "device") if getattr(result, w) != getattr(was, w))
+        raise InterventionError(
+            f"the intervention at {hook_name!r} changed the {what} from {_show(was, what)} to {_show(result, what)}; "
+            "return it as it came."
+        )
 
     return checked
 
