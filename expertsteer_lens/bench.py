@@ -113,8 +113,30 @@ class Bench:
         wide.loc["mean"] = wide.mean()
         return wide
 
+    def by_domain(self) -> pandas.DataFrame:
+        """Methods by domains: mean accuracy over the tasks of each and over all, and the mean effect over all, nats."""
+        frame = self.to_pandas()
+        wide = frame.pivot_table(index="method", columns="domain", values="accuracy", sort=False)
+        wide["all tasks"] = frame.groupby("method").accuracy.mean()
+        wide["effect"] = frame.groupby("method").effect.mean()
+        return wide
+
+    def summary(self) -> str:
+        """`by_domain` as Markdown, with the command."""
+        wide = self.by_domain()
+        shown = wide.drop(columns="effect").mul(100).map("{:.0f}".format)
+        shown["effect, nats"] = wide.effect.map("{:+.2f}".format)
+        shown.index.name = "right answer likeliest, % of test prompts"
+        return f"{_markdown(shown, '{}')}\n\n{self._command()}\n"
+
+    def _command(self) -> str:
+        return (
+            f"Command: `expertsteer-lens bench` ({self.seconds:.0f} s on {joblib.cpu_count()} processors; "
+            f"torch {torch.__version__})."
+        )
+
     def to_markdown(self) -> str:
-        """The tables of the README: accuracy and effect by task, and the two studies."""
+        """Accuracy and effect by task, and the two studies."""
         parts = ["Accuracy on test prompts, %:", "", _markdown(self.table("accuracy").mul(100).T, "{:.0f}"), ""]
         parts += ["All tasks of a domain together:", ""]
         parts += [f"- {name}: {found.verdict}" for name, found in self.evaluations.items()]
@@ -134,10 +156,7 @@ class Bench:
         parts += ["", "<details><summary>Effect on test prompts, nats, ± half of its 95 % interval over prompts (random, same "
                   "budget: ± standard deviation over seeds)</summary>", "", _markdown(self._effects().T, "{}"), "",
                   "</details>", ""]  # fmt: skip
-        parts.append(
-            f"Command: `expertsteer-lens bench` ({self.seconds:.0f} s on {joblib.cpu_count()} processors; "
-            f"torch {torch.__version__})."
-        )
+        parts.append(self._command())
         return "\n".join(parts) + "\n"
 
     def _effects(self) -> pandas.DataFrame:
@@ -164,11 +183,12 @@ class Bench:
         return plot_bench(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `bench.json`, `bench.csv`, `studies.csv`, `bench.md` and `bench.html` (needs plotly)."""
+        """Write `bench.json`, `bench.csv`, `studies.csv`, `bench.md`, `summary.md` and `bench.html` (needs plotly)."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         (out / "bench.json").write_text(json.dumps(self.to_dict(), indent=1, default=str) + "\n", encoding="utf-8")
         (out / "bench.md").write_text(self.to_markdown(), encoding="utf-8")
+        (out / "summary.md").write_text(self.summary(), encoding="utf-8")
         self.to_pandas().to_csv(out / "bench.csv", index=False)
         self.studies_to_pandas().to_csv(out / "studies.csv", index=False)
         self.plot().write_html(out / "bench.html", include_plotlyjs="directory")

@@ -1,4 +1,4 @@
-"""Command line: `expertsteer-lens demo | fit | show | steer | evaluate | export | benchmarks`."""
+"""Command line: `expertsteer-lens demo | capture | fit | show | steer | evaluate | export | bench | benchmarks`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ._cli_io import (
     write_evaluation,
     write_results,
 )  # fmt: skip
-from .errors import DataError, ExpertSteerError
+from .errors import ArgumentError, DataError, ExpertSteerError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -42,6 +42,11 @@ HostName = Annotated[str, typer.Option("--host", help="transformer_lens, nnsight
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that ships with the weights")]
 Dtype = Annotated[str, typer.Option("--dtype", help="of the weights, e.g. bfloat16")]
 Device = Annotated[str | None, typer.Option("--device", help="e.g. cuda:1; default: cuda where there is one")]
+Pairs = Annotated[Path | None, typer.Option(help="JSON lines with fields 'positive' and 'negative'")]
+Benchmark = Annotated[str | None, typer.Option(help="instead of --pairs: a name from `benchmarks`")]
+BenchmarkPath = Annotated[Path | None, typer.Option(help="its local file; default: the hub")]
+Limit = Annotated[int | None, typer.Option(help="most rows of the benchmark, drawn by the seed")]
+Anchors = Annotated[Path | None, typer.Option(help="unlabelled texts, one a line")]
 PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
 
@@ -116,14 +121,45 @@ def demo(out: Out = Path("expertsteer-demo"), seed: Seed = 0, n_random: NRandom 
 
 
 @app.command()
+def capture(
+    model: Annotated[str, typer.Option(help="folder or hub id of the model that teaches")],
+    pairs: Pairs = None,
+    benchmark: Benchmark = None,
+    benchmark_path: BenchmarkPath = None,
+    limit: Limit = None,
+    anchors: Anchors = None,
+    positions: Annotated[str, typer.Option(help="token that stands for a text: last, mean, or an index")] = "last",
+    batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
+    host: HostName = "transformer_lens",
+    dtype: Dtype = "float32",
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    out: Out = Path("expert-states"),
+    seed: Seed = 0,
+) -> None:
+    """Read the expert's states and save them for `fit --expert OUT`: elsewhere, or where both models do not fit in memory."""
+    from .hosts import capture as read
+    from .hosts.loading import load_model
+    from .io import save
+
+    contrast, _ = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed)
+    texts = [*contrast.texts, *([] if anchors is None else read_lines(anchors))]
+    loaded = load_model(model, host=host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    where = int(positions) if positions.lstrip("-").isdigit() else positions
+    states = read(loaded, texts, positions=where, batch_size=batch_size, progress=True)
+    say(repr(states))
+    say(str(save(states, out).resolve()))
+
+
+@app.command()
 def fit(
-    expert: Annotated[str, typer.Option(help="folder or hub id of the model that teaches")],
+    expert: Annotated[str, typer.Option(help="folder or hub id of the model that teaches, or what `capture` saved of it")],
     target: Annotated[str, typer.Option(help="folder or hub id of the model to steer")],
-    pairs: Annotated[Path | None, typer.Option(help="JSON lines with fields 'positive' and 'negative'")] = None,
-    benchmark: Annotated[str | None, typer.Option(help="instead of --pairs: a name from `benchmarks`")] = None,
-    benchmark_path: Annotated[Path | None, typer.Option(help="its local file; default: the hub")] = None,
-    limit: Annotated[int | None, typer.Option(help="most rows of the benchmark, drawn by the seed")] = None,
-    anchors: Annotated[Path | None, typer.Option(help="unlabelled texts, one a line")] = None,
+    pairs: Pairs = None,
+    benchmark: Benchmark = None,
+    benchmark_path: BenchmarkPath = None,
+    limit: Limit = None,
+    anchors: Anchors = None,
     behaviour: Annotated[Path | None, typer.Option(help="JSON with 'prompts', 'positive', 'negative'")] = None,
     preset: Annotated[str, typer.Option(help="anchored or paper")] = "anchored",
     config: Annotated[
@@ -134,13 +170,16 @@ def fit(
     device: Device = None,
     trust_remote_code: Trust = False,
     n_random: NRandom = 5,
+    save_fit: Annotated[
+        bool, typer.Option(help="also save the whole fit to OUT/fit, for `evaluate --fit` and esl.load")
+    ] = False,
     out: Out = Path("expertsteer-plan"),
     seed: Seed = 0,
 ) -> None:
     """Fit on your own two models and save the plan to OUT/plan; with a behaviour, evaluate it and write the report too."""
     from .evaluation import evaluate
     from .hosts.loading import load_model
-    from .io import save
+    from .io import kind_of_saved, load, save
     from .pipeline import ExpertSteer
 
     contrast, wanted = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed)
@@ -153,10 +192,14 @@ def fit(
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
-    expert_model, target_model = (load_model(name, **model_options) for name in (expert, target))
+    captured = kind_of_saved(Path(expert)) == "ActivationStore"
+    expert_model = load(expert) if captured else load_model(expert, **model_options)
+    target_model = load_model(target, **model_options)
     found = ExpertSteer(settings, seed=seed).fit(
         expert_model, target_model, contrast, anchors=anchor_texts, behaviour=wanted, on_step=print_step
     )
+    if save_fit:
+        save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
     plan, curve = calibrated(found)
     if wanted is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -170,12 +213,20 @@ def fit(
 
 
 @app.command()
-def show(plan: PlanName) -> None:
-    """Print what a saved plan does and where it comes from; loads no model."""
+def show(
+    plan: Annotated[str, typer.Argument(help="folder or hub id of a saved plan, fit, evaluation, ...")],
+) -> None:
+    """Print what was saved: what a plan does and where it comes from, the steps and pairs of a fit; loads no model."""
+    from .fitted import ExpertSteering
     from .io import load
+    from .plan import SteeringPlan
 
     loaded = load(plan)
-    say(repr(loaded))
+    say(loaded.summary() if isinstance(loaded, ExpertSteering) else repr(loaded))
+    if not isinstance(loaded, SteeringPlan):
+        if hasattr(loaded, "to_pandas"):
+            print_frame(loaded.to_pandas().head(20), type(loaded).__name__)
+        return
     print_frame(loaded.to_pandas(), "vectors")
     facts = {
         k: v for k, v in loaded.provenance.items() if k in ("expert", "target", "pairs", "anchors", "behaviour", "seed")
@@ -210,8 +261,15 @@ def steer(
 def evaluate(
     plan: PlanName,
     target: TargetName,
-    behaviour: Annotated[Path, typer.Option(help="JSON with 'prompts', 'positive', 'negative'")],
-    neutral: Annotated[Path, typer.Option(help="neutral texts, one a line; half calibrate the controls, half test")],
+    fit: Annotated[
+        Path | None, typer.Option("--fit", help="the fit it came from, which gives the native ceiling, prompts and texts")
+    ] = None,
+    behaviour: Annotated[
+        Path | None, typer.Option(help="JSON with 'prompts', 'positive', 'negative'; default: kept by the fit")
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(help="neutral texts, one a line: half calibrate, half test; default: kept by the fit")
+    ] = None,
     n_random: NRandom = 5,
     host: HostName = "transformer_lens",
     dtype: Dtype = "float32",
@@ -222,18 +280,23 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """A saved plan against random directions on your prompts (no native ceiling: that needs the fit)."""
+    """A saved plan against random directions; with `--fit` also against shuffled labels and the native ceiling."""
     from .evaluation import evaluate as run
     from .hosts.loading import load_model
     from .io import load
 
-    loaded, wanted, texts = load(plan), read_behaviour(behaviour), read_lines(neutral)
-    if len(texts) < 2:
+    if fit is None and (behaviour is None or neutral is None):
+        raise ArgumentError("give --behaviour and --neutral, or --fit, which holds some of both.")
+    loaded = load(plan)
+    wanted = None if behaviour is None else read_behaviour(behaviour)
+    texts = None if neutral is None else read_lines(neutral)
+    if texts is not None and len(texts) < 2:
         raise DataError(f"{neutral} holds {len(texts)} texts; give at least 2, half to calibrate and half to test.")
     model = load_model(target, host=host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     result = run(
-        loaded, model, behaviour=wanted, neutral=texts[1::2], calibration_texts=texts[::2], n_random=n_random, seed=seed,
-        progress=True,
+        loaded, model, fit=None if fit is None else load(fit, target=model), behaviour=wanted,
+        neutral=None if texts is None else texts[1::2], calibration_texts=None if texts is None else texts[::2],
+        n_random=n_random, seed=seed, progress=True,
     )  # fmt: skip
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -279,9 +342,7 @@ def bench(
         on_progress=lambda line: say(f"  {line}"),
     )  # fmt: skip
     result.save(out)
-    frame = result.to_pandas()
-    table = frame.pivot_table(index="method", columns="domain", values="accuracy", sort=False).mul(100)
-    table["all tasks"] = 100 * frame.groupby("method")["accuracy"].mean()
+    table = result.by_domain().drop(columns="effect").mul(100)
     print_frame(table.round(0).astype(int).reset_index(), "right answer likeliest, % of test prompts")
     say(
         f"\n{result.seconds:.0f} s; tables with effects and intervals in {out / 'bench.md'}, figure in {out / 'bench.html'}"

@@ -163,6 +163,17 @@ class TestTables:
         with pytest.raises(ArgumentError, match="value must be one of"):
             bench.table("speed")
 
+    def test_domains_stand_side_by_side(self, bench):
+        wide = bench.by_domain()
+        of = [r for r in bench.rows if r.method == PLAN]
+        assert list(wide.columns) == ["medicine", "finance", "all tasks", "effect"]
+        for domain in ("medicine", "finance"):
+            here = [r.accuracy for r in of if r.domain == domain]
+            assert wide.loc[PLAN, domain] == pytest.approx(sum(here) / len(here))
+        assert wide.loc[PLAN, "all tasks"] == pytest.approx(sum(r.accuracy for r in of) / len(of))
+        assert wide.loc[PLAN, "effect"] == pytest.approx(sum(r.effect for r in of) / len(of))
+        assert f"{wide.loc[PLAN, 'effect']:+.2f}" in bench.summary()
+
     def test_what_is_saved_is_what_was_measured(self, bench, tmp_path):
         pytest.importorskip("plotly")
         folder = bench.save(tmp_path / "out")
@@ -172,5 +183,6 @@ class TestTables:
         row = bench.rows[1]
         assert f"{row.effect:+.2f} ± {(row.high - row.low) / 2:.2f}" in text
         assert "| 32 | 70% (+1.00 ± 0.10) |" in text
+        assert f"| {PLAN} |" in (folder / "summary.md").read_text()
         figure = bench.plot()
         assert {t.name for t in figure.data} == {r.method for r in bench.rows if r.role != "base"}

@@ -108,6 +108,57 @@ class TestFit:
         assert (pairs, behaviour) == (found.pairs(), found.behaviour())
 
 
+class TestOneModelAtATime:
+    """`capture` reads the expert, `fit` never loads it, and what the fit saved gives `evaluate` its native ceiling."""
+
+    @pytest.fixture(scope="class")
+    def states(self, files, tmp_path_factory):
+        out = tmp_path_factory.mktemp("states") / "states"
+        result = run("capture", "--model", EXPERT, "--pairs", files / "pairs.jsonl", "--anchors", files / "anchors.txt",
+                     "--host", "huggingface", "--out", out)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return out
+
+    @pytest.fixture(scope="class")
+    def found(self, states, files, tmp_path_factory):
+        out = tmp_path_factory.mktemp("out") / "fitted"
+        result = run("fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl",
+                     "--anchors", files / "anchors.txt", "--config", files / "config.json", "--host", "huggingface",
+                     "--behaviour", files / "behaviour.json", "--n-random", 2, "--save-fit", "--out", out)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        return out
+
+    def test_the_plan_is_the_one_found_with_both_models_loaded(self, fitted, found):
+        one, two = (esl.load(folder / "plan") for folder in (fitted[0], found))
+        assert one.vectors[0].hook_name == two.vectors[0].hook_name
+        torch.testing.assert_close(one.vectors[0].direction, two.vectors[0].direction, atol=1e-3, rtol=0)
+        assert two.provenance["expert"] == one.provenance["expert"]
+
+    def test_the_fit_gives_evaluate_its_ceiling_prompts_and_texts(self, found, tmp_path):
+        result = run("evaluate", found / "plan", "--target", TARGET, "--fit", found / "fit", "--host", "huggingface",
+                     "--n-random", 2, "--out", tmp_path / "e")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        again = json.loads((tmp_path / "e/evaluation.json").read_text())
+        first = json.loads((found / "evaluation.json").read_text())
+        assert [r["method"] for r in again["rows"]] == [r["method"] for r in first["rows"]]
+        assert "native RFM" in {r["method"] for r in again["rows"]}
+        assert again["verdict"] == first["verdict"]
+
+    def test_what_was_saved_is_shown(self, states, found):
+        assert "ActivationStore(" in run("show", states).output
+        shown = run("show", found / "fit").output
+        assert esl.load(found / "fit").summary().splitlines()[-1].strip() in shown
+        assert "rfm_validation_auc" in shown
+
+    def test_states_of_other_texts_are_refused(self, capsys, states, files):
+        line = refused(capsys, "fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl")
+        assert line.startswith("DataError: expert holds states of")
+
+    def test_evaluate_needs_the_fit_or_prompts_and_texts(self, capsys, fitted):
+        line = refused(capsys, "evaluate", fitted[0] / "plan", "--target", TARGET)
+        assert "give --behaviour and --neutral, or --fit" in line
+
+
 class TestShow:
     def test_a_plan_is_described_without_a_model(self, fitted):
         result = run("show", fitted[0] / "plan")
@@ -276,7 +327,7 @@ class TestHelp:
         result = run("--version")
         assert (result.exit_code, result.output.strip()) == (0, f"expertsteer-lens {esl.__version__}")
 
-    @pytest.mark.parametrize("command", ["demo", "fit", "show", "steer", "evaluate", "export", "benchmarks"])
+    @pytest.mark.parametrize("command", ["demo", "capture", "fit", "show", "steer", "evaluate", "export", "bench", "benchmarks"])
     def test_every_option_explains_itself(self, command):
         import click
         from typer.main import get_command
@@ -288,4 +339,4 @@ class TestHelp:
         assert run(command, "--help").exit_code == 0
 
     def test_without_arguments_the_commands_are_listed(self):
-        assert all(c in run().output for c in ("demo", "fit", "show", "steer", "evaluate", "export", "benchmarks"))
+        assert all(c in run().output for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks"))
