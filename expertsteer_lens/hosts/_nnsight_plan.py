@@ -17,13 +17,11 @@ from expertsteer_lens.plan import SteeringPlan, SteeringVector
 from expertsteer_lens.positions import Positions, needs_prompt_length
 
 from ._blocks import Blocks
-from ._nnsight_runs import Body
+from ._nnsight_runs import Body, Stop, location
 
 
-def plain_body(
-    plan: SteeringPlan, blocks: Blocks, *, arguments: Sequence[str], centred: bool, prompt_lengths: Any
-) -> Body:
-    """What a worker of its own has to run to steer every pass of a run.
+class PlainPlan:
+    """What steers every pass of a run: as a body that can be sent, and as stops for a run on this machine.
 
     Args:
         plan: without gates.
@@ -32,37 +30,59 @@ def plain_body(
         centred: basis in which the plan works.
         prompt_lengths: tokens of each row that are prompt; None: those of the first pass of the run.
     """
-    base = blocks.base
-    place = _placer(list(arguments), plan.positions, prompt_lengths)
-    order = {name: i for i, name in enumerate(blocks.places)}
-    sites = [
-        (blocks.places[v.hook_name].path, blocks.places[v.hook_name].side, _changer(v, centred))
-        for v in sorted(plan.vectors, key=lambda v: order[v.hook_name])  # stable: the plan's order at one hook point
-        if v.coefficient != 0
-    ]
 
-    def body(model: Any) -> None:
-        from nnsight.intervention.interleaver import OutOfOrderError
-        from nnsight.intervention.iterator import Iterations
+    def __init__(
+        self, plan: SteeringPlan, blocks: Blocks, *, arguments: Sequence[str], centred: bool, prompt_lengths: Any
+    ) -> None:
+        self._base = blocks.base
+        self._place = _placer(list(arguments), plan.positions, prompt_lengths)
+        order = {name: i for i, name in enumerate(blocks.places)}
+        self._sites = [
+            (blocks.places[v.hook_name].path, blocks.places[v.hook_name].side, _changer(v, centred))
+            for v in sorted(plan.vectors, key=lambda v: order[v.hook_name])  # stable: the plan's order at one hook point
+            if v.coefficient != 0
+        ]
 
+    def stops(self, model: Any) -> list[Stop]:
+        """The stops of one run: the decoder's arguments, which say where the pass is, then each hook point."""
         seen: dict[str, Any] = {}
-        decoder = model.get(base) if base else model
-        modules = [(model.get(path), side, change) for path, side, change in sites]
-        try:
-            for _ in Iterations()[:]:
-                mask = place(decoder.inputs, seen)
-                for module, side, change in modules:
-                    if side == "input":
-                        module.input = change(module.input, mask)
-                    else:
-                        output = module.output
-                        pair = isinstance(output, tuple)
-                        value = change(output[0] if pair else output, mask)
-                        module.output = (value, *output[1:]) if pair else value
-        except OutOfOrderError:  # the run is over
-            return
+        mask: list[Any] = [None]
 
-    return body
+        def note(inputs: Any) -> None:
+            mask[0] = self._place(inputs, seen)
+
+        decoder = model.get(self._base) if self._base else model
+        out: list[Stop] = [(location(decoder, "arguments"), "arguments", note)]
+        for path, side, change in self._sites:
+            out.append((location(model.get(path), side), side, lambda x, change=change: change(x, mask[0])))  # type: ignore[misc]
+        return out
+
+    def body(self) -> Body:
+        """The same for a worker that can be sent to a server."""
+        base, place, sites = self._base, self._place, self._sites
+
+        def body(model: Any) -> None:
+            from nnsight.intervention.interleaver import OutOfOrderError
+            from nnsight.intervention.iterator import Iterations
+
+            seen: dict[str, Any] = {}
+            decoder = model.get(base) if base else model
+            modules = [(model.get(path), side, change) for path, side, change in sites]
+            try:
+                for _ in Iterations()[:]:
+                    mask = place(decoder.inputs, seen)
+                    for module, side, change in modules:
+                        if side == "input":
+                            module.input = change(module.input, mask)
+                        else:
+                            output = module.output
+                            pair = isinstance(output, tuple)
+                            value = change(output[0] if pair else output, mask)
+                            module.output = (value, *output[1:]) if pair else value
+            except OutOfOrderError:  # the run is over
+                return
+
+        return body
 
 
 def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> Callable[..., Tensor | None]:

@@ -5,14 +5,15 @@ is served in turn with the user's own code. It starts over with every run and en
 
 There are two kinds. A `worker` is a coroutine with a body of its own; the bodies made here are nested and name nothing of
 this package when they run, only nnsight, so nnsight can send them to a server that has never heard of it. A `Station` is a
-plain function at one hook point: it stays on this machine, and costs a call instead of two switches of coroutines.
+few plain functions at hook points: it stays on this machine, and costs a call instead of two switches of coroutines.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from nnsight.intervention.interleaver import Event, Mediator, Pending
 
@@ -68,45 +69,64 @@ def following(path: str, side: str, fn: Callable[[Any], Any], finish: Callable[[
     return body
 
 
-class Station(Mediator):
-    """`fn(activation)` at one side of a module, on every pass; what it returns (unless None) takes its place.
+Stop = tuple[str, str, Callable[[Any], Any]]
+"""A location, which side of its module ("input", "output", or "arguments" to look at the whole call), and a function that is
+called there with the activation; what it returns (unless None) takes its place."""
 
-    To nnsight it is a worker that waits for one location and, once served there, for the next visit of it.
+
+def location(envoy: Any, side: str) -> str:
+    """nnsight's word for one side of a module."""
+    return f"{envoy.path}.{'output' if side == 'output' else 'input'}"
+
+
+class Station(Mediator):
+    """Plain functions at one or more hook points, called in turn, pass after pass.
+
+    To nnsight it is a worker that waits at its first stop and, once served there, for the next.
     """
 
-    def __init__(self, envoy: Any, side: str, fn: Callable[[Any], Any]) -> None:
-        """Keep the place and the function.
+    def __init__(self, stops: Callable[[], list[Stop]], *, twin: Mediator | None = None) -> None:
+        """Keep where to stop.
 
         Args:
-            envoy: nnsight's view of the module.
-            side: "input" or "output".
-            fn: called with the activation.
+            stops: makes the stops of a run, in the order in which a pass reaches them.
+            twin: a worker that does the same and is sent to a server in place of this one; None: it cannot be sent.
         """
         super().__init__(None, {}, {})
-        self._location, self._side, self._fn = f"{envoy.path}.{side}", side, fn
+        self._stops, self._twin = stops, twin
+        self._run: list[Stop] = []
+        self._next = 0
 
     def start(self, interleaver: Any = None) -> None:
-        """Wait for the first visit of a run."""
-        self.interleaver = interleaver
-        self.counts_at_start = {self._location: interleaver.counts.get(self._location, 0)}
-        self.pending = Pending(Event.VALUE, self._location, 0)
+        """Wait for the first stop of a run."""
+        self.interleaver, self._run, self._next = interleaver, self._stops(), 0
+        self.counts_at_start = {place: interleaver.counts.get(place, 0) for place, *_ in self._run}
+        self.pending = Pending(Event.VALUE, self._run[0][0], 0)
 
     def handle(self, provider: str, value: Any) -> Any:
         """Serve this visit: what the module was given (arguments and keywords), or what it returned."""
-        self.pending = self.pending._replace(iteration=self.pending.iteration + 1)
-        batcher = self.interleaver.batcher  # knows which rows of the batch are whose
+        batcher, edited = self.interleaver.batcher, None  # the batcher knows which rows of the batch are whose
         own = value if batcher is None else batcher.narrow(value, self.batch_group)
-        if self._side == "input":
-            changed = self._fn(first_argument(*own))
-            edited = None if changed is None else with_first_argument(*own, changed)
-        else:
-            changed = self._fn(first_of(own))
-            edited = None if changed is None else with_first(own, changed)
+        for _ in self._run:  # once round at most: several stops may be at this location
+            _, side, fn = self._run[self._next]
+            if side == "arguments":
+                fn(own)
+            else:
+                changed = fn(first_argument(*own) if side == "input" else first_of(own))
+                if changed is not None:
+                    own = edited = with_first_argument(*own, changed) if side == "input" else with_first(own, changed)
+            self._next = (self._next + 1) % len(self._run)
+            if self._run[self._next][0] != provider:
+                break
+        place = self._run[self._next][0]
+        self.pending = Pending(Event.VALUE, place, self.occurrence(place) + (place == provider))
         if edited is None:
             return value
         return edited if batcher is None else batcher.widen(value, self.batch_group, edited)
 
-    def __getstate__(self) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._twin is not None:
+            return operator.getitem, ((self._twin,), 0)  # the twin, said in words that every Python knows
         raise InterventionError(
             "steering by hooks stays on this machine and cannot be sent with a remote run; use "
             "`handle = plan.edit(as_host(model, remote=...))` instead of plan.hooks, attach or apply."

@@ -176,8 +176,11 @@ class NNsightHost(Host):
             yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
 
     def _stations(self, fns: Mapping[str, EditFn]) -> list[runs.Station]:
-        places = self.inner.blocks.places
-        return [runs.Station(self.model.get(places[name].path), places[name].side, fn) for name, fn in fns.items()]
+        stops = []
+        for name, fn in fns.items():
+            place = self.inner.blocks.places[name]
+            stops.append((runs.location(self.model.get(place.path), place.side), place.side, fn))
+        return [runs.Station(lambda stop=stop: [stop]) for stop in stops]  # type: ignore[misc]
 
     @contextmanager
     def _edited(self, edits: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -238,7 +241,7 @@ class NNsightHost(Host):
         """Put the plan among the model's default edits; see `SteeringPlan.edit`."""
         from expertsteer_lens._steering_checks import check_model
 
-        from ._nnsight_plan import plain_body
+        from ._nnsight_plan import PlainPlan
 
         if any(vector.gate is not None for vector in plan.vectors):
             raise HostError("an nnsight edit cannot hold gates; use plan.hooks(model), attach or apply.")
@@ -251,14 +254,14 @@ class NNsightHost(Host):
                 "model.dispatch(), pass as_host(model, remote=True), or give the plan a basis and pass allow_mismatch=True."
             )
         check_model(plan, self, allow_mismatch=allow_mismatch or unseen)
-        body = plain_body(
+        plain = PlainPlan(
             plan,
             self.inner.blocks,
             arguments=parameter_names(self.model._module.get_submodule(self.inner.blocks.base)),
             centred=(plan.basis or self.basis) == "centred",
             prompt_lengths=prompt_lengths,
         )
-        edit = runs.worker(self.model, body)
+        edit = runs.Station(lambda: plain.stops(self.model), twin=runs.worker(self.model, plain.body()))
         self.model._edits.append(edit)
         return EditHandle(self.model, edit)
 
