@@ -159,7 +159,10 @@ def tables(work: Work = Work(), machine: Machine = Machine(), expert: Shape = EX
     both = found["GPU: weights, bf16"] + passes
     apart = max(2 * expert.params, 2 * target.params + passes)
     lines += [f"| **GPU peak** | weights + the larger of attribution and metric | **{both / GIB:.1f}** |"]
-    lines += [f"| **GPU peak, expert captured first** | the same with the target's weights alone | **{apart / GIB:.1f}** |", ""]
+    lines += [
+        f"| **GPU peak, expert captured first** | the same with the target's weights alone | **{apart / GIB:.1f}** |",
+        "",
+    ]
     lines += ["| step | made of | seconds |", "|---|---|---|"]
     steps = seconds(work, expert, target, machine)
     lines += [f"| {step} | {parts} | {value:.0f} |" for step, parts, value in steps]

@@ -455,7 +455,7 @@ def table(args: argparse.Namespace, head: str, lines: list[str]) -> str:
 
 def public(argv: list[str]) -> list[str]:
     """The arguments without the folders of this machine."""
-    return [part if "/" not in part or not part.startswith("/") else "PATH/bin/python" for part in argv]
+    return [f"PATH/{pathlib.Path(part).name}" if part.startswith("/") else part for part in argv]
 
 
 if __name__ == "__main__":

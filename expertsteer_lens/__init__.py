@@ -21,6 +21,7 @@ _HOME = {
     "Behaviour": "contrast",
     "Bench": "bench",
     "Calibration": "calibration",
+    "Chat": "chat",
     "ContrastPairs": "contrast",
     "Evaluation": "evaluation",
     "ExpertSteer": "pipeline",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chat import Chat, as_text
 from .errors import ArgumentError, DataError, HookNameError, WidthError
 
 
@@ -93,16 +95,25 @@ def check_number(
         )
 
 
-def check_texts(name: str, texts: Sequence[str]) -> list[str]:
-    """Return texts as a list; raise `DataError` for an empty list, a non-string or an empty text (naming its index)."""
+def check_texts(name: str, texts: Sequence[Any], *, chats: bool = True) -> list[Any]:
+    """Return texts as a list, lists of messages among them as `Chat`s.
+
+    Raises:
+        DataError: an empty list, an empty text, or something that is no text (naming its index); a chat without `chats`.
+    """
     if isinstance(texts, str):
         raise DataError(f"{name} must be a list of texts, got one str; wrap it in a list.")
-    out = list(texts)
+    out = [as_text(text) for text in texts]
     if not out:
         raise DataError(f"{name} is empty; give at least one text.")
     for i, text in enumerate(out):
+        if isinstance(text, Chat) and chats:
+            continue
         if not isinstance(text, str):
-            raise DataError(f"{name}[{i}] must be a str, got {type(text).__name__}.")
+            hint = "; wrap one conversation in a list" if isinstance(text, Mapping) else ""
+            raise DataError(
+                f"{name}[{i}] must be a str{' or a list of messages' if chats else ''}, got {type(text).__name__}{hint}."
+            )
         if not text.strip():
             raise DataError(f"{name}[{i}] is empty; remove it or give it a text.")
     return out

@@ -63,7 +63,12 @@ def _json_object(path: Path, what: str) -> dict[str, Any]:
 
 
 def texts_to_fit(
-    pairs: Path | None, benchmark: str | None, benchmark_path: Path | None, limit: int | None, seed: int
+    pairs: Path | None,
+    benchmark: str | None,
+    benchmark_path: Path | None,
+    limit: int | None,
+    seed: int,
+    chat: bool = False,
 ) -> tuple[Any, Any]:
     """Contrast pairs, and the behaviour if they come from a benchmark."""
     from . import presets
@@ -74,12 +79,15 @@ def texts_to_fit(
             "give either --pairs FILE or --benchmark NAME, " + ("got neither." if pairs is None else "not both.")
         )
     if benchmark is None:
-        if benchmark_path is not None or limit is not None:
-            raise ArgumentError("--benchmark-path and --limit go with --benchmark; leave them out with --pairs.")
+        if benchmark_path is not None or limit is not None or chat:
+            raise ArgumentError(
+                "--benchmark-path, --limit and --chat go with --benchmark; leave them out with --pairs (a chat there is a list "
+                "of messages)."
+            )
         return ContrastPairs.from_jsonl(pairs), None  # type: ignore[arg-type]
     found = presets.load(benchmark, path=benchmark_path, limit=limit, seed=seed)
     say(repr(found))
-    return found.pairs(), found.behaviour()
+    return found.pairs(chat=chat), found.behaviour(chat=chat)
 
 
 def read_behaviour(path: Path) -> Any:

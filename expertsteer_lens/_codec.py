@@ -35,6 +35,7 @@ _PARTS = {
     "AlignerConfig": "aligner_result",
     "AlignerQuality": "aligner_result",
     "Behaviour": "contrast",
+    "Chat": "chat",
     "ClassMedians": "rfm",
     "EvaluationRow": "evaluation",
     "ExpertSteerConfig": "pipeline",
@@ -45,7 +46,7 @@ _PARTS = {
     "RFMConfig": "_rfm_config",
     "RFMHistory": "_rfm_config",
     "RFMRound": "_rfm_config",
-    "Readings": "fitted",
+    "Readings": "readings",
     "Round": "_recursion",
 }
 """What these are made of."""

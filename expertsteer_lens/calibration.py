@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ._checks import check_choice, check_number, check_texts
+from .chat import Text
 from .contrast import Behaviour, text_hash
 from .errors import ArgumentError, DataError
 from .hosts import as_host
@@ -109,7 +110,7 @@ class Calibration:
 def calibrate(
     plan: SteeringPlan,
     model: Any,
-    texts: Sequence[str] | NeutralTexts,
+    texts: Sequence[Text] | NeutralTexts,
     *,
     budget: float = 0.10,
     unit: str = "nll",

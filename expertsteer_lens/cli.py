@@ -42,10 +42,15 @@ HostName = Annotated[str, typer.Option("--host", help="transformer_lens, nnsight
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run model code that ships with the weights")]
 Dtype = Annotated[str, typer.Option("--dtype", help="of the weights, e.g. bfloat16")]
 Device = Annotated[str | None, typer.Option("--device", help="e.g. cuda:1; default: cuda where there is one")]
-Pairs = Annotated[Path | None, typer.Option(help="JSON lines with fields 'positive' and 'negative'")]
+Pairs = Annotated[
+    Path | None, typer.Option(help="JSON lines with fields 'positive' and 'negative': texts, or lists of messages")
+]
 Benchmark = Annotated[str | None, typer.Option(help="instead of --pairs: a name from `benchmarks`")]
 BenchmarkPath = Annotated[Path | None, typer.Option(help="its local file; default: the hub")]
 Limit = Annotated[int | None, typer.Option(help="most rows of the benchmark, drawn by the seed")]
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="benchmark questions and answers as conversations, in each model's template")
+]
 Anchors = Annotated[Path | None, typer.Option(help="unlabelled texts, one a line")]
 PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
@@ -127,6 +132,7 @@ def capture(
     benchmark: Benchmark = None,
     benchmark_path: BenchmarkPath = None,
     limit: Limit = None,
+    chat: AsChat = False,
     anchors: Anchors = None,
     positions: Annotated[str, typer.Option(help="token that stands for a text: last, mean, or an index")] = "last",
     batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
@@ -142,7 +148,7 @@ def capture(
     from .hosts.loading import load_model
     from .io import save
 
-    contrast, _ = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed)
+    contrast, _ = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed, chat)
     texts = [*contrast.texts, *([] if anchors is None else read_lines(anchors))]
     loaded = load_model(model, host=host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     where = int(positions) if positions.lstrip("-").isdigit() else positions
@@ -153,12 +159,15 @@ def capture(
 
 @app.command()
 def fit(
-    expert: Annotated[str, typer.Option(help="folder or hub id of the model that teaches, or what `capture` saved of it")],
+    expert: Annotated[
+        str, typer.Option(help="folder or hub id of the model that teaches, or what `capture` saved of it")
+    ],
     target: Annotated[str, typer.Option(help="folder or hub id of the model to steer")],
     pairs: Pairs = None,
     benchmark: Benchmark = None,
     benchmark_path: BenchmarkPath = None,
     limit: Limit = None,
+    chat: AsChat = False,
     anchors: Anchors = None,
     behaviour: Annotated[Path | None, typer.Option(help="JSON with 'prompts', 'positive', 'negative'")] = None,
     preset: Annotated[str, typer.Option(help="anchored or paper")] = "anchored",
@@ -182,7 +191,7 @@ def fit(
     from .io import kind_of_saved, load, save
     from .pipeline import ExpertSteer
 
-    contrast, wanted = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed)
+    contrast, wanted = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed, chat)
     wanted = wanted if behaviour is None else read_behaviour(behaviour)
     anchor_texts = None if anchors is None else read_lines(anchors)
     settings = read_config(config, preset)
@@ -262,7 +271,8 @@ def evaluate(
     plan: PlanName,
     target: TargetName,
     fit: Annotated[
-        Path | None, typer.Option("--fit", help="the fit it came from, which gives the native ceiling, prompts and texts")
+        Path | None,
+        typer.Option("--fit", help="the fit it came from, which gives the native ceiling, prompts and texts"),
     ] = None,
     behaviour: Annotated[
         Path | None, typer.Option(help="JSON with 'prompts', 'positive', 'negative'; default: kept by the fit")

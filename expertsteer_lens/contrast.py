@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_number, check_texts
+from .chat import Chat, Text
 from .errors import ArgumentError, DataError
 
 
-def text_hash(texts: Iterable[str]) -> str:
+def text_hash(texts: Iterable[Text]) -> str:
     """SHA-256 (first 16 hex digits) of texts in order; equal hashes mean the same texts in the same order."""
     digest = hashlib.sha256()
     for text in texts:
@@ -29,11 +30,11 @@ def text_hash(texts: Iterable[str]) -> str:
 class ContrastPairs:
     """Texts that show a behaviour (positive, label 1) and texts that do not (negative, label 0), paired by index.
 
-    The steering direction points from negative to positive.
+    The steering direction points from negative to positive. A text may be a chat: a list of messages, see `Chat`.
     """
 
-    positive: tuple[str, ...]
-    negative: tuple[str, ...]
+    positive: tuple[Text, ...]
+    negative: tuple[Text, ...]
 
     def __post_init__(self) -> None:
         positive = check_texts("positive", self.positive)
@@ -52,8 +53,8 @@ class ContrastPairs:
         object.__setattr__(self, "negative", tuple(negative))
 
     @classmethod
-    def from_lists(cls, positive: Sequence[str], negative: Sequence[str]) -> ContrastPairs:
-        """Pairs from two lists of the same length."""
+    def from_lists(cls, positive: Sequence[Any], negative: Sequence[Any]) -> ContrastPairs:
+        """Pairs from two lists of the same length, of texts or of chats (lists of messages)."""
         return cls(tuple(check_texts("positive", positive)), tuple(check_texts("negative", negative)))
 
     @classmethod
@@ -123,23 +124,26 @@ class ContrastPairs:
         choices: str = "choices",
         answer: str = "answer",
         template: str = "Question: {question}\nAnswer: {choice}",
+        chat: bool = False,
         seed: int = 0,
     ) -> ContrastPairs:
         """One pair an item: the question with its right answer, and with one wrong answer drawn by `seed`.
 
-        `choices` is a list or a dict of options; `answer` an index into the list, a key of the dict, or the text itself.
+        `choices` is a list or a dict of options; `answer` an index into the list, a key of the dict, or the text itself. With
+        `chat` the user asks the question and the assistant gives the answer; `template` is not used.
         """
         rows = [multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)]
         generator = torch.Generator().manual_seed(seed)
-        positive, negative = [], []
+        positive: list[Text] = []
+        negative: list[Text] = []
         for asked, right, wrong in rows:
             pick = wrong[int(torch.randint(len(wrong), (1,), generator=generator))]
-            positive.append(template.format(question=asked, choice=right))
-            negative.append(template.format(question=asked, choice=pick))
+            for side, choice in ((positive, right), (negative, pick)):
+                side.append(Chat.ask(asked, choice) if chat else template.format(question=asked, choice=choice))
         return cls.from_lists(positive, negative)
 
     @property
-    def texts(self) -> list[str]:
+    def texts(self) -> list[Text]:
         """All texts, pair after pair: positive 0, negative 0, positive 1, ..."""
         return [t for pair in zip(self.positive, self.negative, strict=True) for t in pair]
 
@@ -174,10 +178,11 @@ class Behaviour:
 
     The metric built from it is `m = log p(any positive completion) - log p(any negative completion)` in nats, per prompt.
     `positive` and `negative` are either one list shared by all prompts or one list per prompt (multiple choice).
-    Completions are appended to the prompt as they are: give them their leading space.
+    Completions are appended to the prompt as they are: give them their leading space. A prompt may be a chat (a list of
+    messages, see `Chat`), whose assistant then says the completion.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Text, ...]
     positive: tuple[Any, ...]
     negative: tuple[Any, ...]
 
@@ -192,10 +197,10 @@ class Behaviour:
                         f"{name} has completions for {len(value)} prompts, but there are {len(prompts)} prompts; "
                         "give one list of completions per prompt, or one shared list of texts."
                     )
-                lists = tuple(tuple(check_texts(f"{name}[{i}]", v)) for i, v in enumerate(value))
+                lists = tuple(tuple(check_texts(f"{name}[{i}]", v, chats=False)) for i, v in enumerate(value))
                 object.__setattr__(self, name, lists)
             else:
-                object.__setattr__(self, name, tuple(check_texts(name, value)))
+                object.__setattr__(self, name, tuple(check_texts(name, value, chats=False)))
 
     @classmethod
     def from_multiple_choice(
@@ -206,11 +211,15 @@ class Behaviour:
         choices: str = "choices",
         answer: str = "answer",
         template: str = "Question: {question}\nAnswer:",
+        chat: bool = False,
     ) -> Behaviour:
-        """Prompts from multiple-choice items: the right answer is the positive completion, every other a negative one."""
+        """Prompts from multiple-choice items: the right answer is the positive completion, every other a negative one.
+
+        With `chat` the user asks the question and the assistant is to answer; `template` is not used.
+        """
         rows = [multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)]
         return cls(
-            tuple(template.format(question=asked) for asked, _, _ in rows),
+            tuple(Chat.ask(asked) if chat else template.format(question=asked) for asked, _, _ in rows),
             tuple((" " + right,) for _, right, _ in rows),
             tuple(tuple(" " + w for w in wrong) for _, _, wrong in rows),
         )
@@ -237,13 +246,13 @@ class Behaviour:
         return Behaviour(tuple(self.prompts[i] for i in rows), take(self.positive), take(self.negative))
 
     def with_prefix(self, prefix: str) -> Behaviour:
-        """The same behaviour with `prefix` in front of every prompt: the prompting baseline."""
+        """The same behaviour with `prefix` in front of every prompt (of a chat: of its first question): the prompting baseline."""
         return Behaviour(tuple(prefix + p for p in self.prompts), self.positive, self.negative)
 
     @property
     def hash(self) -> str:
         """Digest of prompts and completions."""
-        parts = list(self.prompts)
+        parts: list[Text] = list(self.prompts)
         for i in range(len(self)):
             for side in self.completions(i):
                 parts.extend(side)
@@ -298,5 +307,6 @@ def _split(n: int, fraction: float, seed: int, what: str, least: int) -> tuple[l
     return sorted(order[:cut]), sorted(order[cut:])
 
 
-def _short(text: str, width: int = 40) -> str:
+def _short(text: Text, width: int = 40) -> str:
+    text = str(text)
     return repr(text if len(text) <= width else text[: width - 1] + "…")

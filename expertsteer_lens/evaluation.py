@@ -14,6 +14,7 @@ from torch import Tensor
 from ._checks import check_choice, check_number, check_texts
 from ._compared import FLOOR, Job, comparison
 from .calibration import calibrate
+from .chat import Text
 from .contrast import Behaviour, text_hash
 from .errors import ArgumentError, DataError
 from .hosts import as_host
@@ -206,8 +207,8 @@ def evaluate(
     *,
     fit: ExpertSteering | None = None,
     behaviour: Behaviour | None = None,
-    neutral: Sequence[str] | None = None,
-    calibration_texts: Sequence[str] | None = None,
+    neutral: Sequence[Text] | None = None,
+    calibration_texts: Sequence[Text] | None = None,
     methods: str = "controls",
     n_random: int = 5,
     n_shuffles: int = 3,
@@ -299,8 +300,8 @@ class _Run:
         host: Host,
         fit: ExpertSteering | None,
         behaviour: Behaviour | None,
-        neutral: Sequence[str] | None,
-        calibration_texts: Sequence[str] | None,
+        neutral: Sequence[Text] | None,
+        calibration_texts: Sequence[Text] | None,
         budget: float | None,
         n_bootstrap: int,
         seed: int,
@@ -352,8 +353,7 @@ class _Run:
             return {}
         prompts = list(behaviour.prompts[:n])
         with nullcontext() if plan is None else plan.hooks(self.host.model):
-            whole = self.host.generate(prompts, max_new_tokens=length)
-        texts = [text.removeprefix(prompt) for text, prompt in zip(whole, prompts, strict=True)]
+            texts = self.host.generate(prompts, max_new_tokens=length)
         out = {
             "repetition": sum(map(repeated_trigrams, texts)) / len(texts),
             "length": sum(len(t.split()) for t in texts) / len(texts),

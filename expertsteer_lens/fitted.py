@@ -13,11 +13,13 @@ from ._checks import unknown_hook
 from .activations import ActivationStore
 from .aligners import Aligner
 from .calibration import Calibration, calibrate
+from .chat import Text
 from .contrast import Behaviour
 from .errors import ArgumentError, ModelStateError
 from .mutual_information import LayerPairMI
 from .pairing import LayerPairs
 from .plan import SteeringPlan, SteeringVector
+from .readings import PairKey, Readings
 from .rfm import RFM
 
 if TYPE_CHECKING:
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 
     from .hosts import Host
     from .pipeline import ExpertSteerConfig
-
-PairKey = tuple[str, str]
-"""(expert hook name, target hook name)"""
 
 
 class AbsentModel:
@@ -55,27 +54,6 @@ class AbsentModel:
 
 
 @dataclass(frozen=True, eq=False)
-class Readings:
-    """What was read from the two models, and the texts kept apart: all that a fit needs besides its settings."""
-
-    expert_anchors: ActivationStore
-    """The expert's states on the anchors."""
-    target_anchors: ActivationStore
-    """The target's states on the same anchors."""
-    expert_pairs: ActivationStore
-    """The expert's states on the contrast pairs, labelled."""
-    target_pairs: ActivationStore
-    """The target's own states on the contrast pairs, labelled: the native ceiling is learnt from these."""
-    readout: Float[Tensor, " d_target"]
-    """The target's own mean difference at its last layer: the metric where no completions are given."""
-    calibration_texts: tuple[str, ...]
-    test_texts: tuple[str, ...]
-    validation_behaviour: Behaviour | None
-    test_behaviour: Behaviour | None
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
 class ExpertSteering:
     """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for calibration and test."""
 
@@ -86,8 +64,8 @@ class ExpertSteering:
     aligners: dict[PairKey, Aligner]
     rfms: dict[PairKey, RFM]
     """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
-    target: Host | AbsentModel
-    """The model to be steered; only its facts if the fit was loaded without it."""
+    target: Host
+    """The model to be steered; an `AbsentModel` if the fit was loaded without it."""
     readings: Readings
     gradients: dict[str, Tensor]
     """d metric / d state at each target hook point, summed over positions; empty unless the rule is "attribution"."""
@@ -110,12 +88,12 @@ class ExpertSteering:
         return self.readings.target_anchors
 
     @property
-    def calibration_texts(self) -> tuple[str, ...]:
+    def calibration_texts(self) -> tuple[Text, ...]:
         """Neutral texts on which strengths are found."""
         return self.readings.calibration_texts
 
     @property
-    def test_texts(self) -> tuple[str, ...]:
+    def test_texts(self) -> tuple[Text, ...]:
         """Neutral texts that only `evaluate` reads."""
         return self.readings.test_texts
 
@@ -170,7 +148,7 @@ class ExpertSteering:
             )
         same_mi = settings.mi == self.config.mi and seed in (None, self.seed)
         return solve(
-            settings, self.seed if seed is None else seed, self.target, self.readings,  # type: ignore[arg-type]
+            settings, self.seed if seed is None else seed, self.target, self.readings,
             progress=progress,
             mi=self.layer_pair_mi if same_mi else None, gradients=self.gradients or None,
         )  # fmt: skip

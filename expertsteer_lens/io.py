@@ -60,9 +60,7 @@ def save(thing: Any, path: str | Path) -> Path:
     return path
 
 
-def load(
-    path: str | Path, *, revision: str | None = None, target: Any = None, allow_mismatch: bool = False
-) -> Any:
+def load(path: str | Path, *, revision: str | None = None, target: Any = None, allow_mismatch: bool = False) -> Any:
     """Read what `save` wrote, from a folder, or from a hub id such as "user/repo" if no such folder exists.
 
     Imports no host. Whether a plan fits a model is checked when it is attached (fingerprint, width, hook names).
@@ -100,7 +98,10 @@ def load(
 
 
 def push_to_hub(thing: Any, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a plan or a result to the Hugging Face hub and return its address; `load(repo_id)` reads it back."""
+    """Upload a plan or a result to the Hugging Face hub and return its address; `load(repo_id)` reads it back.
+
+    Think of what is in it: a fit holds the texts it keeps for calibration and test, and states of all others.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

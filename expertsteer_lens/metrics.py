@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .chat import Text
 from .contrast import Behaviour
 from .errors import ArgumentError, DataError
 
@@ -86,7 +87,7 @@ def behaviour_gradient(
 
 def readout_gradient(
     host: Host,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     readout: Float[Tensor, " d_model"],
     hook_names: Sequence[str],
     *,
@@ -123,7 +124,7 @@ class NeutralTexts:
         cache_bytes: the unsteered log-probabilities are kept if they fit in this many bytes, else measured anew for each KL.
     """
 
-    def __init__(self, host: Host, texts: Sequence[str], *, batch_size: int = 32, cache_bytes: int = 2**28) -> None:
+    def __init__(self, host: Host, texts: Sequence[Text], *, batch_size: int = 32, cache_bytes: int = 2**28) -> None:
         self.host, self.texts = host, list(texts)
         self._batches = [batch for batch, _ in _text_batches(host, self.texts, batch_size)]
         self._base: list[Tensor] | None = []
@@ -166,7 +167,7 @@ def _kl(base: Tensor, steered: Tensor) -> Tensor:
 
 
 def neutral_nll(
-    host: Host, texts: Sequence[str], *, plan: SteeringPlan | None = None, batch_size: int = 32
+    host: Host, texts: Sequence[Text], *, plan: SteeringPlan | None = None, batch_size: int = 32
 ) -> Float[Tensor, "n_texts 2"]:
     """Per text: summed negative log-likelihood in nats, and the number of predicted tokens.
 
@@ -184,7 +185,7 @@ def neutral_nll(
 
 
 def kl_per_token(
-    host: Host, texts: Sequence[str], plan: SteeringPlan, *, batch_size: int = 32
+    host: Host, texts: Sequence[Text], plan: SteeringPlan, *, batch_size: int = 32
 ) -> Float[Tensor, "n_texts 2"]:
     """Per text: summed KL(unsteered || steered) of the next-token distribution in nats, and the number of positions."""
     rows = []
@@ -304,7 +305,7 @@ def _picked(log_probs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return picked, batch.attention_mask[:, 1:].bool().to(log_probs.device)
 
 
-def _text_batches(host: Host, texts: Sequence[str], batch_size: int) -> Iterator[tuple[TokenBatch, list[int]]]:
+def _text_batches(host: Host, texts: Sequence[Text], batch_size: int) -> Iterator[tuple[TokenBatch, list[int]]]:
     """Batches of similar length (less padding), each with the indices of its texts."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch_size):

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_number, check_texts
+from ._checks import check_choice, check_number
 from .activations import ActivationStore
 from .aligner_solvers import Side
 from .aligners import Aligner, AlignerConfig, fit_aligner_grid
 from .calibration import BUDGET_UNITS
-from .contrast import Behaviour, ContrastPairs, text_hash
+from .chat import Text
+from .contrast import Behaviour, ContrastPairs
 from .directions import mean_difference
-from .errors import ArgumentError, DataError
-from .fitted import ExpertSteering, PairKey, Readings
-from .hosts import as_host, capture, texts_sha256
+from .errors import ArgumentError
+from .fitted import ExpertSteering
+from .hosts import as_host
 from .metrics import behaviour_gradient, readout_gradient
 from .mutual_information import LayerPairMI, MIConfig, layer_pair_mi
 from .pairing import LayerPairs, PairingConfig, allowed_targets, select_layer_pairs
+from .readings import PairKey, Readings, read_models
 from .rfm import RFM, RFMConfig, fit_rfm
 
 if TYPE_CHECKING:
@@ -121,10 +123,10 @@ class ExpertSteer:
         target: Any,
         pairs: ContrastPairs,
         *,
-        anchors: Sequence[str] | None = None,
+        anchors: Sequence[Text] | None = None,
         behaviour: Behaviour | None = None,
         test_behaviour: Behaviour | None = None,
-        neutral: Sequence[str] | None = None,
+        neutral: Sequence[Text] | None = None,
         expert_hook_names: Sequence[str] | None = None,
         target_hook_names: Sequence[str] | None = None,
         progress: bool = True,
@@ -137,7 +139,8 @@ class ExpertSteer:
                 elsewhere or earlier: `capture(expert, [*pairs.texts, *anchors])`, so that the two models need never be in
                 memory together.
             target: the model to be steered; any host object.
-            pairs: labelled texts.
+            pairs: labelled texts. Here as everywhere a text may be a chat (a list of messages, see `Chat`): each model is shown
+                it in its own template.
             anchors: unlabelled texts run through both models, which tie the two spaces together; default: the texts of
                 `pairs`, without their labels. More and more varied is better; let them end where the pairs end (the same kind
                 of last token), since the map is fitted on the states that are read.
@@ -159,10 +162,13 @@ class ExpertSteer:
                 "test_behaviour is given without behaviour, the prompts to choose layers by; pass both."
             )
         run = _Fit(self.config, self.seed, as_host(target), progress, on_step)
-        source = expert if isinstance(expert, ActivationStore) else as_host(expert)
-        readings = run.read(
-            source, pairs, anchors, behaviour, test_behaviour, neutral, expert_hook_names, target_hook_names
-        )
+        readings = read_models(
+            expert if isinstance(expert, ActivationStore) else as_host(expert), run.target, pairs, self.config, self.seed,
+            anchors=anchors, behaviour=behaviour, test_behaviour=test_behaviour, neutral=neutral,
+            expert_hook_names=expert_hook_names, target_hook_names=target_hook_names, progress=progress,
+        )  # fmt: skip
+        run.done("capture", pairs=len(pairs), anchors=readings.target_anchors.n, expert_layers=len(readings.expert_pairs),
+                 target_layers=len(readings.target_pairs))  # fmt: skip
         return run.solve(readings)
 
 
@@ -202,66 +208,6 @@ class _Fit:
         self.started = now
         if self.on_step:
             self.on_step(self.steps[-1])
-
-    def read(
-        self,
-        expert: Host | ActivationStore,
-        pairs: ContrastPairs,
-        anchors: Sequence[str] | None,
-        behaviour: Behaviour | None,
-        test_behaviour: Behaviour | None,
-        neutral: Sequence[str] | None,
-        expert_hook_names: Sequence[str] | None,
-        target_hook_names: Sequence[str] | None,
-    ) -> Readings:
-        c, target = self.config, self.target
-        if not isinstance(pairs, ContrastPairs):
-            raise DataError(
-                f"pairs must be ContrastPairs, got {type(pairs).__name__}; use ContrastPairs.from_lists(...)."
-            )
-        captured = isinstance(expert, ActivationStore)
-        expert_hooks = list(expert_hook_names or (expert if captured else expert.hook_names()))
-        if not captured:
-            expert.check_hook_names(expert_hooks)
-        target_hooks = target.check_hook_names(list(target_hook_names or target.hook_names()))
-        texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
-        if neutral is None:
-            fit_texts, calibration_texts, test_texts = split_anchors(texts, c.held_out, self.seed)
-        else:
-            fit_texts, kept = texts, check_texts("neutral", neutral)
-            if len(kept) < 2:
-                raise DataError("neutral holds 1 text, but one half calibrates and the other tests; give more.")
-            calibration_texts, test_texts = kept[::2], kept[1::2]
-        validation, test = behaviour, test_behaviour
-        if behaviour is not None and test_behaviour is None:
-            validation, test = behaviour.split(c.validation, seed=self.seed)
-
-        read: dict[str, Any] = {"positions": c.read_positions, "batch_size": c.batch_size, "progress": self.progress}
-        if isinstance(expert, ActivationStore):
-            expert_anchors, expert_pairs = _from_states(expert, expert_hooks, pairs, anchors, fit_texts, c.read_positions)
-        else:
-            expert_anchors = capture(expert.model, fit_texts, expert_hooks, **read)
-            expert_pairs = capture(expert.model, pairs.texts, expert_hooks, labels=pairs.labels, **read)
-        target_anchors = capture(target.model, fit_texts, target_hooks, **read)
-        target_pairs = capture(target.model, pairs.texts, target_hooks, labels=pairs.labels, **read)
-        final = target.hook_names()[-1]
-        store = target_pairs if final in target_pairs else capture(target.model, pairs.texts, [final], **read)
-        self.done("capture", pairs=len(pairs), anchors=len(fit_texts), expert_layers=len(expert_hooks),
-                  target_layers=len(target_hooks))  # fmt: skip
-        provenance = {
-            "expert": _model_facts(expert_pairs),
-            "target": _model_facts(target_pairs),
-            "pairs": {"n": len(pairs), "hash": pairs.hash},
-            "anchors": {"n": len(texts), "hash": text_hash(texts), "given": anchors is not None},
-            "behaviour": None if behaviour is None else {"n": len(behaviour), "hash": behaviour.hash},
-            "neutral": None if neutral is None else {"n": len(neutral), "hash": text_hash(neutral)},
-        }
-        return Readings(
-            expert_anchors=expert_anchors, target_anchors=target_anchors, expert_pairs=expert_pairs,
-            target_pairs=target_pairs, readout=mean_difference(store[final], pairs.labels),
-            calibration_texts=tuple(calibration_texts), test_texts=tuple(test_texts),
-            validation_behaviour=validation, test_behaviour=test, provenance=provenance,
-        )  # fmt: skip
 
     def solve(
         self, readings: Readings, mi: LayerPairMI | None = None, gradients: dict[str, Tensor] | None = None
@@ -366,23 +312,6 @@ class _Fit:
         return rfms
 
 
-def split_anchors(texts: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Disjoint (fit, calibration, test) parts; `held_out` is split evenly between the last two.
-
-    Raises:
-        DataError: too few texts for three parts.
-    """
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept = max(1, round(len(texts) * held_out / 2))
-    if len(texts) - 2 * kept < 2:
-        raise DataError(
-            f"anchors: {len(texts)} texts are too few to fit on and hold out {held_out:.0%}; give more anchors."
-        )
-    parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
-    fit, calibration, test = ([texts[i] for i in part] for part in parts)
-    return fit, calibration, test
-
-
 def _joined(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([one[name], other[name]]) for name in one}
 
@@ -390,36 +319,3 @@ def _joined(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str,
 def _labels(store: ActivationStore) -> Tensor:
     assert store.labels is not None
     return store.labels
-
-
-def _model_facts(store: ActivationStore) -> dict[str, Any]:
-    names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
-    return {name: store.provenance.get(name) for name in names}
-
-
-def _from_states(
-    states: ActivationStore, names: Sequence[str], pairs: ContrastPairs, anchors: Sequence[str] | None,
-    fit_texts: Sequence[str], positions: str | int,
-) -> tuple[ActivationStore, ActivationStore]:  # fmt: skip
-    """The anchors' and the pairs' rows of states captured before.
-
-    Raises:
-        DataError: they are of other texts, or of another token of each.
-    """
-    texts = [*pairs.texts, *(anchors or ())]
-    wanted = "capture(expert, [*pairs.texts, *anchors])" if anchors is not None else "capture(expert, pairs.texts)"
-    facts = states.provenance
-    if states.n != len(texts) or facts.get("texts_sha256", texts_sha256(texts)) != texts_sha256(texts):
-        raise DataError(
-            f"expert holds states of {states.n} texts, which are not the {len(texts)} of pairs and anchors, in this order; "
-            f"make them with {wanted}."
-        )
-    if facts.get("positions", positions) != positions:
-        raise DataError(
-            f"expert holds states read at positions={facts['positions']!r}, but config.read_positions is {positions!r}; "
-            "read and fit at the same token."
-        )
-    row = {text: i for i, text in reversed(list(enumerate(texts)))}  # a text that comes twice has the same state twice
-    chosen = ActivationStore({name: states[name] for name in names}, provenance=facts)
-    fitted = chosen.select([row[text] for text in fit_texts])
-    return fitted, ActivationStore(chosen.select(range(len(pairs.texts))), pairs.labels, facts)

@@ -67,9 +67,7 @@ def positions_to_json(positions: Positions) -> Any:
     if isinstance(positions, slice):
         return {"slice": [positions.start, positions.stop, positions.step]}
     if callable(positions):
-        raise ArgumentError(
-            "positions is a function, which cannot be saved; use a name, an int, a slice or a list."
-        )
+        raise ArgumentError("positions is a function, which cannot be saved; use a name, an int, a slice or a list.")
     return list(positions) if isinstance(positions, tuple) else positions
 
 

@@ -80,16 +80,19 @@ class Benchmark:
     skipped: tuple[tuple[int, str], ...] = ()
     """Rows left out (row number in the source, from 0) and why."""
 
-    def pairs(self, *, seed: int | None = None) -> ContrastPairs:
-        """One pair an item: the right answer, and a wrong one drawn by `seed` (default: the seed of `load`)."""
+    def pairs(self, *, chat: bool = False, seed: int | None = None) -> ContrastPairs:
+        """One pair an item: the right answer, and a wrong one drawn by `seed` (default: the seed of `load`).
+
+        With `chat` as conversations, each model's template around them; else in the preset's own words.
+        """
         return ContrastPairs.from_multiple_choice(
-            self.pair_items, template=self.preset.template, seed=self.seed if seed is None else seed
+            self.pair_items, template=self.preset.template, chat=chat, seed=self.seed if seed is None else seed
         )
 
-    def behaviour(self) -> Behaviour:
-        """The other items: the question as prompt, the right answer wanted, every wrong one not."""
+    def behaviour(self, *, chat: bool = False) -> Behaviour:
+        """The other items: the question as prompt, the right answer wanted, every wrong one not; `chat` as in `pairs`."""
         template = self.preset.template.removesuffix("{choice}").rstrip(" ")
-        return Behaviour.from_multiple_choice(self.prompt_items, template=template)
+        return Behaviour.from_multiple_choice(self.prompt_items, template=template, chat=chat)
 
     def __len__(self) -> int:
         return len(self.pair_items) + len(self.prompt_items)

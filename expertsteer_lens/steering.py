@@ -162,7 +162,9 @@ class Steering:
         if not plain or not adding:
             return whole
         fired, selected, edited = self.report.n_fired, self.report._selected[name], self.report._edited[name]
-        dtype, device, deltas = None, None, ()
+        dtype: torch.dtype | None = None
+        device: torch.device | None = None
+        deltas: tuple[Tensor, ...] = ()
 
         def fn(x: Tensor) -> Tensor | None:
             nonlocal dtype, device, deltas

@@ -327,7 +327,9 @@ class TestHelp:
         result = run("--version")
         assert (result.exit_code, result.output.strip()) == (0, f"expertsteer-lens {esl.__version__}")
 
-    @pytest.mark.parametrize("command", ["demo", "capture", "fit", "show", "steer", "evaluate", "export", "bench", "benchmarks"])
+    @pytest.mark.parametrize(
+        "command", ["demo", "capture", "fit", "show", "steer", "evaluate", "export", "bench", "benchmarks"]
+    )
     def test_every_option_explains_itself(self, command):
         import click
         from typer.main import get_command
@@ -339,4 +341,6 @@ class TestHelp:
         assert run(command, "--help").exit_code == 0
 
     def test_without_arguments_the_commands_are_listed(self):
-        assert all(c in run().output for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks"))
+        assert all(
+            c in run().output for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks")
+        )

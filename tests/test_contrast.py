@@ -34,7 +34,7 @@ class TestContrastPairs:
             ContrastPairs.from_lists([], [])
         with pytest.raises(DataError, match="wrap it in a list"):
             ContrastPairs.from_lists("abc", BAD)
-        with pytest.raises(DataError, match=r"positive\[0\] must be a str, got int"):
+        with pytest.raises(DataError, match=r"positive\[0\] must be a str or a list of messages, got int"):
             ContrastPairs.from_lists([1, 2, 3], BAD)
 
     def test_the_same_text_on_both_sides_is_refused(self):

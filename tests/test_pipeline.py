@@ -13,7 +13,7 @@ import expertsteer_lens as esl
 from expertsteer_lens._compared import base_plan, realigned_plan
 from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError, HookNameError, ModelStateError
 from expertsteer_lens.metrics import behaviour_metric
-from expertsteer_lens.pipeline import split_anchors
+from expertsteer_lens.readings import split_anchors
 
 FAST_RFM = esl.RFMConfig(bandwidth=1.0, center_gradients=False, validation_fraction=0.0, n_rounds=3)
 FAST_MI = esl.MIConfig(n_permutations=10, n_bootstrap=20, n_components=8)

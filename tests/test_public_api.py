@@ -164,7 +164,7 @@ class TestReprs:
             store, esl.fit_aligner(x, x[:, :4]), esl.AlignerConfig(), esl.Behaviour(("p",), (" a",), (" b",)),
             results.calibration(), esl.ContrastPairs.from_lists(["a", "b"], ["c", "d"]), results.evaluation(),
             esl.ExpertSteer(), esl.ExpertSteerConfig(), mi, pairs, esl.MIConfig(), esl.PairingConfig(), rfm, esl.RFMConfig(),
-            plan, plan.vectors[0], esl.Gate(direction=torch.ones(6), threshold=0.5), bench,
+            esl.Chat.ask("Why?"), plan, plan.vectors[0], esl.Gate(direction=torch.ones(6), threshold=0.5), bench,
         ]  # fmt: skip
         return {type(thing).__name__: thing for thing in made}
 

@@ -99,7 +99,9 @@ class TestFitWithoutItsTarget:
         assert (ours.target, ours.basis, ours.provenance) == (theirs.target, theirs.basis, theirs.provenance)
         assert loaded.summary() == fit.summary()
         assert loaded.to_pandas().equals(fit.to_pandas())
-        with pytest.raises(ModelStateError, match=r"loaded without its target \(target\).*esl\.load\(path, target=model"):
+        with pytest.raises(
+            ModelStateError, match=r"loaded without its target \(target\).*esl\.load\(path, target=model"
+        ):
             loaded.plan()
 
     def test_with_its_target_it_is_the_fit_that_was_saved(self, fit, folder, zoo):
@@ -107,7 +109,9 @@ class TestFitWithoutItsTarget:
         assert loaded.plan().vectors[0].coefficient == fit.plan().vectors[0].coefficient
         again, first = (f.refit(rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1)) for f in (loaded, fit))
         assert torch.equal(again.direction(*again.layer_pairs.keys()[0]), first.direction(*first.layer_pairs.keys()[0]))
-        one, two = (esl.evaluate(f.plan(coefficient=0.1), zoo["target"], fit=f, n_random=2, n_shuffles=1) for f in (loaded, fit))
+        one, two = (
+            esl.evaluate(f.plan(coefficient=0.1), zoo["target"], fit=f, n_random=2, n_shuffles=1) for f in (loaded, fit)
+        )
         assert differences(one, two) == []
 
     def test_another_target_is_refused(self, folder, zoo):
@@ -232,11 +236,13 @@ class TestFitFromStates:
 
     def test_states_of_other_texts_or_tokens_are_refused(self, states, zoo):
         steer, target, texts = esl.ExpertSteer(SMALL), zoo["target"], zoo["texts"]
-        with pytest.raises(DataError, match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs\.texts"):
+        with pytest.raises(
+            DataError, match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs\.texts"
+        ):
             steer.fit(states, target, texts["pairs"], progress=False)
         shuffled = {**texts, "anchors": texts["anchors"][::-1]}
         with pytest.raises(DataError, match=r"not the 120 of pairs and anchors, in this order; make them with capture"):
             steer.fit(states, target, **shuffled, progress=False)
         mean = dataclasses.replace(SMALL, read_positions="mean")
-        with pytest.raises(DataError, match="read at positions='last', but config.read_positions is 'mean'"):
+        with pytest.raises(DataError, match=r"read at positions='last', but config\.read_positions is 'mean'"):
             esl.ExpertSteer(mean).fit(states, target, **texts, progress=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from expertsteer_lens._checks import check_number, check_texts, unknown_hook
+from expertsteer_lens.chat import Chat, Text
 from expertsteer_lens.errors import (
     ArgumentError,
     DataError,
@@ -212,13 +213,14 @@ class Host:
     # -- tokens -------------------------------------------------------------------------------------------------------
 
     def tokenize(
-        self, prompts: Sequence[str], *, prepend_bos: bool | None = None, max_length: int | None = None
+        self, prompts: Sequence[Text], *, prepend_bos: bool | None = None, max_length: int | None = None
     ) -> TokenBatch:
         """Right-padded ids and mask, on the model's device, with our own BOS policy on every host.
 
         Args:
-            prompts: texts.
-            prepend_bos: None prepends BOS iff the tokenizer has one. A text that already starts with it gets no second.
+            prompts: texts, or chats (lists of messages), which are rendered with this model's own template.
+            prepend_bos: None prepends BOS iff the tokenizer has one, and leaves a chat to its template. A text that already
+                starts with it gets no second.
             max_length: most tokens allowed (BOS included); None: the model's context length.
 
         Raises:
@@ -235,9 +237,12 @@ class Host:
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if prepend_bos and bos is None:
             raise ArgumentError("prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=None or False.")
-        rows = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        if bos is not None and prepend_bos is not False:
-            rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
+        shown = [text.render(self.tokenizer) if isinstance(text, Chat) else text for text in texts]
+        rows = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in shown]
+        for i, row in enumerate(rows):
+            wanted = prepend_bos if prepend_bos is not None else not isinstance(texts[i], Chat)
+            if bos is not None and wanted and row[:1] != [bos]:
+                rows[i] = [bos, *row]
         limit = max_length if max_length is not None else self.n_ctx
         for i, row in enumerate(rows):
             if not row:
@@ -258,7 +263,7 @@ class Host:
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int | None = None,
+        self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, seed: int | None = None,
         prepend_bos: bool | None = None, stop_at_eos: bool = True,
     ) -> list[str]:  # fmt: skip
         """The continuation of each prompt (without the prompt), as text; see `generate_tokens`."""
@@ -274,7 +279,7 @@ class Host:
 
     @torch.no_grad()
     def generate_tokens(
-        self, prompts: Sequence[str], *, max_new_tokens: int, temperature: float = 0.0, seed: int | None = None,
+        self, prompts: Sequence[Text], *, max_new_tokens: int, temperature: float = 0.0, seed: int | None = None,
         prepend_bos: bool | None = None, stop_at_eos: bool = True,
     ) -> list[list[int]]:  # fmt: skip
         """The new token ids of each prompt, through the model's own `generate`, one prompt at a time.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_number, check_texts
 from expertsteer_lens.activations import ActivationStore, layer_of, take_positions
+from expertsteer_lens.chat import Text, joined_bytes
 from expertsteer_lens.edits import centre
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def capture(
     model: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     hook_names: Sequence[str] | None = None,
     *,
     positions: str | int = "last",
@@ -41,13 +42,13 @@ def capture(
 
     Args:
         model: any model `as_host` accepts.
-        prompts: texts.
+        prompts: texts, or chats (lists of messages), which are rendered with the model's own template.
         hook_names: which hook points; default: `blocks.*.hook_resid_post`.
         positions: "last" (the last token), "mean" (over tokens), "all" (one row per token, prompt after prompt) or an
             absolute token index (BOS counts; negative from the end).
         labels: one per prompt, 1 = positive; repeated per token for "all".
         batch_size: prompts per pass. Prompts are batched by length; the order of the result is that of `prompts`.
-        prepend_bos: None prepends BOS iff the tokenizer has one.
+        prepend_bos: None prepends BOS iff the tokenizer has one, and leaves a chat to its template.
         max_length: most tokens allowed per prompt; None: the model's context length.
         progress: show a tqdm bar.
 
@@ -161,7 +162,7 @@ def _labels(labels: Tensor | Sequence[int] | None, counts: Sequence[int]) -> Ten
 
 def _provenance(
     host: Host,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     names: Sequence[str],
     positions: str | int,
     prepend_bos: bool | None,
@@ -187,9 +188,9 @@ def _provenance(
     }
 
 
-def texts_sha256(texts: Sequence[str]) -> str:
+def texts_sha256(texts: Sequence[Text]) -> str:
     """What the provenance of captured states says of their texts: the same for the same texts in the same order."""
-    return hashlib.sha256("\x1e".join(texts).encode()).hexdigest()
+    return hashlib.sha256(joined_bytes(texts)).hexdigest()
 
 
 def _versions() -> dict[str, str]:

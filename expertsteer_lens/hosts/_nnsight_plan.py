@@ -39,7 +39,9 @@ class PlainPlan:
         order = {name: i for i, name in enumerate(blocks.places)}
         self._sites = [
             (blocks.places[v.hook_name].path, blocks.places[v.hook_name].side, _changer(v, centred))
-            for v in sorted(plan.vectors, key=lambda v: order[v.hook_name])  # stable: the plan's order at one hook point
+            for v in sorted(
+                plan.vectors, key=lambda v: order[v.hook_name]
+            )  # stable: the plan's order at one hook point
             if v.coefficient != 0
         ]
 

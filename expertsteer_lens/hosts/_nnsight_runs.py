@@ -111,10 +111,15 @@ class Station(Mediator):
             _, side, fn = self._run[self._next]
             if side == "arguments":
                 fn(own)
-            else:
-                changed = fn(first_argument(*own) if side == "input" else first_of(own))
+            elif side == "input":
+                args, kwargs = own
+                changed = fn(first_argument(args, kwargs))
                 if changed is not None:
-                    own = edited = with_first_argument(*own, changed) if side == "input" else with_first(own, changed)
+                    own = edited = with_first_argument(args, kwargs, changed)
+            else:
+                changed = fn(first_of(own))
+                if changed is not None:
+                    own = edited = with_first(own, changed)
             self._next = (self._next + 1) % len(self._run)
             if self._run[self._next][0] != provider:
                 break
