@@ -215,5 +215,5 @@ def print_frame(frame: Any, title: str, *, whole: bool = False, names: bool = Fa
             no_wrap=whole if i > 0 else names,
         )
     for row in frame.itertuples(index=False):
-        table.add_row(*(escape(str(v)) for v in row))
+        table.add_row(*(escape(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row))
     console.print(table)

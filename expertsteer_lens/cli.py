@@ -226,12 +226,22 @@ def show(
     plan: Annotated[str, typer.Argument(help="folder or hub id of a saved plan, fit, evaluation, ...")],
 ) -> None:
     """Print what was saved: what a plan does and where it comes from, the steps and pairs of a fit; loads no model."""
+    from .evaluation import Evaluation
     from .fitted import ExpertSteering
     from .io import load
     from .plan import SteeringPlan
 
     loaded = load(plan)
-    say(loaded.summary() if isinstance(loaded, ExpertSteering) else repr(loaded))
+    if isinstance(loaded, ExpertSteering):
+        say(loaded.summary())
+        short = {"mutual_information": "MI", "aligner_r2": "aligner R²", "rfm_validation_auc": "RFM AUC"}
+        frame = loaded.to_pandas()
+        print_frame(frame.head(10).rename(columns=short), f"the first of {len(frame)} fitted pairs", names=True)
+        return
+    if isinstance(loaded, Evaluation):
+        print_evaluation(loaded)
+        return
+    say(repr(loaded))
     if not isinstance(loaded, SteeringPlan):
         if hasattr(loaded, "to_pandas"):
             print_frame(loaded.to_pandas().head(20), type(loaded).__name__)

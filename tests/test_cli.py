@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import results
 import torch
 from typer.testing import CliRunner
 
@@ -148,7 +149,11 @@ class TestOneModelAtATime:
         assert "ActivationStore(" in run("show", states).output
         shown = run("show", found / "fit").output
         assert esl.load(found / "fit").summary().splitlines()[-1].strip() in shown
-        assert "rfm_validation_auc" in shown
+        assert all(word in shown for word in ("AUC", "chosen"))
+        assert f"{esl.load(found / 'fit').to_pandas().score[0]:.4g}" in shown
+        measured = results.evaluation()
+        assert measured.verdict in " ".join(run("show", esl.save(measured, found / "saved")).output.split())
+        assert "Calibration(" in run("show", esl.save(results.calibration(), found / "curve")).output
 
     def test_states_of_other_texts_are_refused(self, capsys, states, files):
         line = refused(capsys, "fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl")
