@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 check notebooks bench sizes clean
+.PHONY: help demo test test-tl3 check notebooks notebooks-stored bench sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ check: $(VENV)/.done ## lint, formatting and types
 
 notebooks: $(VENV)/.done ## execute the notebooks
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+
+notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs, figures as pictures (needs Chrome)
+	$(BIN)/pip install -q --disable-pip-version-check kaleido
+	PLOTLY_RENDERER=png TQDM_DISABLE=1 $(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=600 notebooks
 
 bench: $(VENV)/.done ## the offline benchmark and the speed benchmarks (installs xrfm)
 	$(BIN)/expertsteer-lens bench
