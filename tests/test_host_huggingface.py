@@ -329,3 +329,35 @@ def test_two_plans_on_one_model_add_up() -> None:
             want = model(ids).logits
         with one.hooks(model), one.hooks(model):
             assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@torch.no_grad()
+def test_a_model_with_adapters_is_read_and_steered_as_the_merged_one(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = {
+        "lora": lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        "ia3": lambda: peft.IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False,
+            task_type="CAUSAL_LM",
+        ),
+    }[kind]()  # fmt: skip
+    adapted = peft.get_peft_model(models.hf("llama"), config).eval()
+    ids = torch.tensor([[1, 4, 7, 19, 6]])
+    plain = adapted(input_ids=ids).logits
+    name = "blocks.1.hook_resid_post"
+    v = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(0))
+    plan = SteeringPlan.from_vectors({name: v}, coefficient=4.0, relative_to="unit", positions="last_prompt")
+    with plan.hooks(adapted) as report:
+        steered = adapted(input_ids=ids).logits
+    states = capture(as_host(adapted, tokenizer=models.tokenizer()), ["the cat saw a dog"])
+    merged = adapted.merge_and_unload().eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, plain, atol=1e-4, rtol=1e-4)
+    with plan.hooks(merged):
+        torch.testing.assert_close(merged(input_ids=ids).logits, steered, atol=1e-4, rtol=1e-4)
+    assert (steered - plain).abs().max() > 0.1
+    assert report.n_edited == {name: 1}
+    again = capture(as_host(merged, tokenizer=models.tokenizer()), ["the cat saw a dog"])
+    assert all(torch.allclose(states[n], again[n], atol=1e-4) for n in states)
+    base = capture(as_host(models.hf("llama"), tokenizer=models.tokenizer()), ["the cat saw a dog"])
+    assert not torch.allclose(states[name], base[name], atol=1e-2)
