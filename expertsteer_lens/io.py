@@ -1,32 +1,26 @@
 """Save, load and share plans and results: a folder with `config.json`, safetensors and a card. Never pickle.
 
-A plan is written field by field in a format of its own, for others to read; everything else as `_codec` says.
+A plan is written field by field (`_plan_format`), for others to read; everything else as `_codec` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ._codec import KINDS, class_of, decode, encode
+from ._plan_format import check_fields, plan_card, plan_content, plan_from
 from .errors import ArgumentError, ArtifactError
-from .positions import positions_from_json, positions_to_json
-
-if TYPE_CHECKING:
-    from .plan import SteeringPlan
 
 FORMAT_VERSION = 1
 PLAN, VECTORS, TENSORS = "SteeringPlan", "vectors.safetensors", "tensors.safetensors"
 FILES = ("config.json", VECTORS, TENSORS)
-SIGN_CONVENTION = "directions are unit vectors pointing towards the positive class; coefficient > 0 steers towards it"
 
 
 def save(thing: Any, path: str | Path) -> Path:
@@ -92,7 +86,7 @@ def load(path: str | Path, *, revision: str | None = None, target: Any = None, a
     if target is not None and kind != "ExpertSteering":
         raise ArgumentError(f"target= goes with a saved fit, but {folder} holds a {kind}; leave it out.")
     tensors = _tensors_in(folder / (VECTORS if kind == PLAN else TENSORS), config)
-    return _plan_from(config, tensors, folder) if kind == PLAN else _result_from(
+    return plan_from(config, tensors, folder) if kind == PLAN else _result_from(
         config, tensors, folder, lambda facts: _model_for(facts, target, allow_mismatch)
     )  # fmt: skip
 
@@ -140,7 +134,7 @@ def _write(thing: Any, folder: Path) -> None:
     from . import __version__
 
     kind = _kind_of(thing)
-    content, tensors = _plan_content(thing) if kind == PLAN else _result_content(thing)
+    content, tensors = plan_content(thing) if kind == PLAN else _result_content(thing)
     file = folder / (VECTORS if kind == PLAN else TENSORS)
     save_file(tensors, file, {"format": "expertsteer_lens", "format_version": str(FORMAT_VERSION)})
     config = {
@@ -149,7 +143,7 @@ def _write(thing: Any, folder: Path) -> None:
         f"{file.stem}_sha256": _digest(file),
         "versions": {"expertsteer_lens": __version__, "torch": torch.__version__},
     }
-    (folder / "README.md").write_text(_card(thing) if kind == PLAN else _result_card(thing), encoding="utf-8")
+    (folder / "README.md").write_text(plan_card(thing) if kind == PLAN else _result_card(thing), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False), encoding="utf-8")
 
 
@@ -191,7 +185,9 @@ def _result_content(thing: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]
 
 
 def _result_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path, model: Any) -> Any:
-    _only(config, {"format_version", "kind", "content", "tensors_sha256", "versions"}, f"{folder / 'config.json'}")
+    check_fields(
+        config, {"format_version", "kind", "content", "tensors_sha256", "versions"}, f"{folder / 'config.json'}"
+    )
     try:
         found = decode(config["content"], tensors, model)
     except (KeyError, ArtifactError) as error:
@@ -237,86 +233,6 @@ found = esl.load("this folder or hub id")
 """
 
 
-# -- plans ------------------------------------------------------------------------------------------------------------------
-
-
-def _plan_content(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    tensors = {str(i): v.direction.detach().float().cpu().contiguous().clone() for i, v in enumerate(plan.vectors)}
-    content = {
-        "sign_convention": SIGN_CONVENTION,
-        "vectors": [_vector_fields(v) for v in plan.vectors],
-        "positions": positions_to_json(plan.positions),
-        "basis": plan.basis,
-        "target": dict(plan.target),
-        "provenance": dict(plan.provenance),
-    }
-    return _plain(content), tensors
-
-
-def _vector_fields(vector: Any) -> dict[str, Any]:
-    entry = {f.name: getattr(vector, f.name) for f in fields(vector) if f.name not in ("direction", "gate")}
-    return {**entry, "gate": None if vector.gate is None else vector.gate.to_dict()}
-
-
-def _plan_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> SteeringPlan:
-    from .plan import SteeringPlan, SteeringVector
-
-    known = {
-        "format_version", "sign_convention", "vectors", "positions", "basis", "target", "provenance", "vectors_sha256",
-        "versions",
-    }  # fmt: skip
-    _only(config, known, f"{folder / 'config.json'}")
-    missing = sorted(known - set(config))
-    if missing:
-        raise ArtifactError(f"{folder / 'config.json'} lacks the field {missing[0]!r}.")
-    names = {f.name for f in fields(SteeringVector)} - {"direction"}
-    vectors = []
-    for i, entry in enumerate(config["vectors"]):
-        _only(entry, names, f"{folder / 'config.json'}, vectors[{i}]")
-        if str(i) not in tensors:
-            raise ArtifactError(
-                f"{folder / 'vectors.safetensors'} has no tensor for vectors[{i}] ({entry.get('hook_name')})."
-            )
-        try:
-            vectors.append(SteeringVector(direction=tensors[str(i)], **entry))
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"{folder / 'config.json'}, vectors[{i}] is invalid: {error}") from error
-    try:
-        positions = positions_from_json(config["positions"])
-    except ArgumentError as error:
-        raise ArtifactError(f"{folder / 'config.json'}: {error}") from error
-    return SteeringPlan(
-        vectors=tuple(vectors),
-        positions=positions,
-        basis=config["basis"],
-        target=config["target"],
-        provenance=config["provenance"],
-    )
-
-
-def _only(entry: Any, known: set[str], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ArtifactError(f"{where} must be a JSON object, got {type(entry).__name__}.")
-    unknown = sorted(set(entry) - known)
-    if unknown:
-        raise ArtifactError(f"{where} has an unknown field {unknown[0]!r}; known fields are {sorted(known)}.")
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able copy; NaN and Inf become null, since JSON has neither."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)
-
-
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -326,37 +242,3 @@ def _download(repo_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*FILES, "README.md"]))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
         raise ArtifactError(f"no folder {repo_id!r}, and it could not be fetched from the hub: {error}") from error
-
-
-def _card(plan: SteeringPlan) -> str:
-    target, expert = plan.target or {}, plan.provenance.get("expert") or {}
-    rows = "\n".join(
-        f"| `{v.hook_name}` | {v.edit} | {v.coefficient:g} | {v.relative_to} | "
-        f"{'' if v.median_norm is None else f'{v.median_norm:.4g}'} |"
-        for v in plan.vectors
-    )
-    return f"""---
-library_name: expertsteer-lens
-tags: [activation-steering, expertsteer]
----
-
-# Steering plan for {target.get("name", "an unnamed model")}
-
-Directions taught by {expert.get("name", "the caller")}. {SIGN_CONVENTION[0].upper() + SIGN_CONVENTION[1:]}.
-
-| hook point | edit | coefficient | unit | median norm |
-|---|---|---|---|---|
-{rows}
-
-Positions: `{plan.positions}`. Residual basis: `{plan.basis}`. Target fingerprint: `{target.get("fingerprint")}`.
-
-```python
-import expertsteer_lens as esl
-
-plan = esl.load("this folder or hub id")
-with plan.hooks(model):
-    ...
-```
-
-All settings, seeds, hashes of the data and the calibration curve are in `config.json`.
-"""
