@@ -11,24 +11,35 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ._checks import check_texts
 from .errors import ArgumentError, DataError
 
 console = Console(highlight=False)
 
 
-def read_lines(path: Path) -> list[str]:
-    """Texts of a file, one a line; empty lines are skipped.
+def read_texts(path: Path) -> list[Any]:
+    """Texts of a file, one a line, empty lines skipped; in a `.jsonl` file a line is a JSON text or a list of messages.
 
     Raises:
-        DataError: the file is not UTF-8 text, or holds no text.
+        DataError: the file is not UTF-8 text, a line is not what it should be, or there is none.
     """
     try:
-        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [(i, x) for i, x in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1) if x.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    if not texts:
+    if not lines:
         raise DataError(f"{path} holds no text; give one a line.")
-    return texts
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    out = []
+    for number, line in lines:
+        try:
+            out.append(check_texts("text", [json.loads(line)])[0])
+        except (json.JSONDecodeError, DataError) as error:
+            raise DataError(
+                f"{path}, line {number}: give a JSON text or a list of messages with 'role' and 'content' ({error})."
+            ) from error
+    return out
 
 
 def read_config(path: Path | None, preset: str) -> Any:

@@ -21,7 +21,7 @@ from ._cli_io import (
     print_texts,
     read_behaviour,
     read_config,
-    read_lines,
+    read_texts,
     say,
     steered_texts,
     texts_to_fit,
@@ -51,7 +51,7 @@ Limit = Annotated[int | None, typer.Option(help="most rows of the benchmark, dra
 AsChat = Annotated[
     bool, typer.Option("--chat", help="benchmark questions and answers as conversations, in each model's template")
 ]
-Anchors = Annotated[Path | None, typer.Option(help="unlabelled texts, one a line")]
+Anchors = Annotated[Path | None, typer.Option(help="unlabelled texts, one a line (.jsonl: texts or lists of messages)")]
 PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
 
@@ -149,7 +149,7 @@ def capture(
     from .io import save
 
     contrast, _ = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed, chat)
-    texts = [*contrast.texts, *([] if anchors is None else read_lines(anchors))]
+    texts = [*contrast.texts, *([] if anchors is None else read_texts(anchors))]
     loaded = load_model(model, host=host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     where = int(positions) if positions.lstrip("-").isdigit() else positions
     states = read(loaded, texts, positions=where, batch_size=batch_size, progress=True)
@@ -193,7 +193,7 @@ def fit(
 
     contrast, wanted = texts_to_fit(pairs, benchmark, benchmark_path, limit, seed, chat)
     wanted = wanted if behaviour is None else read_behaviour(behaviour)
-    anchor_texts = None if anchors is None else read_lines(anchors)
+    anchor_texts = None if anchors is None else read_texts(anchors)
     settings = read_config(config, preset)
     model_options: dict[str, Any] = {
         "host": host,
@@ -309,7 +309,7 @@ def evaluate(
         raise ArgumentError("give --behaviour and --neutral, or --fit, which holds some of both.")
     loaded = load(plan)
     wanted = None if behaviour is None else read_behaviour(behaviour)
-    texts = None if neutral is None else read_lines(neutral)
+    texts = None if neutral is None else read_texts(neutral)
     if texts is not None and len(texts) < 2:
         raise DataError(f"{neutral} holds {len(texts)} texts; give at least 2, half to calibrate and half to test.")
     model = load_model(target, host=host, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

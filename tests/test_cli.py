@@ -275,6 +275,20 @@ class TestBadInput:
         (tmp_path / "e.txt").write_text("\n \n")
         assert "holds no text" in refused(capsys, *self.fit(files, anchors=tmp_path / "e.txt"))
 
+    def test_texts_may_be_conversations(self, tmp_path):
+        path = tmp_path / "t.jsonl"
+        asked = [{"role": "user", "content": "Why?"}]
+        path.write_text(json.dumps("a text\nof two lines") + "\n\n" + json.dumps(asked))
+        assert _cli_io.read_texts(path) == ["a text\nof two lines", esl.Chat.ask("Why?")]
+        for content, message in (
+            ("{", "line 1: give a JSON text"),
+            ("[]", "got list"),
+            ('[{"role": "user"}]', "'role' and 'content'"),
+        ):
+            path.write_text(content)
+            with pytest.raises(DataError, match=message):
+                _cli_io.read_texts(path)
+
     def test_behaviour_files_are_checked(self, tmp_path):
         path = tmp_path / "b.json"
         for content, message in (
@@ -305,6 +319,7 @@ class TestBadInput:
         assert "got neither" in refused(capsys, *self.fit(files, pairs=None))
         assert "not both" in refused(capsys, *self.fit(files, benchmark="medqa"))
         assert "go with --benchmark" in refused(capsys, *self.fit(files, limit=5))
+        assert "go with --benchmark" in refused(capsys, *self.fit(files), "--chat")
 
     def test_unknown_names_get_the_closest(self, capsys, files):
         assert "closest: 'anchored'" in refused(capsys, *self.fit(files, preset="anchord"))
