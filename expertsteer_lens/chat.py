@@ -51,17 +51,18 @@ class Chat:
                 f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, so it cannot show a chat; set "
                 "tokenizer.chat_template, or give plain texts."
             )
-        said = self.messages[-1][1] if self.messages[-1][0] == "assistant" else ""
-        before = self.messages[:-1] if said else self.messages
+        answering = self.messages[-1][0] == "assistant"
         try:
             shown = tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in before],
+                [{"role": role, "content": content} for role, content in self.messages],
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not answering,
+                continue_final_message=answering,
             )
         except Exception as error:  # a template is a program of the model's authors, which may raise anything
-            raise DataError(f"the chat template refuses a chat with roles {[r for r, _ in before]}: {error}") from error
-        return str(shown) + said
+            roles = [role for role, _ in self.messages]
+            raise DataError(f"the chat template refuses a chat with roles {roles}: {error}") from error
+        return str(shown)
 
     def encode(self) -> bytes:
         """Bytes that are equal for equal chats, for hashes."""

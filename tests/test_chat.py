@@ -20,6 +20,10 @@ TAGS = (
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TAGS
+SPACED = (  # the space in front of an answer belongs to the answer, not to the header
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
+    "{% endfor %}"
+)
 BARE = "{% for m in messages %}{{ m.content }} {% endfor %}"
 ASKED = [{"role": "user", "content": "Was it good?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": "It was"}]
@@ -35,6 +39,10 @@ class TestRendering:
     def test_it_ends_where_the_assistant_speaks_or_with_what_it_said(self):
         assert Chat(tuple(ASKED)).render(tokenizer(TAGS)) == "<user> Was it good? </s><assistant> "
         assert Chat(tuple(ANSWERED)).render(tokenizer(TAGS)) == "<user> Was it good? </s><assistant> It was"
+
+    def test_an_answer_is_spelt_as_its_template_spells_it(self):
+        assert Chat(tuple(ASKED)).render(tokenizer(SPACED)) == "[INST] Was it good? [/INST]"
+        assert Chat(tuple(ANSWERED)).render(tokenizer(SPACED)) == "[INST] Was it good? [/INST] It was"
 
     def test_a_completion_goes_on_from_the_prompt_letter_by_letter(self):
         for messages in (ASKED, ANSWERED):
@@ -170,7 +178,8 @@ class TestTwoModelsTwoTemplates:
         return expert, target
 
     SHOWN = (
-        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} {% endif %}"
     )
 
     def test_templates_that_add_nothing_change_nothing(self, texts):

@@ -181,3 +181,9 @@ def _load_huggingface(path: pathlib.Path) -> tuple[Any, Any]:
         if shown:
             logging.enable_progress_bar()
     return model.eval(), tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name == "domains":  # the models and tasks of the benchmark
+        return importlib.import_module(".domains", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join([*__all__, 'domains'])}")
