@@ -39,6 +39,7 @@ _HOME = {
     "as_host": "hosts",
     "calibrate": "calibration",
     "capture": "hosts",
+    "capture_tensors": "hosts",
     "evaluate": "evaluation",
     "fit_aligner": "aligners",
     "fit_gate": "gates",
