@@ -124,7 +124,7 @@ class TestLaziness:
         with pytest.raises(AttributeError, match="has no attribute 'fit_rfn'"):
             _ = esl.fit_rfn
         assert set(dir(esl)) == set(esl.__all__)
-        with pytest.raises(AttributeError, match="no attribute 'domain'; it has anchors, .* domains"):
+        with pytest.raises(AttributeError, match=r"no attribute 'domain'; it has anchors, .* domains"):
             _ = esl.zoo.domain
 
     def test_the_benchmark_world_is_part_of_the_zoo(self):
