@@ -34,7 +34,7 @@ demo: $(VENV)/.done ## the four steps on the bundled pair of models, under two m
 test: $(VENV)/.done ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_module test_interrupts test_gates_on_hosts \
+TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_module test_interrupts test_gates_on_hosts test_stacking \
 	test_plan test_positions
 
 test-tl3: $(VENV3)/.done ## goldens and host tests with TransformerLens 3.9 (HookedTransformer, SAELens)
