@@ -172,7 +172,8 @@ class Steering:
             if self._mask is not None or self._nothing or shape[:2] != self._shape:
                 return whole(x)
             if x.dtype is not dtype or x.device != device:
-                self._check_width(adding[0], x)
+                for i in adding:
+                    self._check_width(i, x)
                 dtype, device, deltas = x.dtype, x.device, tuple(self._delta(i, x) for i in adding)
             fired[name] += 1
             n = shape[0] * shape[1]

@@ -322,6 +322,19 @@ def test_a_remote_model_is_measured_captured_and_generated_from_as_a_local_one(m
         as_host(models.hf("llama"), remote="local")
 
 
+def test_a_remote_run_under_hooks_is_refused_in_words(model: Any) -> None:
+    def sent() -> None:
+        with plan_for("llama", "all").hooks(model), torch.no_grad(), model.trace(input_ids=IDS, remote="local"):
+            model.output.logits.save()
+
+    plain = logits(model)
+    with pytest.raises(
+        InterventionError, match=r"stays on this machine .*; use `handle = plan\.edit\(as_host\(model, remote"
+    ):
+        sent()
+    assert torch.equal(logits(model), plain)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_an_edit_travels_and_steers_there_as_it_does_here(model: Any, rule: str) -> None:
     want = reference("llama", rule)[1]
