@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-random", type=int, default=5)
+    parser.add_argument("--gauges", type=int, default=5, help="bases of the reconstruction-only auto-encoder")
     parser.add_argument("--standardise", default=None, help="RFMConfig.standardise; default: the library's")
     parser.add_argument("--center-gradients", choices=("default", "both"), default="default",
                         help="RFMConfig.center_gradients: the library's default, or both tried on RFM's validation rows")  # fmt: skip
@@ -123,25 +124,34 @@ def main() -> None:
     targets, experts = t_pairs.hook_names, e_pairs.hook_names
     print(f"captured after {time.perf_counter() - started:.0f} s", flush=True)
 
-    jobs: list[tuple[str, str, str, torch.Tensor]] = []
+    jobs: list[tuple[str, int, str, str, torch.Tensor]] = []
     for hook in targets:
-        jobs.append(("native mean difference", "-", hook, mean_difference(t_pairs[hook], labels)))
-        jobs.append(("native RFM", "-", hook, fit_rfm(t_pairs[hook], labels, rfm, seed=args.seed).direction))
+        jobs.append(("native mean difference", 0, "-", hook, mean_difference(t_pairs[hook], labels)))
+        jobs.append(("native RFM", 0, "-", hook, fit_rfm(t_pairs[hook], labels, rfm, seed=args.seed).direction))
         for s in range(args.n_random):
-            jobs.append(("random", str(s), hook, random_direction(t_pairs[hook].shape[1], seed=s)))
+            jobs.append(("random", s, "-", hook, random_direction(t_pairs[hook].shape[1], seed=s)))
     for kind in ALIGNERS:
-        for (e, t), aligner in fit_aligner_grid(e_anchors, t_anchors, AlignerConfig(kind=kind), seed=args.seed).items():
-            mapped = aligner.encode(e_pairs[e])
-            jobs.append((f"{kind} + mean difference", e, t, mean_difference(mapped, labels)))
-            jobs.append((f"{kind} + RFM", e, t, fit_rfm(mapped, labels, rfm, seed=args.seed).direction))
+        for gauge in range(args.gauges if kind == "autoencoder" else 1):
+            config, seed = AlignerConfig(kind=kind), args.seed + gauge
+            for (e, t), aligner in fit_aligner_grid(e_anchors, t_anchors, config, seed=seed).items():
+                mapped = aligner.encode(e_pairs[e])
+                jobs.append((f"{kind} + mean difference", gauge, e, t, mean_difference(mapped, labels)))
+                jobs.append((f"{kind} + RFM", gauge, e, t, fit_rfm(mapped, labels, rfm, seed=args.seed).direction))
     print(f"{len(jobs)} directions after {time.perf_counter() - started:.0f} s", flush=True)
 
     gradients = behaviour_gradient(bench.host, data["validation"], targets)
     mi = layer_pair_mi(e_anchors, t_anchors, MIConfig(), seed=args.seed)
     rows = []
-    for method, e, t, direction in jobs:
+    for method, draw, e, t, direction in jobs:
         predicted = t_anchors.median_norm(t) * float(gradients[t] @ direction.double())
-        row = {"method": method, "expert": e, "target": t, "attribution": predicted, **bench.measure(t, direction)}
+        row = {
+            "method": method,
+            "draw": draw,
+            "expert": e,
+            "target": t,
+            "attribution": predicted,
+            **bench.measure(t, direction),
+        }
         if e in experts:
             row["mi"] = float(mi.matrix[experts.index(e), targets.index(t)])
         rows.append(row)
@@ -167,7 +177,14 @@ def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> st
             mean, sd = part.test.mean(), part.test.std()
             lines.append(f"| random unit vectors ({len(part)}) | all layers | | {mean:+.2f} ± {sd:.2f} | {spread} | |")
             continue
-        best = part.loc[part.validation.idxmax()]
+        chosen = part.loc[part.groupby("draw").validation.idxmax()]
+        if len(chosen) > 1:
+            lines.append(
+                f"| {method} ({len(chosen)} gauges) | each its own | {chosen.coefficient.mean():.2g} | **{chosen.test.mean():+.2f}** ± "
+                f"{chosen.test.std():.2f} | {spread} | {chosen.nll_rise.mean():+.3f} |"
+            )
+            continue
+        best = chosen.iloc[0]
         pair = f"{layer(best.expert)} → {layer(best.target)}" if best.expert != "-" else layer(best.target)
         lines.append(
             f"| {method} | {pair} | {best.coefficient:g} | **{best.test:+.2f}** | {spread} | {best.nll_rise:+.3f} |"
@@ -175,12 +192,16 @@ def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> st
     lines += ["", "Rank correlation (Spearman) over the layer pairs with the measured test effect, and the effect of the pair ranked first:", "",
               "| direction | attribution | its first pair | MI | lowest-MI pair | highest-MI pair |", "|---|---|---|---|---|---|"]  # fmt: skip
     for method, part in frame[frame.expert.str.startswith("blocks")].groupby("method", sort=False):
-        rho_a = spearmanr(part.attribution, part.test).statistic
-        rho_m = spearmanr(part.mi, part.test).statistic
-        first = part.loc[part.attribution.idxmax()].test
-        low, high = part.loc[part.mi.idxmin()].test, part.loc[part.mi.idxmax()].test
-        lines.append(f"| {method} | {rho_a:+.2f} | {first:+.2f} | {rho_m:+.2f} | {low:+.2f} | {high:+.2f} |")
-    command = f"python benchmarks/real_pair.py --budget {args.budget:g} --seed {args.seed} --n-random {args.n_random}"
+        found = [
+            (
+                spearmanr(one.attribution, one.test).statistic, one.loc[one.attribution.idxmax()].test,
+                spearmanr(one.mi, one.test).statistic, one.loc[one.mi.idxmin()].test, one.loc[one.mi.idxmax()].test,
+            )
+            for _, one in part.groupby("draw")
+        ]  # fmt: skip
+        name = method if len(found) == 1 else f"{method} (mean of {len(found)} gauges)"
+        lines.append(f"| {name} | " + " | ".join(f"{sum(v) / len(v):+.2f}" for v in zip(*found, strict=True)) + " |")
+    command = f"python benchmarks/real_pair.py --budget {args.budget:g} --seed {args.seed} --n-random {args.n_random} --gauges {args.gauges}"
     command += "" if args.center_gradients == "default" else f" --center-gradients {args.center_gradients}"
     lines += ["", f"Command: `{command}` ({seconds:.0f} s on two cores; torch {torch.__version__})."]
     return "\n".join(lines) + "\n"

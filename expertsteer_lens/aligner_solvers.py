@@ -306,6 +306,11 @@ def effective_rank(w: Tensor, expert: ExpertSplit) -> float:
     return float(code.diagonal().sum() ** 2 / code.square().sum())
 
 
+def signs(axes: Tensor) -> Tensor:
+    """`[k]`, ±1: what makes the largest entry of each column positive, so that a gauge is the seed's and not the processor's."""
+    return axes.gather(0, axes.abs().argmax(0, keepdim=True))[0].sign()
+
+
 def random_isometry(d_target: int, k: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """`[d_target, k]` with orthonormal columns, uniform (Haar): the arbitrary basis of a reconstruction-only encoder."""
     q, r = torch.linalg.qr(torch.randn(d_target, k, generator=generator, dtype=torch.float64))

@@ -298,7 +298,9 @@ def _solve(
         if config.solver == "adam":
             steps, rate = config.n_steps or 2000, config.learning_rate or 0.01
             return solvers.train_autoencoder(split, side.basis, d_target, k, steps, rate, generator)
-        gauge = solvers.random_isometry(d_target, k, generator, side.basis)
+        gauge = solvers.random_isometry(d_target, k, generator, side.basis) * solvers.signs(
+            side.basis @ split.vectors[:, :k]
+        )
         return gauge, gauge.T
     if config.kind == "procrustes":
         return solvers.solve_procrustes(split, k)

@@ -291,8 +291,14 @@ class PositionClock:
         if mask is not None and mask.ndim == 2 and mask.shape == (info.batch, total):
             return mask.bool()
         if mask is not None and (mask.ndim != 2 or mask.shape != (info.batch, info.n_new)):
+            lost = mask.ndim == 2 and info.past == 0 and mask.shape[1] > total
+            hint = (
+                "; the cache seems to have got lost between two steps of a generation, which is then wrong"
+                if lost
+                else ""
+            )
             raise DataError(
-                f"attention_mask must have shape {(info.batch, total)} (cached tokens included), got {tuple(mask.shape)}."
+                f"attention_mask must have shape {(info.batch, total)} (cached tokens included), got {tuple(mask.shape)}{hint}."
             )
         device = mask.device if mask is not None else None if info.input_ids is None else info.input_ids.device
         new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device) if mask is None else mask.bool()

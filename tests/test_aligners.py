@@ -689,3 +689,21 @@ def test_constant_coordinates_are_not_scaled() -> None:
     e = torch.cat([e, torch.full((200, 1), 7.0, dtype=torch.float64)], 1)
     got = fit_aligner(e, t, AlignerConfig(standardise=True))
     assert got.encode_weight[:, -1].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_a_gauge_is_the_seeds_and_not_the_signs_of_an_eigenvector_routine(n, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    e, t = torch.randn(n, 20, generator=generator), torch.randn(n, 7, generator=generator)
+    config = AlignerConfig(kind="autoencoder")
+    first, other = (fit_aligner(e, t, config, seed=seed) for seed in (0, 1))
+    real, draws = torch.linalg.eigh, torch.Generator().manual_seed(1)
+
+    def flipped(matrix):
+        values, vectors = real(matrix)
+        return values, vectors * (2 * torch.randint(2, vectors.shape[-1:], generator=draws) - 1)
+
+    monkeypatch.setattr(torch.linalg, "eigh", flipped)
+    again = fit_aligner(e, t, config, seed=0)
+    torch.testing.assert_close(again.encode_weight, first.encode_weight, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(first.encode_weight, other.encode_weight, atol=0.1)

@@ -392,3 +392,15 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit() -> None:
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1:] == found[1][1:]
         assert not torch.equal(found[0][0], model(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
+    from transformers import DynamicCache
+
+    from expertsteer_lens.hosts._watch import forward_info
+
+    cache, keys = DynamicCache(), torch.zeros(1, 2, 5, 4)
+    cache.update(keys, keys, 0)
+    info = forward_info(["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True})
+    assert (info.past, info.n_new) == (5, 1)

@@ -293,3 +293,12 @@ def test_several_tokens_on_a_cache_hide_an_untold_prompt_from_the_rules_that_nee
     clock = PositionClock([3, 5])
     clock.generation(True)
     assert not any(clock.observe(info).guessed_prompt for info in chunks(LEFT, [3, 2]))
+
+
+def test_a_cache_that_got_lost_between_two_steps_is_noticed():
+    """What a host does that is not served its cache by the model: one new token, and the mask of the whole sequence."""
+    clock = PositionClock()
+    clock.generation(True)
+    clock.observe(ForwardInfo(1, 6, 0, torch.ones(1, 6)))
+    with pytest.raises(DataError, match=r"must have shape \(1, 1\) .*got \(1, 7\); the cache seems to have got lost"):
+        clock.observe(ForwardInfo(1, 1, 0, torch.ones(1, 7)))

@@ -103,7 +103,7 @@ def _placer(arguments: list[str], positions: Positions, prompt_lengths: Any) -> 
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         batch, new = tokens.shape[:2]
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in ("past_key_values", "cache") if given.get(name) is not None), None)
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0  # type: ignore[union-attr]
         mask = given.get("attention_mask")
         if hasattr(mask, "shape") and tuple(mask.shape) == (batch, past + new):  # type: ignore[union-attr]

@@ -19,6 +19,8 @@ from expertsteer_lens.positions import ForwardInfo
 
 from ._parts import Observer
 
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")
+"""What decoders of transformers call their cache; it became `cache` in 5.24."""
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
 
 
@@ -88,7 +90,9 @@ def forward_info(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str,
     return ForwardInfo(
         batch=tokens.shape[0],
         n_new=tokens.shape[1],
-        past=_cached_tokens(given.get("past_key_values", given.get("cache_params")), tokens.shape[1]),
+        past=_cached_tokens(
+            next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None), tokens.shape[1]
+        ),
         attention_mask=mask if plain else None,
         input_ids=ids if isinstance(ids, Tensor) else None,
         opaque_mask=mask is not None and not plain,
