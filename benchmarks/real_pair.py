@@ -176,6 +176,11 @@ def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> st
         if method == "random":
             mean, sd = part.test.mean(), part.test.std()
             lines.append(f"| random unit vectors ({len(part)}) | all layers | | {mean:+.2f} ± {sd:.2f} | {spread} | |")
+            lucky = part.loc[part.validation.idxmax()]  # what choosing among as many directions is worth by itself
+            lines.append(
+                f"| the best of these on validation | {layer(lucky.target)} | {lucky.coefficient:g} | **{lucky.test:+.2f}** | "
+                f"| {lucky.nll_rise:+.3f} |"
+            )
             continue
         chosen = part.loc[part.groupby("draw").validation.idxmax()]
         if len(chosen) > 1:
