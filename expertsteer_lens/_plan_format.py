@@ -19,6 +19,7 @@ SIGN_CONVENTION = "directions are unit vectors pointing towards the positive cla
 
 
 def plan_content(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What `config.json` says of a plan, and its directions by number."""
     tensors = {str(i): v.direction.detach().float().cpu().contiguous().clone() for i, v in enumerate(plan.vectors)}
     content = {
         "sign_convention": SIGN_CONVENTION,
@@ -37,6 +38,11 @@ def _vector_fields(vector: Any) -> dict[str, Any]:
 
 
 def plan_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> SteeringPlan:
+    """The plan that `plan_content` wrote.
+
+    Raises:
+        ArtifactError: a field is missing, unknown or of no use.
+    """
     from .plan import SteeringPlan, SteeringVector
 
     known = {
@@ -73,6 +79,7 @@ def plan_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: 
 
 
 def check_fields(entry: Any, known: set[str], where: str) -> None:
+    """Raise `ArtifactError` unless `entry` is a JSON object with known fields only."""
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} must be a JSON object, got {type(entry).__name__}.")
     unknown = sorted(set(entry) - known)
@@ -96,6 +103,7 @@ def _plain(value: Any) -> Any:
 
 
 def plan_card(plan: SteeringPlan) -> str:
+    """The README of a saved plan."""
     target, expert = plan.target or {}, plan.provenance.get("expert") or {}
     rows = "\n".join(
         f"| `{v.hook_name}` | {v.edit} | {v.coefficient:g} | {v.relative_to} | "
