@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from expertsteer_lens.errors import ArgumentError, DataError, HookNameError, HostError, InterventionError
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steering import Steering
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 GENERATE = {"max_new_tokens": N_NEW, "do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
@@ -364,8 +365,8 @@ def test_a_model_with_adapters_is_read_and_steered_as_the_merged_one(kind: str) 
 
 
 @torch.no_grad()
-def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit() -> None:
-    """Additions to every token skip the clock; the same rule written as a slice does not."""
+def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every token is edited, plain additions skip the general function; where padding is left out, they must not."""
     model, draw = models.hf("llama"), torch.Generator().manual_seed(0)
     names = [
         "blocks.0.hook_resid_post",
@@ -377,11 +378,13 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit() -> None:
     for name, coefficient in zip(names, (1.0, 2.0, -3.0, 0.0), strict=True):
         v = torch.randn(models.D_MODEL, generator=draw)
         vectors.append(SteeringVector(name, v / v.norm(), coefficient, relative_to="unit"))
-    short = SteeringPlan(vectors=tuple(vectors))
+    plan = SteeringPlan(vectors=tuple(vectors))
     ids, mask = padded(prompt_ids()[:3], "left")
     for batch in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1, -4:]}):
         found = []
-        for plan in (short, short.with_positions(slice(0, None))):
+        for long in (False, True):
+            if long:
+                monkeypatch.setattr(Steering, "_fastest", Steering._function)
             with plan.hooks(model) as report:
                 found.append(
                     (model(**batch).logits, report.n_fired, report.n_selected, report.n_edited, report.n_forwards)
@@ -392,6 +395,7 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit() -> None:
         assert torch.equal(found[0][0], found[1][0])
         assert found[0][1:] == found[1][1:]
         assert not torch.equal(found[0][0], model(**batch).logits)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

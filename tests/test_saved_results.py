@@ -97,6 +97,7 @@ class TestFitWithoutItsTarget:
         ours, theirs = fit.plan(coefficient=0.1), loaded.plan(coefficient=0.1)
         assert torch.equal(ours.vectors[0].direction, theirs.vectors[0].direction)
         assert (ours.target, ours.basis, ours.provenance) == (theirs.target, theirs.basis, theirs.provenance)
+        assert (loaded.target.name, loaded.target.d_model) == (fit.target.name, fit.target.d_model)
         assert loaded.summary() == fit.summary()
         assert loaded.to_pandas().equals(fit.to_pandas())
         with pytest.raises(
