@@ -80,7 +80,7 @@ def load(path: str | Path, *, revision: str | None = None, target: Any = None, a
             f"{folder} has format_version {config['format_version']}, this package reads {FORMAT_VERSION}; "
             "install the version of expertsteer-lens that wrote it (see 'versions' in config.json)."
         )
-    kind = config.get("kind", PLAN)
+    kind = str(config.get("kind", PLAN))
     if kind != PLAN and kind not in KINDS:
         raise ArtifactError(f"{folder} holds a {kind!r}, which this package does not know; known are {[PLAN, *KINDS]}.")
     if target is not None and kind != "ExpertSteering":
@@ -190,7 +190,7 @@ def _result_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], folde
     )
     try:
         found = decode(config["content"], tensors, model)
-    except (KeyError, ArtifactError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{folder / 'config.json'}: {error}") from error
     if type(found).__name__ != config["kind"]:
         raise ArtifactError(f"{folder / 'config.json'} says it holds a {config['kind']}, but it does not.")

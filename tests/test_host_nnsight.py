@@ -322,6 +322,19 @@ def test_a_remote_model_is_measured_captured_and_generated_from_as_a_local_one(m
         as_host(models.hf("llama"), remote="local")
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("way", ["edit", "attach"])
+def test_a_scan_is_no_obstacle_to_what_stays_on_the_model(model: Any, way: str, rule: str) -> None:
+    """A scan runs the model on tensors without values: nothing can be placed or edited in it, and nothing has to be."""
+    handle = getattr(plan_for("llama", RULES[rule][0]), way)(model)
+    steered = logits(model)
+    with model.scan(input_ids=IDS):
+        shape = nnsight.save(tuple(model.model.layers[1].output.shape))
+    assert shape == (1, 6, 32)
+    assert torch.equal(logits(model), steered)
+    handle.remove()
+
+
 def test_a_remote_run_under_hooks_is_refused_in_words(model: Any) -> None:
     def sent() -> None:
         with plan_for("llama", "all").hooks(model), torch.no_grad(), model.trace(input_ids=IDS, remote="local"):

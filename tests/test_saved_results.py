@@ -147,6 +147,7 @@ class TestFiles:
             ('"kind": "RFM"', '"kind": "Aligner"', "says it holds a Aligner, but it does not"),
             ('"$class": "Fold"', '"$class": "system"', r"\$class: 'system' is not understood"),
             ('"$tensor": 0', '"$tensor": 99', r"\$tensor: 99 is not understood"),
+            ('"$tuple": [', '"$items": [', "config.json: "),
             ('"dual":', '"duel":', "Fold has an unknown field 'duel'"),
             ('"eigenvalue_share":', '"config":', "RFM lacks the field 'eigenvalue_share'"),
             ('"kernel": "', '"kernel": "un', "RFMConfig is invalid: kernel must be"),

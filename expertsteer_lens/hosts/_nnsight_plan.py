@@ -18,6 +18,7 @@ from expertsteer_lens.positions import Positions, needs_prompt_length
 
 from ._blocks import Blocks
 from ._nnsight_runs import Body, Stop, location
+from ._watch import is_stand_in
 
 
 class PlainPlan:
@@ -37,11 +38,10 @@ class PlainPlan:
         self._base = blocks.base
         self._place = _placer(list(arguments), plan.positions, prompt_lengths)
         order = {name: i for i, name in enumerate(blocks.places)}
+        vectors = sorted(plan.vectors, key=lambda v: order[v.hook_name])  # stable: the plan's order at one hook point
         self._sites = [
             (blocks.places[v.hook_name].path, blocks.places[v.hook_name].side, _changer(v, centred))
-            for v in sorted(
-                plan.vectors, key=lambda v: order[v.hook_name]
-            )  # stable: the plan's order at one hook point
+            for v in vectors
             if v.coefficient != 0
         ]
 
@@ -51,12 +51,16 @@ class PlainPlan:
         mask: list[Any] = [None]
 
         def note(inputs: Any) -> None:
-            mask[0] = self._place(inputs, seen)
+            if not any(isinstance(v, Tensor) and is_stand_in(v) for v in (*inputs[0], *inputs[1].values())):
+                mask[0] = self._place(inputs, seen)
+
+        def stop(change: Callable[..., Tensor]) -> Callable[[Tensor], Tensor | None]:
+            return lambda x: None if is_stand_in(x) else change(x, mask[0])
 
         decoder = model.get(self._base) if self._base else model
         out: list[Stop] = [(location(decoder, "arguments"), "arguments", note)]
         for path, side, change in self._sites:
-            out.append((location(model.get(path), side), side, lambda x, change=change: change(x, mask[0])))  # type: ignore[misc]
+            out.append((location(model.get(path), side), side, stop(change)))
         return out
 
     def body(self) -> Body:
