@@ -112,7 +112,8 @@ def prompt_mask(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None
 
 def is_stand_in(tensor: Tensor) -> bool:
     """Whether this is a fake tensor, with a shape and no values (nnsight's `scan` runs a model on them)."""
-    return "FakeTensor" in (cls.__name__ for cls in type(tensor).__mro__)
+    kind = type(tensor)
+    return kind is not Tensor and "FakeTensor" in (cls.__name__ for cls in kind.__mro__)
 
 
 _FED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
