@@ -1,7 +1,7 @@
 """Copy the measured tables into the README and `docs/`: `python benchmarks/fill_readme.py`.
 
-Between `<!-- begin FILE -->` and `<!-- end -->` stands the content of FILE, without its heading. A test holds the two equal.
-"""
+Between `<!-- begin FILE -->` and `<!-- end -->` stands the content of FILE, without its heading. A
+test holds the two equal."""
 
 from __future__ import annotations
 

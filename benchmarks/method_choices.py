@@ -1,12 +1,13 @@
-"""Which settings steer best: every choice of the four steps varied alone, measured on validation prompts only.
+"""Which settings steer best: every choice of the four steps varied alone, measured on validation
+prompts only.
 
     python benchmarks/method_choices.py --shared ../shared --out benchmarks/results
 
-Six problems: the four domains of the bundled benchmark, the two story models of the zoo, and the real pair in `--shared`
-(left out where that folder is missing). For each, one fit with the defaults; then one setting at a time is changed and the
-change of the behaviour metric is measured at the strength the budget allows. Test prompts are not read. A second table
-ranks all layer pairs by each score and compares the ranking with the measured effect.
-"""
+Six problems: the four domains of the bundled benchmark, the two story models of the zoo, and the
+real pair in `--shared` (left out where that folder is missing). For each, one fit with the
+defaults; then one setting at a time is changed and the change of the behaviour metric is measured
+at the strength the budget allows. Test prompts are not read. A second table ranks all layer pairs
+by each score and compares the ranking with the measured effect."""
 
 from __future__ import annotations
 
@@ -23,17 +24,19 @@ from real_pair import load_data
 from scipy.stats import spearmanr
 
 import expertsteer_lens as esl
-from expertsteer_lens import bench, zoo
-from expertsteer_lens._compared import learner, mapped_plan
+from expertsteer_lens import zoo
+from expertsteer_lens.benchmarks import offline as bench
 from expertsteer_lens.errors import ExpertSteerError
+from expertsteer_lens.evaluation.comparisons import learner, mapped_plan
 from expertsteer_lens.hosts.loading import load_model
-from expertsteer_lens.metrics import NeutralTexts, behaviour_and_accuracy
+from expertsteer_lens.measure.metrics import NeutralTexts, behaviour_and_accuracy
 
 DEFAULT = esl.ExpertSteerConfig()
 
 
 def problems(shared: pathlib.Path) -> Iterator[tuple[str, Any, Any, dict]]:
-    """(name, expert, target, arguments of fit); behaviours are validation prompts, all of them used for choices."""
+    """(name, expert, target, arguments of fit); behaviours are validation prompts, all of them used
+    for choices."""
     domains = bench.world
     for domain in domains.DOMAINS:
         data = {
@@ -42,7 +45,12 @@ def problems(shared: pathlib.Path) -> Iterator[tuple[str, Any, Any, dict]]:
             "behaviour": domains.behaviour(domain, "validation"),
             "neutral": domains.neutral_texts(160),
         }
-        yield domain, domains.load(domain, "huggingface"), domains.load("target", "huggingface"), data
+        yield (
+            domain,
+            domains.load(domain, "huggingface"),
+            domains.load("target", "huggingface"),
+            data,
+        )
     stories = {
         "pairs": zoo.contrast_pairs(),
         "anchors": zoo.anchors(),
@@ -57,7 +65,9 @@ def problems(shared: pathlib.Path) -> Iterator[tuple[str, Any, Any, dict]]:
             "anchors": real["anchors"],
             "behaviour": real["validation"],
             "neutral": [
-                text for two in zip(real["calibration"], real["calibration"][::-1], strict=True) for text in two
+                text
+                for two in zip(real["calibration"], real["calibration"][::-1], strict=True)
+                for text in two
             ],
         }
         expert = load_model(str(shared / "models/tinystories-ple-d160"), trust_remote_code=True)
@@ -65,7 +75,8 @@ def problems(shared: pathlib.Path) -> Iterator[tuple[str, Any, Any, dict]]:
 
 
 def variations() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(choice, value, changes of the config); the default of each choice is among its values as {}."""
+    """(choice, value, changes of the config); the default of each choice is among its values as
+    {}."""
     yield "default", "", {}
     for kind in ("ridge", "procrustes", "autoencoder"):
         yield "aligner", kind, {"aligner": esl.AlignerConfig(kind=kind)}
@@ -88,11 +99,18 @@ def variations() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def measured(fit: Any, plan: Any, neutral: NeutralTexts) -> dict[str, float]:
     found = esl.calibrate(
-        plan, fit.target.model, neutral, budget=fit.config.budget, unit=fit.config.budget_unit, curve=False
+        plan,
+        fit.target.model,
+        neutral,
+        budget=fit.config.budget,
+        unit=fit.config.budget_unit,
+        curve=False,
     )
     host, behaviour = fit.target, fit.validation_behaviour
     base, _ = behaviour_and_accuracy(host, behaviour)
-    steered, correct = behaviour_and_accuracy(host, behaviour, plan=plan.with_coefficient(found.coefficient))
+    steered, correct = behaviour_and_accuracy(
+        host, behaviour, plan=plan.with_coefficient(found.coefficient)
+    )
     return {
         "coefficient": found.coefficient,
         "effect": float((steered - base).mean()),
@@ -100,11 +118,16 @@ def measured(fit: Any, plan: Any, neutral: NeutralTexts) -> dict[str, float]:
     }
 
 
-def study(name: str, expert: Any, target: Any, data: dict, say: Any) -> tuple[list[dict], list[dict]]:
+def study(
+    name: str, expert: Any, target: Any, data: dict, say: Any
+) -> tuple[list[dict], list[dict]]:
     keywords = {
-        "anchors": data["anchors"], "behaviour": data["behaviour"], "test_behaviour": data["behaviour"],
-        "neutral": data["neutral"], "progress": False,
-    }  # fmt: skip
+        "anchors": data["anchors"],
+        "behaviour": data["behaviour"],
+        "test_behaviour": data["behaviour"],
+        "neutral": data["neutral"],
+        "progress": False,
+    }
     settings = {} if name == "real pair" else {"budget_unit": "kl"}
     config = esl.ExpertSteerConfig(**settings)
     fit = esl.ExpertSteer(config).fit(expert, target, data["pairs"], **keywords)
@@ -112,7 +135,9 @@ def study(name: str, expert: Any, target: Any, data: dict, say: Any) -> tuple[li
     rows = []
 
     def note(choice: str, value: str, plan: Any, of: Any = fit) -> None:
-        rows.append({"problem": name, "choice": choice, "value": value, **measured(of, plan, neutral)})
+        rows.append(
+            {"problem": name, "choice": choice, "value": value, **measured(of, plan, neutral)}
+        )
 
     for choice, value, changes in variations():
         with warnings.catch_warnings():
@@ -129,43 +154,62 @@ def study(name: str, expert: Any, target: Any, data: dict, say: Any) -> tuple[li
     note("token read", "mean of all", found.plan(coefficient=0.1), found)
     for n in (50, 150):
         found = esl.ExpertSteer(config).fit(
-            expert, target, data["pairs"], **{**keywords, "anchors": data["anchors"][:: len(data["anchors"]) // n][:n]}
+            expert,
+            target,
+            data["pairs"],
+            **{**keywords, "anchors": data["anchors"][:: len(data["anchors"]) // n][:n]},
         )
         note("number of anchors", str(n), found.plan(coefficient=0.1), found)
     say(f"  {name}: {len(rows)} settings")
 
     ranked = []
-    effects = {key: measured(fit, fit.plan(layer_pairs=[key], coefficient=0.1), neutral)["effect"] for key in fit.rfms}
+    effects = {
+        key: measured(fit, fit.plan(layer_pairs=[key], coefficient=0.1), neutral)["effect"]
+        for key in fit.rfms
+    }
     keys = list(effects)
     scores = {"attribution": [fit.predicted_effect(t, fit.direction(e, t)) for e, t in keys]}
     for estimator in ("cca", "gaussian", "ksg", "cka"):
         mi = esl.layer_pair_mi(
-            fit.readings.expert_anchors, fit.target_anchors, esl.MIConfig(estimator=estimator, n_permutations=0)
+            fit.readings.expert_anchors,
+            fit.target_anchors,
+            esl.MIConfig(estimator=estimator, n_permutations=0),
         )
         at = [(mi.expert_hook_names.index(e), mi.target_hook_names.index(t)) for e, t in keys]
         scores[f"mutual information, {estimator}"] = [float(mi.matrix[i, j]) for i, j in at]
     scores["expert AUC"] = [fit.rfms[key].validation_auc or 0.0 for key in keys]
     for score, values in scores.items():
-        first, last = (keys[pick] for pick in (int(torch.tensor(values).argmax()), int(torch.tensor(values).argmin())))
+        first, last = (
+            keys[pick]
+            for pick in (int(torch.tensor(values).argmax()), int(torch.tensor(values).argmin()))
+        )
         ranked.append(
             {
-                "problem": name, "score": score, "pairs": len(keys),
+                "problem": name,
+                "score": score,
+                "pairs": len(keys),
                 "rho": float(spearmanr(values, list(effects.values())).statistic),
-                "effect of its largest": effects[first], "effect of its smallest": effects[last],
+                "effect of its largest": effects[first],
+                "effect of its smallest": effects[last],
                 "best of all": max(effects.values()),
             }
-        )  # fmt: skip
+        )
     say(f"  {name}: {len(keys)} layer pairs ranked")
     return rows, ranked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
     parser.add_argument("--problem", nargs="*", help="only these")
     parser.add_argument(
-        "--summarise", nargs="*", type=pathlib.Path, help="measure nothing: join these folders into --out"
+        "--summarise",
+        nargs="*",
+        type=pathlib.Path,
+        help="measure nothing: join these folders into --out",
     )
     args = parser.parse_args()
     started = time.perf_counter()
@@ -174,9 +218,20 @@ def main() -> None:
         print(f"{time.perf_counter() - started:6.0f} s{text}", flush=True)
 
     if args.summarise:
-        parts = [[pd.read_csv(f / n).assign(value=lambda d: d["value"].fillna("")) if n[0] == "m" else pd.read_csv(f / n)
-                  for f in args.summarise] for n in ("method_choices.csv", "layer_pair_scores.csv")]  # fmt: skip
-        write(args.out, *(pd.concat(part) for part in parts), "`, its problems shared between two processes")
+        parts = [
+            [
+                pd.read_csv(f / n).assign(value=lambda d: d["value"].fillna(""))
+                if n[0] == "m"
+                else pd.read_csv(f / n)
+                for f in args.summarise
+            ]
+            for n in ("method_choices.csv", "layer_pair_scores.csv")
+        ]
+        write(
+            args.out,
+            *(pd.concat(part) for part in parts),
+            "`, its problems shared between two processes",
+        )
         return
     rows: list[dict] = []
     ranked: list[dict] = []
@@ -187,7 +242,12 @@ def main() -> None:
         rows += one
         ranked += two
         tail = f"` ({time.perf_counter() - started:.0f} s"
-        write(args.out, pd.DataFrame(rows), pd.DataFrame(ranked), tail + f"; torch {torch.__version__})")
+        write(
+            args.out,
+            pd.DataFrame(rows),
+            pd.DataFrame(ranked),
+            tail + f"; torch {torch.__version__})",
+        )
     print((args.out / "method_choices.md").read_text())
 
 
@@ -202,27 +262,47 @@ def write(out: pathlib.Path, frame: pd.DataFrame, ranked: pd.DataFrame, tail: st
 
 def relative(frame: pd.DataFrame) -> pd.DataFrame:
     """Effect of each setting as a share of the default's, by problem."""
-    wide = frame.assign(setting=[f"{c}: {v}" if v else c for c, v in zip(frame.choice, frame.value, strict=True)])
+    wide = frame.assign(
+        setting=[f"{c}: {v}" if v else c for c, v in zip(frame.choice, frame.value, strict=True)]
+    )
     wide = wide.pivot(index="setting", columns="problem", values="effect")
-    order = list(dict.fromkeys(f"{c}: {v}" if v else c for c, v in zip(frame.choice, frame.value, strict=True)))
+    order = list(
+        dict.fromkeys(
+            f"{c}: {v}" if v else c for c, v in zip(frame.choice, frame.value, strict=True)
+        )
+    )
     return wide.loc[order, list(dict.fromkeys(frame.problem))]
 
 
 def summary(frame: pd.DataFrame, ranked: pd.DataFrame, command: str) -> str:
     wide = relative(frame)
     share = wide.div(wide.loc["default"]).mean(axis=1)
-    lines = ["Effect on validation prompts, nats, one setting changed at a time; last column: mean share of the default's.", "",
-             "| setting | " + " | ".join(wide.columns) + " | mean share |", "|---" * (len(wide.columns) + 2) + "|"]  # fmt: skip
+    lines = [
+        "Effect on validation prompts, nats, one setting changed at a time; last column: mean "
+        "share of the default's.",
+        "",
+        "| setting | " + " | ".join(wide.columns) + " | mean share |",
+        "|---" * (len(wide.columns) + 2) + "|",
+    ]
     for setting, row in wide.iterrows():
         cells = " | ".join("" if pd.isna(v) else f"{v:+.2f}" for v in row)
         lines.append(f"| {setting} | {cells} | {share[setting]:.2f} |")
-    lines += ["", "<details><summary>Layer pairs ranked by a score: Spearman's rank correlation with the measured effect, and the effect "
-              "of the pair with the largest and with the smallest score (best of all pairs last)</summary>", "",
-              "| problem | score | rho | largest | smallest | best |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "<details><summary>Layer pairs ranked by a score: Spearman's rank correlation with the "
+        "measured effect, and the effect "
+        "of the pair with the largest and with the smallest score (best of all pairs "
+        "last)</summary>",
+        "",
+        "| problem | score | rho | largest | smallest | best |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in ranked.itertuples(index=False):
         problem, score, _, rho, first, last, best = row
         shown = "all equal" if pd.isna(rho) else f"{rho:+.2f}"
-        lines.append(f"| {problem} | {score} | {shown} | {first:+.2f} | {last:+.2f} | {best:+.2f} |")
+        lines.append(
+            f"| {problem} | {score} | {shown} | {first:+.2f} | {last:+.2f} | {best:+.2f} |"
+        )
     lines += ["", "</details>", "", command + "."]
     return "\n".join(lines) + "\n"
 
@@ -231,11 +311,20 @@ def figure(frame: pd.DataFrame) -> Any:
     import plotly.express as px
 
     wide = relative(frame)
-    long = wide.div(wide.loc["default"]).reset_index().melt(id_vars="setting", var_name="problem", value_name="share")
+    long = (
+        wide.div(wide.loc["default"])
+        .reset_index()
+        .melt(id_vars="setting", var_name="problem", value_name="share")
+    )
     drawn = px.scatter(
-        long, x="share", y="setting", color="problem", template="plotly_white", height=240 + 22 * len(wide),
+        long,
+        x="share",
+        y="setting",
+        color="problem",
+        template="plotly_white",
+        height=240 + 22 * len(wide),
         labels={"share": "effect on validation prompts / effect with the defaults", "setting": ""},
-    )  # fmt: skip
+    )
     return drawn.add_vline(x=1.0, line={"dash": "dash"}).update_yaxes(autorange="reversed")
 
 

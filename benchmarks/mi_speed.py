@@ -1,10 +1,11 @@
-"""Time of `layer_pair_mi` on states of the size of a large model: all layer pairs, permutation null and intervals included.
+"""Time of `layer_pair_mi` on states of the size of a large model: all layer pairs, permutation null
+and intervals included.
 
     python benchmarks/mi_speed.py --layers 32 --n 512 --d 4096 --repeats 3 --out benchmarks/results
 
-States are random with 64 shared latent axes (time does not depend on what they hold). Prints markdown with medians; "CPU" is
-processor time over all threads, which a busy machine disturbs less than the time on the clock.
-"""
+States are random with 64 shared latent axes (time does not depend on what they hold). Prints
+markdown with medians; "CPU" is processor time over all threads, which a busy machine disturbs less
+than the time on the clock."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ import time
 
 import torch
 
-from expertsteer_lens.mutual_information import MIConfig, layer_pair_mi
+from expertsteer_lens.pair.mutual_information import MIConfig, layer_pair_mi
 
 CASES = {
     "cca (default: 3 folds)": {},
@@ -35,7 +36,10 @@ def states(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[torch.Ten
 
     latent = normal(args.n, 64)
     expert, target = (
-        [latent @ normal(64, args.d) * 0.05 + 0.3 * normal(args.n, args.d) for _ in range(args.layers)]
+        [
+            latent @ normal(64, args.d) * 0.05 + 0.3 * normal(args.n, args.d)
+            for _ in range(args.layers)
+        ]
         for _ in range(2)
     )
     return expert, target
@@ -52,7 +56,9 @@ def measure(expert: list, target: list, config: MIConfig, repeats: int) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--n", type=int, default=512)
     parser.add_argument("--d", type=int, default=4096)
@@ -71,15 +77,19 @@ def main() -> None:
         "",
         f"`python benchmarks/mi_speed.py --layers {args.layers} --n {args.n} --d {args.d} "
         f"--permutations {args.permutations} --repeats {args.repeats} --threads {args.threads}`: "
-        f"{args.layers} x {args.layers} layer pairs, n={args.n} texts, d={args.d}, {args.permutations} permutations, "
-        f"200 bootstrap draws; median of {args.repeats}; torch {torch.__version__}, {args.threads} threads, "
+        f"{args.layers} x {args.layers} layer pairs, n={args.n} texts, d={args.d}, "
+        f"{args.permutations} permutations, "
+        f"200 bootstrap draws; median of {args.repeats}; torch {torch.__version__}, {args.threads} "
+        "threads, "
         f"{platform.machine()}.",
         "",
         "| case | seconds | CPU seconds |",
         "|---|---|---|",
     ]
     for name in args.cases:
-        wall, cpu = measure(expert, target, MIConfig(n_permutations=args.permutations, **CASES[name]), args.repeats)
+        wall, cpu = measure(
+            expert, target, MIConfig(n_permutations=args.permutations, **CASES[name]), args.repeats
+        )
         lines.append(f"| {name} | {wall:.1f} | {cpu:.1f} |")
         print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n"

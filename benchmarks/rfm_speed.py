@@ -2,12 +2,12 @@
 
     python benchmarks/rfm_speed.py --output benchmarks/results/rfm_speed.md
 
-Every implementation runs in a process of its own, on the same rows, with the same bandwidth, ridge and number of rounds
-(Laplace kernel, raw rows, AGOP divided by its largest entry). Time is one `fit`: ours includes the eigenvector, xRFM's
-does not. CPU time (all threads) is shown because it suffers less from other work on the machine. Memory is the rise of
-the peak resident set over the level just before the fit, with libraries and data loaded. The cosine is between our
-direction and the top eigenvector of xRFM's metric after the last round.
-"""
+Every implementation runs in a process of its own, on the same rows, with the same bandwidth, ridge
+and number of rounds (Laplace kernel, raw rows, AGOP divided by its largest entry). Time is one
+`fit`: ours includes the eigenvector, xRFM's does not. CPU time (all threads) is shown because it
+suffers less from other work on the machine. Memory is the rise of the peak resident set over the
+level just before the fit, with libraries and data loaded. The cosine is between our direction and
+the top eigenvector of xRFM's metric after the last round."""
 
 from __future__ import annotations
 
@@ -31,18 +31,30 @@ XRFM = {"xRFM 'l2'": "l2", "xRFM 'l2_high_dim'": "l2_high_dim"}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--n", type=int, default=512, help="rows")
     parser.add_argument("--d", type=int, default=4096, help="width")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--bandwidth", type=float, default=100.0, help="absolute; the rows' distances are about sqrt(2 d)"
+        "--bandwidth",
+        type=float,
+        default=100.0,
+        help="absolute; the rows' distances are about sqrt(2 d)",
     )
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=5, help="timed fits of ours and of 'l2_high_dim'")
-    parser.add_argument("--repeats-l2", type=int, default=1, help="timed fits of xRFM 'l2' (minutes each at d = 4096)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed fits of ours and of 'l2_high_dim'"
+    )
+    parser.add_argument(
+        "--repeats-l2",
+        type=int,
+        default=1,
+        help="timed fits of xRFM 'l2' (minutes each at d = 4096)",
+    )
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--vector", help=argparse.SUPPRESS)
@@ -59,8 +71,10 @@ def problem(args: argparse.Namespace, n: int | None = None) -> tuple[torch.Tenso
     return rows, (first + 0.5 * second.square() + noise > 0.5).float()
 
 
-def our_fit(args: argparse.Namespace, search: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    from expertsteer_lens.rfm import RFMConfig, fit_rfm
+def our_fit(
+    args: argparse.Namespace, search: bool
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    from expertsteer_lens.learn.rfm import RFMConfig, fit_rfm
 
     config = RFMConfig(
         bandwidth=args.bandwidth,
@@ -76,29 +90,50 @@ def our_fit(args: argparse.Namespace, search: bool) -> Callable[[torch.Tensor, t
     return lambda rows, labels: fit_rfm(rows, labels, RFMConfig() if search else config).direction
 
 
-def xrfm_fit(args: argparse.Namespace, kernel: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def xrfm_fit(
+    args: argparse.Namespace, kernel: str
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     from xrfm.rfm_src import RFM
 
     def fit(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        model = RFM(kernel=kernel, bandwidth=args.bandwidth, device="cpu", verbose=False, tuning_metric="mse")
+        model = RFM(
+            kernel=kernel,
+            bandwidth=args.bandwidth,
+            device="cpu",
+            verbose=False,
+            tuning_metric="mse",
+        )
         data = (rows, labels[:, None])
         held = (rows[:2], labels[:2, None])
-        model.fit(data, held, iters=args.rounds, reg=args.ridge, return_best_params=False, early_stop_rfm=False)
+        model.fit(
+            data,
+            held,
+            iters=args.rounds,
+            reg=args.ridge,
+            return_best_params=False,
+            early_stop_rfm=False,
+        )
         return model.M
 
     return fit
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024.0**2 if sys.platform == "darwin" else 1024.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024.0**2 if sys.platform == "darwin" else 1024.0
+    )
 
 
 def reset_peak() -> float:
-    """Forget earlier peaks where the system allows it (Linux), and return the level to measure from, in MiB."""
+    """Forget earlier peaks where the system allows it (Linux), and return the level to measure
+    from, in MiB."""
     try:
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         status = pathlib.Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1024.0
+        return (
+            next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+            / 1024.0
+        )
     except OSError:
         return peak_mib()
 
@@ -106,7 +141,10 @@ def reset_peak() -> float:
 def high_water() -> float:
     try:
         status = pathlib.Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024.0
+        return (
+            next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            / 1024.0
+        )
     except OSError:
         return peak_mib()
 
@@ -127,7 +165,11 @@ def child(args: argparse.Namespace) -> None:
         times.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
         rises.append(high_water() - base)
-    vector = result if result.ndim == 1 else torch.lobpcg(result.double(), k=1, niter=500, tol=1e-10)[1][:, 0]
+    vector = (
+        result
+        if result.ndim == 1
+        else torch.lobpcg(result.double(), k=1, niter=500, tol=1e-10)[1][:, 0]
+    )
     torch.save(vector.double(), args.vector)
     print(json.dumps({"times": times, "cpu": cpu, "rise": max(rises)}))
 
@@ -136,9 +178,17 @@ def machine(args: argparse.Namespace) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
         model = names[0] if names else model
-    load = f", load average before the run {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    load = (
+        f", load average before the run {os.getloadavg()[0]:.1f}"
+        if hasattr(os, "getloadavg")
+        else ""
+    )
     return (
         f"{model}, {os.cpu_count()} cores, {args.threads} threads{load}; {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}, xRFM {xrfm_version()}"
@@ -167,30 +217,38 @@ def main() -> None:
     ours = results[OURS]
     our_time = statistics.median(ours["times"])
     lines = [
-        f"`fit_rfm` against xRFM: n = {args.n}, d = {args.d}, {args.rounds} rounds, Laplace kernel, bandwidth "
+        f"`fit_rfm` against xRFM: n = {args.n}, d = {args.d}, {args.rounds} rounds, Laplace "
+        "kernel, bandwidth "
         f"{args.bandwidth:g}, ridge {args.ridge:g}, float32 rows.",
         "",
         f"    python benchmarks/rfm_speed.py {' '.join(sys.argv[1:])}".rstrip(),
         "",
         f"Machine: {head}.",
         "",
-        "| implementation | fits timed | median s | min s | max s | time / ours | CPU time / ours | peak memory added, MiB | memory / ours "
+        "| implementation | fits timed | median s | min s | max s | time / ours | CPU time / ours "
+        "| peak memory added, MiB | memory / ours "
         "| abs cosine with ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
         times, median = result["times"], statistics.median(result["times"])
-        cosine = abs(torch.nn.functional.cosine_similarity(result["vector"], ours["vector"], dim=0).item())
+        cosine = abs(
+            torch.nn.functional.cosine_similarity(result["vector"], ours["vector"], dim=0).item()
+        )
         same = name != DEFAULT
         lines.append(
-            f"| {name} | {len(times)} | {median:.3f} | {min(times):.3f} | {max(times):.3f} | {median / our_time:.1f} "
+            f"| {name} | {len(times)} | {median:.3f} | {min(times):.3f} | {max(times):.3f} | "
+            f"{median / our_time:.1f} "
             f"| {statistics.median(result['cpu']) / statistics.median(ours['cpu']):.1f} "
-            f"| {result['rise']:.0f} | {result['rise'] / ours['rise']:.1f} | {f'{cosine:.6f}' if same else 'other settings'} |"
+            f"| {result['rise']:.0f} | {result['rise'] / ours['rise']:.1f} | "
+            f"{f'{cosine:.6f}' if same else 'other settings'} |"
         )
     lines += [
         "",
-        "The default search fits three bandwidths on 80 % of the rows, five rounds each, and the best of them on all rows; it is "
-        "listed for its cost only. xRFM's times do not include the eigenvector of its metric; ours does.",
+        "The default search fits three bandwidths on 80 % of the rows, five rounds each, and the "
+        "best of them on all rows; it is "
+        "listed for its cost only. xRFM's times do not include the eigenvector of its metric; ours "
+        "does.",
     ]
     print("\n".join(lines))
     if args.output:

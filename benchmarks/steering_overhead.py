@@ -1,14 +1,17 @@
-"""What steering costs: cached generation with every layer steered, beside the same model unsteered in the same process.
+"""What steering costs: cached generation with every layer steered, beside the same model unsteered
+in the same process.
 
     python benchmarks/steering_overhead.py --output benchmarks/results/steering_overhead.md
 
-One process per implementation, each with the same random weights (a GPT-2 of the given size; nothing is downloaded) and the
-same vectors. Steered and unsteered runs alternate, and each steered run is divided by the unsteered one beside it; putting the
-steering on and taking it off is timed too. On a busy machine the wall clock of a pair says as much about the neighbours as about
-steering, so the decode steps are timed one by one as well, and the tenth percentile of the steered ones is compared with that of
-the unsteered ones: steps that nobody disturbed. Of our own ways, one more run says how much of its time was spent inside steering
-(what the host does to call a hook is not in it). All implementations must emit the same tokens, unsteered and steered, or the table
-says so. Other environments are given by the paths of their Python:
+One process per implementation, each with the same random weights (a GPT-2 of the given size;
+nothing is downloaded) and the same vectors. Steered and unsteered runs alternate, and each steered
+run is divided by the unsteered one beside it; putting the steering on and taking it off is timed
+too. On a busy machine the wall clock of a pair says as much about the neighbours as about steering,
+so the decode steps are timed one by one as well, and the tenth percentile of the steered ones is
+compared with that of the unsteered ones: steps that nobody disturbed. Of our own ways, one more run
+says how much of its time was spent inside steering (what the host does to call a hook is not in
+it). All implementations must emit the same tokens, unsteered and steered, or the table says so.
+Other environments are given by the paths of their Python:
 
     --tl3 .venv-tl3/bin/python            TransformerLens 3, for HookedTransformer
     --steering-vectors PATH/bin/python    an environment with steering-vectors
@@ -55,14 +58,18 @@ Switch = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--d", type=int, default=1024, help="width")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--prompt", type=int, default=16, help="tokens of prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of steered and unsteered runs")
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="pairs of steered and unsteered runs"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--tl3", help="Python with TransformerLens 3")
     parser.add_argument("--steering-vectors", help="Python with steering-vectors")
@@ -73,7 +80,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# -- the model, the vectors, and the ways to steer --------------------------------------------------------------------------
+# -- the model, the vectors, and the ways to steer ------------------------------------------------
 
 
 def huggingface(args: argparse.Namespace) -> torch.nn.Module:
@@ -81,27 +88,41 @@ def huggingface(args: argparse.Namespace) -> torch.nn.Module:
 
     transformers.logging.set_verbosity_error()
     config = transformers.GPT2Config(
-        vocab_size=args.vocab, n_embd=args.d, n_layer=args.layers, n_head=args.heads,
-        n_positions=args.prompt + args.tokens + 8, bos_token_id=0, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        n_embd=args.d,
+        n_layer=args.layers,
+        n_head=args.heads,
+        n_positions=args.prompt + args.tokens + 8,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():  # a fixed draw, whatever the version's own initialisation does
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # a fixed draw, whatever the version's own initialisation does
         if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * (0.02 if "wpe" in name else 0.05)
+            parameter.data = torch.randn(parameter.shape, generator=generator) * (
+                0.02 if "wpe" in name else 0.05
+            )
     model.generation_config.eos_token_id = None
     return model
 
 
 def vectors(args: argparse.Namespace) -> list[torch.Tensor]:
-    """One mean-free vector per layer: added anywhere, they mean the same with and without centring."""
+    """One mean-free vector per layer: added anywhere, they mean the same with and without
+    centring."""
     draws = torch.randn(args.layers, args.d, generator=torch.Generator().manual_seed(2))
     return list(0.1 * (draws - draws.mean(1, keepdim=True)))
 
 
 def prompt(args: argparse.Namespace) -> torch.Tensor:
-    return torch.randint(1, args.vocab, (1, args.prompt), generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        1, args.vocab, (1, args.prompt), generator=torch.Generator().manual_seed(3)
+    )
 
 
 def plan_of(args: argparse.Namespace, positions: str = "all") -> Any:
@@ -109,18 +130,32 @@ def plan_of(args: argparse.Namespace, positions: str = "all") -> Any:
 
     given = {f"blocks.{i}.hook_resid_post": v for i, v in enumerate(vectors(args))}
     lengths = {name: float(v.norm()) for name, v in given.items()}
-    return SteeringPlan.from_vectors(given, coefficient=lengths, relative_to="unit", positions=positions)
+    return SteeringPlan.from_vectors(
+        given, coefficient=lengths, relative_to="unit", positions=positions
+    )
 
 
 def run_hf(args: argparse.Namespace, model: Any) -> Run:
     ids = prompt(args)
-    options = {"max_new_tokens": args.tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": args.tokens,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+    }
     return lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
 
 def run_lens(args: argparse.Namespace, model: Any) -> Run:
-    options = {"max_new_tokens": args.tokens, "do_sample": False, "stop_at_eos": False, "verbose": False}
-    return lambda: model.generate(prompt(args), use_past_kv_cache=True, return_type="tokens", **options)
+    options = {
+        "max_new_tokens": args.tokens,
+        "do_sample": False,
+        "stop_at_eos": False,
+        "verbose": False,
+    }
+    return lambda: model.generate(
+        prompt(args), use_past_kv_cache=True, return_type="tokens", **options
+    )
 
 
 def lens_config(args: argparse.Namespace, model: Any) -> Any:
@@ -129,16 +164,27 @@ def lens_config(args: argparse.Namespace, model: Any) -> Any:
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
     config = HookedTransformerConfig(
-        d_model=args.d, n_layers=args.layers, n_heads=args.heads, d_head=args.d // args.heads, d_mlp=4 * args.d,
-        n_ctx=args.prompt + args.tokens + 8, d_vocab=args.vocab, act_fn="gelu_new", normalization_type="LN", device="cpu",
+        d_model=args.d,
+        n_layers=args.layers,
+        n_heads=args.heads,
+        d_head=args.d // args.heads,
+        d_mlp=4 * args.d,
+        n_ctx=args.prompt + args.tokens + 8,
+        d_vocab=args.vocab,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        device="cpu",
         model_name="random-gpt2",
-    )  # fmt: skip
+    )
     with small_tokenizer() as tokenizer:  # without one, its cached generation takes wrong positions
         hooked = HookedTransformer(config, tokenizer=tokenizer).eval()
     hooked.load_and_process_state_dict(
-        convert_gpt2_weights(model, config), fold_ln=False, center_writing_weights=False, center_unembed=False,
+        convert_gpt2_weights(model, config),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
         fold_value_biases=False,
-    )  # fmt: skip
+    )
     return hooked
 
 
@@ -152,7 +198,8 @@ def handle(make: Callable[[], Any], remove: str = "remove") -> Any:
 
 
 def way(args: argparse.Namespace) -> tuple[Run, Switch, str, torch.nn.Module]:
-    """How to generate, how to steer, the versions that matter, and the module that every pass runs last."""
+    """How to generate, how to steer, the versions that matter, and the module that every pass runs
+    last."""
     import transformers
 
     hf, kind, versions = huggingface(args), args.child, f"transformers {transformers.__version__}"
@@ -161,11 +208,22 @@ def way(args: argparse.Namespace) -> tuple[Run, Switch, str, torch.nn.Module]:
         from transformer_lens.model_bridge import TransformerBridge
 
         with small_tokenizer() as tokenizer:
-            model = TransformerBridge.boot_transformers("random-gpt2", hf_model=hf, tokenizer=tokenizer, device="cpu")
+            model = TransformerBridge.boot_transformers(
+                "random-gpt2", hf_model=hf, tokenizer=tokenizer, device="cpu"
+            )
         plan = plan_of(args)
         listed = kind == "bridge-list"
-        switch = (lambda: model.hooks(fwd_hooks=plan.fwd_hooks(model))) if listed else lambda: plan.hooks(model)
-        return run_lens(args, model), switch, f"TransformerLens {version(transformer_lens)}, {versions}", model.unembed
+        switch = (
+            (lambda: model.hooks(fwd_hooks=plan.fwd_hooks(model)))
+            if listed
+            else lambda: plan.hooks(model)
+        )
+        return (
+            run_lens(args, model),
+            switch,
+            f"TransformerLens {version(transformer_lens)}, {versions}",
+            model.unembed,
+        )
     if kind == "hooked":
         import transformer_lens
 
@@ -209,7 +267,12 @@ def way(args: argparse.Namespace) -> tuple[Run, Switch, str, torch.nn.Module]:
         model.set_control(control, 1.0)
         return model
 
-    return run_hf(args, model), lambda: handle(controlled, "reset"), f"repeng {of('repeng')}, {versions}", hf.lm_head
+    return (
+        run_hf(args, model),
+        lambda: handle(controlled, "reset"),
+        f"repeng {of('repeng')}, {versions}",
+        hf.lm_head,
+    )
 
 
 @contextlib.contextmanager
@@ -219,7 +282,9 @@ def bare_hooks(model: Any, given: list[torch.Tensor]) -> Any:
     def adding(v: torch.Tensor) -> Any:
         return lambda _, __, out: (out[0] + v, *out[1:]) if isinstance(out, tuple) else out + v
 
-    handles = [b.register_forward_hook(adding(v)) for b, v in zip(model.transformer.h, given, strict=True)]
+    handles = [
+        b.register_forward_hook(adding(v)) for b, v in zip(model.transformer.h, given, strict=True)
+    ]
     try:
         yield
     finally:
@@ -234,8 +299,15 @@ def small_tokenizer() -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1, "<unk>": 2}, unk_token="<unk>"))
-    special = {"pad_token": "<pad>", "eos_token": "<pad>", "bos_token": "<pad>", "unk_token": "<unk>"}
-    with tempfile.TemporaryDirectory() as folder:  # TransformerLens asks where it was loaded from, and loads it again
+    special = {
+        "pad_token": "<pad>",
+        "eos_token": "<pad>",
+        "bos_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # TransformerLens asks where it was loaded from, and loads it again
         PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
         yield AutoTokenizer.from_pretrained(folder)
 
@@ -246,7 +318,7 @@ def version(module: Any) -> str:
     return of(module.__name__.replace("_", "-"))
 
 
-# -- one implementation, timed ----------------------------------------------------------------------------------------------
+# -- one implementation, timed --------------------------------------------------------------------
 
 
 def child(args: argparse.Namespace) -> None:
@@ -255,7 +327,9 @@ def child(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
     run, switch, versions, last = way(args)
     ticks: list[float] = []
-    last.register_forward_hook(lambda *_: ticks.append(time.perf_counter()))  # the last module of every pass
+    last.register_forward_hook(
+        lambda *_: ticks.append(time.perf_counter())
+    )  # the last module of every pass
 
     def timed(steered: bool) -> tuple[dict[str, Any], torch.Tensor]:
         start = time.perf_counter()
@@ -265,7 +339,11 @@ def child(args: argparse.Namespace) -> None:
             tokens = run()
         steps = [after - before for before, after in itertools.pairwise(ticks)]
         assert len(steps) == args.tokens - 1, len(steps)
-        return {"run": time.perf_counter() - start, "steps": steps, "enter": entered - start}, tokens
+        return {
+            "run": time.perf_counter() - start,
+            "steps": steps,
+            "enter": entered - start,
+        }, tokens
 
     digests = {}
     for steered in (False, True):  # warm-up, and what is generated
@@ -283,20 +361,23 @@ def child(args: argparse.Namespace) -> None:
                 "plain": digests[False],
                 "steered": digests[True],
                 "versions": versions,
-                "inside": inside(args.child, lambda: timed(True)[0]["run"]) if ours(args.child) else None,
+                "inside": inside(args.child, lambda: timed(True)[0]["run"])
+                if ours(args.child)
+                else None,
             }
         )
     )
 
 
 def ours(kind: str) -> bool:
-    """Whether this is steered by `expertsteer_lens.steering` in this process (an nnsight edit is torch code of its own)."""
+    """Whether this is steered by `expertsteer_lens.steering` in this process (an nnsight edit is
+    torch code of its own)."""
     return kind in ("bridge", "hf", "hooked", "nnsight", "bridge-list", "hf-generated")
 
 
 def inside(kind: str, steered: Callable[[], float]) -> float:
     """Time spent inside steering / the rest of the time, median of three runs."""
-    from expertsteer_lens.steering import Steering
+    from expertsteer_lens.steer.run import Steering
 
     spent = 0.0
 
@@ -311,11 +392,18 @@ def inside(kind: str, steered: Callable[[], float]) -> float:
 
         return call
 
-    functions, listed, on_forward, shares = Steering._functions, Steering._listed, Steering.on_forward, []
+    functions, listed, on_forward, shares = (
+        Steering._functions,
+        Steering._listed,
+        Steering.on_forward,
+        [],
+    )
     Steering._listed = lambda self, name, fn, mask: clocked(listed(self, name, fn, mask))
     Steering.on_forward = clocked(on_forward)
     if kind != "bridge-list":  # a list clocks the outer function
-        Steering._functions = lambda self: {name: clocked(fn) for name, fn in functions(self).items()}
+        Steering._functions = lambda self: {
+            name: clocked(fn) for name, fn in functions(self).items()
+        }
     try:
         for _ in range(3):
             spent = 0.0
@@ -330,7 +418,7 @@ def digest(tokens: torch.Tensor) -> str:
     return hashlib.sha256(json.dumps(tokens.reshape(-1).tolist()).encode()).hexdigest()[:8]
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------------
+# -- all of them ----------------------------------------------------------------------------------
 
 
 def python_of(args: argparse.Namespace, which: str) -> str | None:
@@ -344,21 +432,34 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return medians[50], medians[1949]
 
 
-def row(name: str, result: dict[str, Any], args: argparse.Namespace, reference: dict[str, Any]) -> str:
+def row(
+    name: str, result: dict[str, Any], args: argparse.Namespace, reference: dict[str, Any]
+) -> str:
     pairs = result["pairs"]
     wall = [steered["run"] / plain["run"] for plain, steered in pairs]
     step = undisturbed([plain for plain, _ in pairs])
-    steps = [undisturbed(s) / undisturbed(p) for p, s in (zip(*drawn, strict=True) for drawn in redrawn(pairs))]
+    steps = [
+        undisturbed(s) / undisturbed(p)
+        for p, s in (zip(*drawn, strict=True) for drawn in redrawn(pairs))
+    ]
     middle = undisturbed([steered for _, steered in pairs]) / step
     share = "" if result["inside"] is None else f"{100 * result['inside']:.1f} %"
     enter = 1e3 * min(steered["enter"] for _, steered in pairs)
     same = (result["plain"], result["steered"]) == (reference["plain"], reference["steered"])
-    tokens = "not steered" if result["plain"] == result["steered"] else "the same" if same else "different"
+    tokens = (
+        "not steered"
+        if result["plain"] == result["steered"]
+        else "the same"
+        if same
+        else "different"
+    )
     if "`generated`" in name and result["plain"] == reference["plain"]:
         tokens = "its own"  # it leaves the prompt alone, on purpose
     return (
-        f"| {name} | {1e3 * step:.1f} | {percent(middle, steps)} | {1e6 * step * (middle - 1) / args.layers:+.0f} "
-        f"| {percent(statistics.median(wall), [statistics.median(r) for r in redrawn(wall)])} | {share} | {enter:.1f} | {tokens} "
+        f"| {name} | {1e3 * step:.1f} | {percent(middle, steps)} | "
+        f"{1e6 * step * (middle - 1) / args.layers:+.0f} "
+        f"| {percent(statistics.median(wall), [statistics.median(r) for r in redrawn(wall)])} | "
+        f"{share} | {enter:.1f} | {tokens} "
         f"| {result['versions']} |"
     )
 
@@ -383,9 +484,18 @@ def percent(ratio: float, samples: list[float]) -> str:
 def machine(args: argparse.Namespace) -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in names if "model name" in line), platform.machine())
-    load = f", load average before the run {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{model}, {os.cpu_count()} cores, {args.threads} threads{load}; torch {torch.__version__}"
+    model = next(
+        (line.split(":", 1)[1].strip() for line in names if "model name" in line),
+        platform.machine(),
+    )
+    load = (
+        f", load average before the run {os.getloadavg()[0]:.1f}"
+        if hasattr(os, "getloadavg")
+        else ""
+    )
+    return (
+        f"{model}, {os.cpu_count()} cores, {args.threads} threads{load}; torch {torch.__version__}"
+    )
 
 
 def main() -> None:
@@ -422,8 +532,13 @@ def main() -> None:
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
-    paths = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    threads = {"OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE"}  # waiting is no work
+    paths = os.pathsep.join(
+        [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )
+    threads = {
+        "OMP_NUM_THREADS": str(args.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # waiting is no work
     return {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
 
 
@@ -431,23 +546,30 @@ def table(args: argparse.Namespace, head: str, lines: list[str]) -> str:
     load = f" and {os.getloadavg()[0]:.1f} after it" if hasattr(os, "getloadavg") else ""
     return "\n".join(
         [
-            f"Cached generation of {args.tokens} tokens after a prompt of {args.prompt}, all {args.layers} layers steered; random "
+            f"Cached generation of {args.tokens} tokens after a prompt of {args.prompt}, all "
+            f"{args.layers} layers steered; random "
             f"weights, gpt2-like, d = {args.d}, {args.heads} heads, float32, batch 1.",
             "",
             f"    python benchmarks/steering_overhead.py {' '.join(public(sys.argv[1:]))}".rstrip(),
             "",
             f"Machine: {head.replace(';', load + ';', 1)}.",
             "",
-            "| implementation | unsteered step, ms | overhead, decode steps | µs per layer and step | overhead, whole runs | time inside steering "
+            "| implementation | unsteered step, ms | overhead, decode steps | µs per layer and "
+            "step | overhead, whole runs | time inside steering "
             "| putting it on, ms | tokens | versions |",
             "|---|---|---|---|---|---|---|---|---|",
             *lines,
             "",
-            f"Overhead: steered time / unsteered time - 1, from {args.repeats} pairs of runs one after the other in one process, in "
-            "alternating order; in brackets a 95 % interval (bootstrap over pairs). Decode steps: tenth percentiles, that is steps which "
-            "no other process disturbed. Whole runs: median over pairs, wall clock, putting the steering on and taking it off "
-            "included. Time inside steering: measured within steered runs, relative to the rest of them, so the machine's load hardly "
-            "matters. Each implementation is compared with its own host unsteered. Tokens: whether the greedy tokens, unsteered and "
+            f"Overhead: steered time / unsteered time - 1, from {args.repeats} pairs of runs one "
+            "after the other in one process, in "
+            "alternating order; in brackets a 95 % interval (bootstrap over pairs). Decode steps: "
+            "tenth percentiles, that is steps which "
+            "no other process disturbed. Whole runs: median over pairs, wall clock, putting the "
+            "steering on and taking it off "
+            "included. Time inside steering: measured within steered runs, relative to the rest of "
+            "them, so the machine's load hardly "
+            "matters. Each implementation is compared with its own host unsteered. Tokens: whether "
+            "the greedy tokens, unsteered and "
             "steered, are those of the first row.",
         ]
     )

@@ -1,28 +1,33 @@
-"""Argument checks shared by all rooms; each raises one of our errors with the remedy in the message."""
+"""Argument checks; each raises one of our errors with the remedy in the message."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from .chat import Chat, as_text
-from .errors import ArgumentError, DataError, HookNameError, WidthError
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError, WidthError
 
 
-def check_matrix(name: str, value: Tensor, *, width: int | None = None, min_rows: int = 1) -> Tensor:
+def check_matrix(
+    name: str, value: Tensor, *, width: int | None = None, min_rows: int = 1
+) -> Tensor:
     """Return `value` if it is a finite floating `[n, d]` tensor, else raise.
 
     Raises:
-        DataError: wrong shape, too few rows, integer dtype, NaN or Inf (the message names the first bad row).
+        DataError: wrong shape, too few rows, integer dtype, NaN or Inf (the message names the first
+            bad row).
         WidthError: `width` is given and differs from `d`.
     """
     if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-        got = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        got = (
+            f"shape {tuple(value.shape)}, {value.dtype}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
         raise DataError(f"{name} must be a floating tensor of shape [n, d], got {got}.")
     if value.shape[0] < min_rows:
         raise DataError(f"{name} needs at least {min_rows} rows, got {value.shape[0]}.")
@@ -37,9 +42,12 @@ def check_finite(name: str, value: Tensor) -> None:
     if torch.isfinite(value.sum(dtype=torch.promote_types(value.dtype, torch.float32))):
         return  # one pass and no copies; a sum that overflows is looked at below
     if not torch.isfinite(value).all():
-        bad = (~torch.isfinite(value)).reshape(value.shape[0], -1).any(dim=1).nonzero()[:, 0].tolist()
+        bad = (
+            (~torch.isfinite(value)).reshape(value.shape[0], -1).any(dim=1).nonzero()[:, 0].tolist()
+        )
         raise DataError(
-            f"{name} holds NaN or Inf in {len(bad)} of {value.shape[0]} rows (first: row {bad[0]}); "
+            f"{name} holds NaN or Inf in {len(bad)} of {value.shape[0]} rows (first: row "
+            f"{bad[0]}); "
             "look at the text of that row and at the model's dtype (float16 overflows above 65504)."
         )
 
@@ -52,7 +60,9 @@ def check_labels(name: str, labels: Tensor, n: int) -> Tensor:
     """
     labels = torch.as_tensor(labels)
     if labels.ndim != 1 or labels.shape[0] != n:
-        raise DataError(f"{name} must have one label per row: expected shape ({n},), got {tuple(labels.shape)}.")
+        raise DataError(
+            f"{name} must have one label per row: expected shape ({n},), got {tuple(labels.shape)}."
+        )
     values = labels.to(torch.float64)
     check_finite(name, values)
     present = set(values.unique().tolist())
@@ -61,7 +71,8 @@ def check_labels(name: str, labels: Tensor, n: int) -> Tensor:
         raise DataError(f"{name} must be 0/1, -1/+1 or bool, got values {shown}.")
     if len(present) < 2:
         raise DataError(
-            f"{name} must hold two classes, got only {sorted(present)}; give positive and negative examples."
+            f"{name} must hold two classes, got only {sorted(present)}; give positive and negative "
+            "examples."
         )
     return (values > 0).to(torch.float64)
 
@@ -91,36 +102,25 @@ def check_number(
     if not ok:
         left = "(" if low_open else "["
         raise ArgumentError(
-            f"{name} must be {'an integer' if integer else 'a number'} in {left}{low}, {high}], got {value!r}."
+            f"{name} must be {'an integer' if integer else 'a number'} in {left}{low}, {high}], "
+            f"got {value!r}."
         )
 
 
-def check_texts(name: str, texts: Sequence[Any], *, chats: bool = True) -> list[Any]:
-    """Return texts as a list, lists of messages among them as `Chat`s.
-
-    Raises:
-        DataError: an empty list, an empty text, or something that is no text (naming its index); a chat without `chats`.
-    """
-    if isinstance(texts, str):
-        raise DataError(f"{name} must be a list of texts, got one str; wrap it in a list.")
-    out = [as_text(text) for text in texts]
-    if not out:
-        raise DataError(f"{name} is empty; give at least one text.")
-    for i, text in enumerate(out):
-        if isinstance(text, Chat) and chats:
-            continue
-        if not isinstance(text, str):
-            hint = "; wrap one conversation in a list" if isinstance(text, Mapping) else ""
-            raise DataError(
-                f"{name}[{i}] must be a str{' or a list of messages' if chats else ''}, got {type(text).__name__}{hint}."
-            )
-        if not text.strip():
-            raise DataError(f"{name}[{i}] is empty; remove it or give it a text.")
-    return out
+def check_paired(
+    expert: Tensor, target: Tensor, expert_name: str = "expert", target_name: str = "target"
+) -> None:
+    """Raise `DataError` unless both have the same number of rows."""
+    if expert.shape[0] != target.shape[0]:
+        raise DataError(
+            f"{expert_name} and {target_name} must be paired row by row (same texts, same order): "
+            f"got {expert.shape[0]} and {target.shape[0]} rows."
+        )
 
 
 def unknown_hook(hook_name: str, known: Collection[str], model: str) -> HookNameError:
-    """Build (not raise) the error for a hook name that is not on `model`, naming the closest that is."""
+    """Build (not raise) the error for a hook name that is not on `model`, naming the closest that
+    is."""
     near = difflib.get_close_matches(str(hook_name), list(known), n=1, cutoff=0.3)
     hint = f"; closest: {near[0]!r}" if near else ""
     return HookNameError(f"hook {hook_name!r} is not on this model ({model}){hint}.")

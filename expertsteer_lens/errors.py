@@ -1,8 +1,7 @@
 """Errors a caller may want to catch.
 
-Every message says which argument, what was expected, what arrived, and what to do.
-Argument errors are also `ValueError`, `KeyError` or `TypeError`, so plain `except` clauses keep working.
-"""
+Every message says which argument, what was expected, what arrived, and what to do. Argument errors
+are also `ValueError`, `KeyError` or `TypeError`, so plain `except` clauses keep working."""
 
 from __future__ import annotations
 
@@ -20,7 +19,8 @@ class ArgumentError(ExpertSteerError, ValueError):
 
 
 class DataError(ExpertSteerError, ValueError):
-    """Texts, labels or activations are unusable: empty, not finite, unequal in number, one class only."""
+    """Texts, labels or activations are unusable: empty, not finite, unequal in number, one class
+    only."""
 
 
 class HookNameError(ExpertSteerError, KeyError):
@@ -32,19 +32,23 @@ class WidthError(ExpertSteerError, ValueError):
 
 
 class SolveError(ExpertSteerError, ValueError):
-    """A linear system could not be solved at the settings given; nothing was changed to make it solvable."""
+    """A linear system could not be solved at the settings given; nothing was changed to make it
+    solvable."""
 
 
 class HostError(ExpertSteerError, TypeError):
-    """The object given is not a model this package can read and steer, or the host cannot do what was asked."""
+    """The object given is not a model this package can read and steer, or the host cannot do what
+    was asked."""
 
 
 class ModelStateError(ExpertSteerError, RuntimeError):
-    """The model is in a state in which results would be wrong, e.g. training mode or vanished hooks."""
+    """The model is in a state in which results would be wrong, e.g. training mode or vanished
+    hooks."""
 
 
 class InterventionError(ExpertSteerError, RuntimeError):
-    """An intervention did not act where it should have: a hook never fired, or was removed by someone else."""
+    """An intervention did not act where it should have: a hook never fired, or was removed by
+    someone else."""
 
 
 class ArtifactError(ExpertSteerError, ValueError):

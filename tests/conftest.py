@@ -1,4 +1,5 @@
-"""Shared fixtures. The shapes annotated in the inner mathematics are checked by beartype here and nowhere else."""
+"""Shared fixtures. The shapes annotated in the inner mathematics are checked by beartype here and
+nowhere else."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ import torch
 import typechecking  # noqa: F401 - before nnsight, which gives every object a method that beartype cannot digest at import
 from jaxtyping import install_import_hook
 
-# The inner mathematics only: public functions refuse bad shapes themselves, with messages that are tested.
-INNER = ("_recursion", "aligner_solvers", "mi_estimators")
+# The inner mathematics only: public functions refuse bad shapes themselves, with messages that are
+# tested.
+INNER = ("learn.recursion", "align.solvers", "pair.estimators")
 install_import_hook([f"expertsteer_lens.{name}" for name in INNER], "typechecking.checked")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
@@ -22,7 +24,8 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """Folder with the two real trained models and real data; absent outside the development machines."""
+    """Folder with the two real trained models and real data; absent outside the development
+    machines."""
     if not (SHARED / "models").is_dir():
         pytest.skip("the folder ../shared with real models and data is not beside this checkout")
     return SHARED

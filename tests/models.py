@@ -1,8 +1,8 @@
 """A zoo of tiny random-weight models and a tiny tokenizer, built in memory: nothing is downloaded.
 
-Every factory is seeded, so two calls with the same arguments give the same weights. Booting a TransformerBridge rewrites
-the Hugging Face module it is given, so `bridge` always builds a fresh one.
-"""
+Every factory is seeded, so two calls with the same arguments give the same weights. Booting a
+TransformerBridge rewrites the Hugging Face module it is given, so `bridge` always builds a fresh
+one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ home smiled cried
 
 @functools.cache
 def tokenizer_folder(*, pad: bool = True, bos: bool = True) -> str:
-    """A folder with a word-level tokenizer: ids 0..3 are <pad>, <s>, </s>, <unk> (those asked for)."""
+    """A folder with a word-level tokenizer: ids 0..3 are <pad>, <s>, </s>, <unk> (those asked
+    for)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,8 +64,8 @@ def hf(
 ) -> nn.Module:
     """A Hugging Face causal model of the family, in eval mode, with weights large enough to matter.
 
-    `size` is the standard deviation of the matrices: the larger, the larger the logits, and what float32 rounds off them.
-    """
+    `size` is the standard deviation of the matrices: the larger, the larger the logits, and what
+    float32 rounds off them."""
     import transformers as tf
 
     common = {"vocab_size": D_VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -76,14 +77,21 @@ def hf(
         "max_position_embeddings": N_CTX,
     }
     if family == "gpt2":
-        config = tf.GPT2Config(n_embd=D_MODEL, n_layer=n_layers, n_head=2, n_positions=N_CTX, **common)
+        config = tf.GPT2Config(
+            n_embd=D_MODEL, n_layer=n_layers, n_head=2, n_positions=N_CTX, **common
+        )
     elif family == "llama":
         config = tf.LlamaConfig(num_key_value_heads=1, head_dim=16, **wide, **common)
     elif family == "neox":
         config = tf.GPTNeoXConfig(rotary_pct=0.5, **wide, **common)
     elif family == "gemma2":
         config = tf.Gemma2Config(
-            num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=N_CTX, **wide, **common
+            num_key_value_heads=1,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=N_CTX,
+            **wide,
+            **common,
         )
     else:
         raise ValueError(f"unknown family {family!r}")
@@ -107,7 +115,8 @@ def bridge(
     n_layers: int = N_LAYERS,
     size: float = 0.25,
 ) -> Any:
-    """A TransformerBridge over a fresh `hf(family)`; `compat` switches on the weight processing of HookedTransformer."""
+    """A TransformerBridge over a fresh `hf(family)`; `compat` switches on the weight processing of
+    HookedTransformer."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with warnings.catch_warnings():
@@ -136,13 +145,20 @@ def has_hooked_transformer() -> bool:
 _OFFICIAL = {"gpt2": "gpt2", "neox": "pythia-14m", "llama": "gpt2", "gemma2": "gemma-2-2b"}
 
 
-def hooked(family: str = "gpt2", *, processed: bool = True, seed: int = 0, size: float = 0.25) -> Any:
-    """A HookedTransformer with the weights of `hf(family)`: `processed` = its default weight processing."""
+def hooked(
+    family: str = "gpt2", *, processed: bool = True, seed: int = 0, size: float = 0.25
+) -> Any:
+    """A HookedTransformer with the weights of `hf(family)`: `processed` = its default weight
+    processing."""
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
     model = hf(family, seed=seed, size=size)
-    loader = HookedTransformer.from_pretrained if processed else HookedTransformer.from_pretrained_no_processing
+    loader = (
+        HookedTransformer.from_pretrained
+        if processed
+        else HookedTransformer.from_pretrained_no_processing
+    )
     with _config_from(loading, model.config, type(model).__name__), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return loader(_OFFICIAL[family], hf_model=model, tokenizer=tokenizer(), device="cpu")
@@ -150,13 +166,22 @@ def hooked(family: str = "gpt2", *, processed: bool = True, seed: int = 0, size:
 
 @contextlib.contextmanager
 def _config_from(loading: Any, config: Any, architecture: str) -> Iterator[None]:
-    """Let TransformerLens read `config` instead of asking a model hub for it, or a table of known sizes (gemma2)."""
+    """Let TransformerLens read `config` instead of asking a model hub for it, or a table of known
+    sizes (gemma2)."""
     auto, convert = loading.AutoConfig.from_pretrained, loading.convert_hf_model_config
     config.n_ctx, config.architectures = N_CTX, [architecture]
     sizes = {
-        "d_model": D_MODEL, "d_head": 16, "n_heads": 2, "d_mlp": 48, "n_layers": config.num_hidden_layers, "n_ctx": N_CTX,
-        "d_vocab": D_VOCAB, "n_key_value_heads": 1, "window_size": N_CTX, "attn_types": ["local", "global", "local"],
-    }  # fmt: skip
+        "d_model": D_MODEL,
+        "d_head": 16,
+        "n_heads": 2,
+        "d_mlp": 48,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": N_CTX,
+        "d_vocab": D_VOCAB,
+        "n_key_value_heads": 1,
+        "window_size": N_CTX,
+        "attn_types": ["local", "global", "local"],
+    }
     loading.AutoConfig.from_pretrained = lambda *a, **k: config
     if architecture == "Gemma2ForCausalLM":
         loading.convert_hf_model_config = lambda *a, **k: {**convert(*a, **k), **sizes}

@@ -1,8 +1,7 @@
 """The slow and obvious reference that every host is held to.
 
-A plain Hugging Face model in float64, no cache, one prompt at a time, and a torch hook that adds the vector at a list of
-positions written out by hand.
-"""
+A plain Hugging Face model in float64, no cache, one prompt at a time, and a torch hook that adds
+the vector at a list of positions written out by hand."""
 
 from __future__ import annotations
 
@@ -14,17 +13,21 @@ import models
 import torch
 from torch import Tensor
 
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan
 
 PROMPTS = ["the cat saw a dog", "once upon a time there was a big house", "sun", ""]
 """With BOS the last is a prompt of one token: the one a clock is most easily wrong about."""
 N_NEW = 3
 HOOK = "blocks.1.hook_resid_post"
 SIZE = 0.15
-"""Weights calm enough that float32 rounds log-probabilities (of size 7) at 2e-6 on the way through three blocks."""
+"""Weights calm enough that float32 rounds log-probabilities (of size 7) at 2e-6 on the way through
+three blocks."""
 CLOSE = {"atol": 1e-5, "rtol": 0.0}
-"""Unsteered float32 hosts differ from the float64 reference by 1e-6 to 2e-6, padded batches included."""
-RULES: dict[str, tuple[Any, Any]] = {  # rule, and the obvious definition on (position, prompt length)
+"""Unsteered float32 hosts differ from the float64 reference by 1e-6 to 2e-6, padded batches
+included."""
+RULES: dict[
+    str, tuple[Any, Any]
+] = {  # rule, and the obvious definition on (position, prompt length)
     "all": ("all", lambda p, n: True),
     "prompt": ("prompt", lambda p, n: p < n),
     "last_prompt": ("last_prompt", lambda p, n: p == n - 1),
@@ -61,7 +64,9 @@ def vector(family: str) -> Tensor:
 def plan_for(family: str, rule: Any) -> SteeringPlan:
     """The plan that adds `vector(family)` where the rule says."""
     v = vector(family)
-    return SteeringPlan.from_vectors({HOOK: v}, coefficient=float(v.norm()), relative_to="unit", positions=rule)
+    return SteeringPlan.from_vectors(
+        {HOOK: v}, coefficient=float(v.norm()), relative_to="unit", positions=rule
+    )
 
 
 @functools.cache
@@ -111,7 +116,10 @@ def n_edited(expected: Sequence[Expected], *, cached: bool) -> dict[str, int]:
 def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
     """Ids and mask `[rows, pos]`, padded with 0."""
     width = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(rows), width, dtype=torch.long),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for i, row in enumerate(rows):
         where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, where], mask[i, where] = torch.tensor(row), 1
@@ -119,7 +127,8 @@ def padded(rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
 
 
 def check(tokens: Tensor, rows: Tensor, expected: Sequence[Expected]) -> None:
-    """Assert that tokens `[batch, N_NEW]` and log-probabilities `[batch, N_NEW, vocab]` are the expected ones."""
+    """Assert that tokens `[batch, N_NEW]` and log-probabilities `[batch, N_NEW, vocab]` are the
+    expected ones."""
     for i, want in enumerate(expected):
         torch.testing.assert_close(rows[i].float(), want.rows, **CLOSE)
         assert tokens[i].tolist() == want.tokens

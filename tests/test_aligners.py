@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from expertsteer_lens import aligner_solvers as solvers
-from expertsteer_lens.activations import ActivationStore
-from expertsteer_lens.aligners import (
+from expertsteer_lens.align import solvers
+from expertsteer_lens.align.fit import (
     KINDS,
     RIDGE_PATH,
     AffineMap,
@@ -25,8 +24,15 @@ from expertsteer_lens.aligners import (
     fit_aligner_from_moments,
     fit_aligner_grid,
 )
-from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, HookNameError, WidthError
-from expertsteer_lens.moments import RunningMoments
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.errors import (
+    ArgumentError,
+    ArtifactError,
+    DataError,
+    HookNameError,
+    WidthError,
+)
+from expertsteer_lens.linalg.moments import RunningMoments
 
 FITTED = tuple(k for k in KINDS if k != "identity")
 SINGLE = {"rtol": 1e-4, "atol": 1e-5}  # weights are stored in float32
@@ -41,8 +47,18 @@ def paired(
 ) -> tuple[Tensor, Tensor]:
     """Anchors with a decaying spectrum, offsets, and a linear relation plus noise."""
     scales = torch.linspace(2.0, 0.3, d_expert, dtype=torch.float64)
-    expert = normal(n, d_expert, seed=seed) * scales @ normal(d_expert, d_expert, seed=99) / d_expert**0.5 + 3.0
-    target = expert @ normal(d_expert, d_target, seed=98) + noise * normal(n, d_target, seed=seed + 1) - 2.0
+    expert = (
+        normal(n, d_expert, seed=seed)
+        * scales
+        @ normal(d_expert, d_expert, seed=99)
+        / d_expert**0.5
+        + 3.0
+    )
+    target = (
+        expert @ normal(d_expert, d_target, seed=98)
+        + noise * normal(n, d_target, seed=seed + 1)
+        - 2.0
+    )
     return expert, target
 
 
@@ -55,10 +71,13 @@ def covariances(e: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def fvu(aligner: Aligner, e: Tensor) -> float:
     """In-sample fraction of variance lost by the round trip."""
-    return float((aligner.decode(aligner.encode(e)) - e).square().sum() / (e - e.mean(0)).square().sum())
+    return float(
+        (aligner.decode(aligner.encode(e)) - e).square().sum() / (e - e.mean(0)).square().sum()
+    )
 
 
-# --- ridge ---------------------------------------------------------------------------------------------------------
+# --- ridge
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.1, 10.0])
@@ -70,7 +89,9 @@ def test_ridge_equals_the_direct_solve_and_sklearn(ridge: float) -> None:
     direct = c_te @ torch.linalg.inv(c_ee + penalty * torch.eye(12, dtype=torch.float64))
     torch.testing.assert_close(got.encode_weight.double(), direct, **SINGLE)
     reference = Ridge(alpha=max(float(penalty) * len(e), 1e-12)).fit(e.numpy(), t.numpy())
-    torch.testing.assert_close(got.encode(e), torch.from_numpy(reference.predict(e.numpy())), **SINGLE)
+    torch.testing.assert_close(
+        got.encode(e), torch.from_numpy(reference.predict(e.numpy())), **SINGLE
+    )
     assert got.quality.ridge == ridge
 
 
@@ -85,8 +106,12 @@ def test_every_point_of_the_ridge_path_equals_sklearn_cross_validation() -> None
         for held in folds:
             train = torch.tensor(sorted(set(range(60)) - set(held.tolist())))
             unit = e[train].var(0, correction=0).mean()
-            model = Ridge(alpha=float(ridge * unit * len(train))).fit(e[train].numpy(), t[train].numpy())
-            errors += float((t[held] - torch.from_numpy(model.predict(e[held].numpy()))).square().sum())
+            model = Ridge(alpha=float(ridge * unit * len(train))).fit(
+                e[train].numpy(), t[train].numpy()
+            )
+            errors += float(
+                (t[held] - torch.from_numpy(model.predict(e[held].numpy()))).square().sum()
+            )
             total += float((t[held] - t[train].mean(0)).square().sum())
         assert r2 == pytest.approx(1.0 - errors / total, abs=1e-9)
     best = max(got.quality.ridge_path, key=lambda point: point[1])
@@ -117,7 +142,8 @@ def test_held_out_r2_of_noise_is_not_positive(kind: str) -> None:
 
 
 def test_the_ridge_of_a_fold_is_chosen_on_the_other_folds() -> None:
-    # Fold 0 prefers a large ridge and the others a small one; scoring fold 0 with its own favourite would be a peek.
+    # Fold 0 prefers a large ridge and the others a small one; scoring fold 0 with its own favourite
+    # would be a peek.
     e, t = paired(n=90, noise=0.1)
     held = torch.randperm(90, generator=torch.Generator().manual_seed(0)).tensor_split(3)[0]
     t = t.clone()
@@ -132,7 +158,9 @@ def test_more_features_than_anchors_equals_the_wide_formula() -> None:
     e, t = normal(n, d, seed=0), normal(n, 40, seed=1)
     got = fit_aligner(e, t, AlignerConfig(ridge=0.3, n_folds=2))
     c_ee, c_te, _ = covariances(e, t)
-    direct = c_te @ torch.linalg.inv(c_ee + 0.3 * c_ee.diagonal().mean() * torch.eye(d, dtype=torch.float64))
+    direct = c_te @ torch.linalg.inv(
+        c_ee + 0.3 * c_ee.diagonal().mean() * torch.eye(d, dtype=torch.float64)
+    )
     torch.testing.assert_close(got.encode_weight.double(), direct, **SINGLE)
     assert len(got.encoder.factors) == 1 or sum(f.numel() for f in got.encoder.factors) < 60 * 40
 
@@ -140,22 +168,33 @@ def test_more_features_than_anchors_equals_the_wide_formula() -> None:
 @pytest.mark.parametrize(("n", "d"), [(40, 12), (30, 50)])
 @pytest.mark.parametrize("kind", FITTED)
 @pytest.mark.parametrize("standardise", [False, True])
-def test_streamed_moments_give_the_same_map_as_rows(kind: str, n: int, d: int, standardise: bool) -> None:
+def test_streamed_moments_give_the_same_map_as_rows(
+    kind: str, n: int, d: int, standardise: bool
+) -> None:
     e, t = paired(n=n, d_expert=d)
     config = AlignerConfig(kind=kind, n_folds=3, standardise=standardise, n_components=4)
     folds = torch.randperm(n, generator=torch.Generator().manual_seed(7)).tensor_split(3)
     parts = [RunningMoments(d, 8).update(e[f], t[f]) for f in folds]
-    streamed, held = fit_aligner_from_moments(parts, config, seed=7), fit_aligner(e, t, config, seed=7)
+    streamed, held = (
+        fit_aligner_from_moments(parts, config, seed=7),
+        fit_aligner(e, t, config, seed=7),
+    )
     for name in ("r2", "reconstruction_fvu", "effective_rank", "ridge"):
         expected = getattr(held.quality, name)
-        assert getattr(streamed.quality, name) == (expected and pytest.approx(expected, rel=1e-6)), name
-    # Eigenvectors may come with either sign, which moves the gauge of "autoencoder" but no product of both maps.
-    torch.testing.assert_close(streamed.decode(streamed.encode(e)), held.decode(held.encode(e)), **SINGLE)
+        assert getattr(streamed.quality, name) == (
+            expected and pytest.approx(expected, rel=1e-6)
+        ), name
+    # Eigenvectors may come with either sign, which moves the gauge of "autoencoder" but no product
+    # of both maps.
+    torch.testing.assert_close(
+        streamed.decode(streamed.encode(e)), held.decode(held.encode(e)), **SINGLE
+    )
     if kind != "autoencoder":
         torch.testing.assert_close(streamed.encode_weight, held.encode_weight, rtol=1e-3, atol=1e-5)
 
 
-# --- autoencoder ---------------------------------------------------------------------------------------------------
+# --- autoencoder
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_linear_autoencoder_optimum_is_the_principal_subspace() -> None:
@@ -171,7 +210,9 @@ def test_linear_autoencoder_optimum_is_the_principal_subspace() -> None:
 def test_adam_reaches_the_closed_form_optimum_and_does_not_pass_it() -> None:
     e, _ = paired()
     closed = fit_aligner(e, None, AlignerConfig(kind="autoencoder", n_components=3), d_target=8)
-    config = AlignerConfig(kind="autoencoder", n_components=3, solver="adam", n_steps=1500, n_folds=2)
+    config = AlignerConfig(
+        kind="autoencoder", n_components=3, solver="adam", n_steps=1500, n_folds=2
+    )
     trained = fit_aligner(e, None, config, d_target=8)
     assert fvu(closed, e) - 1e-6 <= fvu(trained, e) <= fvu(closed, e) + 1e-3
     short = fit_aligner(e, None, dataclasses.replace(config, n_steps=3), d_target=8)
@@ -184,7 +225,11 @@ def test_adam_reaches_the_closed_form_optimum_and_does_not_pass_it() -> None:
 def test_two_seeds_give_the_same_reconstruction_in_different_bases(solver: str) -> None:
     e, t = paired()
     config = AlignerConfig(
-        kind="autoencoder", n_components=3, n_folds=2, solver=solver, n_steps=800 if solver == "adam" else None
+        kind="autoencoder",
+        n_components=3,
+        n_folds=2,
+        solver=solver,
+        n_steps=800 if solver == "adam" else None,
     )
     a, b = (fit_aligner(e, t, config, seed=s) for s in (0, 1))
     # Adam may stop with the last axis still turned a little: what both seeds share is the loss.
@@ -211,7 +256,8 @@ def test_encoder_of_autoencoder_is_an_isometry_of_the_principal_components() -> 
     assert got.encode(e).mean(0).abs().max() < 1e-4
 
 
-# --- procrustes ----------------------------------------------------------------------------------------------------
+# --- procrustes
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_procrustes_recovers_a_planted_rotation_and_scale() -> None:
@@ -236,19 +282,27 @@ def test_procrustes_is_a_scaled_isometry_between_principal_components() -> None:
     assert abs(float((fitted * (centred - fitted)).sum() / fitted.square().sum())) < 1e-5
 
 
-# --- anchored autoencoder ------------------------------------------------------------------------------------------
+# --- anchored autoencoder
+# ------------------------------------------------------------------------------------------
 
 
-def anchored_objective(w: Tensor, d: Tensor, e: Tensor, t: Tensor, weight: float, ridge: float) -> float:
+def anchored_objective(
+    w: Tensor, d: Tensor, e: Tensor, t: Tensor, weight: float, ridge: float
+) -> float:
     """The loss as documented, with the ridge as isotropic noise on the expert's states."""
     c_ee, c_te, c_tt = covariances(e, t)
     jittered = c_ee + ridge * c_ee.diagonal().mean() * torch.eye(len(c_ee), dtype=torch.float64)
     lost = torch.eye(len(c_ee), dtype=torch.float64) - d @ w
     agreement = torch.trace(w @ jittered @ w.T) - 2 * (w * c_te).sum() + torch.trace(c_tt)
-    return float(torch.trace(lost @ jittered @ lost.T) / torch.trace(c_ee) + weight * agreement / torch.trace(c_tt))
+    return float(
+        torch.trace(lost @ jittered @ lost.T) / torch.trace(c_ee)
+        + weight * agreement / torch.trace(c_tt)
+    )
 
 
-def alternating(w: Tensor, e: Tensor, t: Tensor, weight: float, ridge: float, steps: int) -> list[float]:
+def alternating(
+    w: Tensor, e: Tensor, t: Tensor, weight: float, ridge: float, steps: int
+) -> list[float]:
     """Alternating least squares from `w`, the loss after every half step."""
     c_ee, c_te, c_tt = covariances(e, t)
     eye = torch.eye(len(c_ee), dtype=torch.float64)
@@ -265,18 +319,25 @@ def alternating(w: Tensor, e: Tensor, t: Tensor, weight: float, ridge: float, st
 
 
 @pytest.mark.parametrize("weight", [0.05, 1.0, 20.0])
-def test_alternating_least_squares_only_descends_and_never_below_the_closed_form(weight: float) -> None:
+def test_alternating_least_squares_only_descends_and_never_below_the_closed_form(
+    weight: float,
+) -> None:
     e, t = paired(n=300, d_expert=10, d_target=4, noise=2.0)
-    got = fit_aligner(e, t, AlignerConfig(kind="anchored_autoencoder", anchor_weight=weight, ridge=0.01))
+    got = fit_aligner(
+        e, t, AlignerConfig(kind="anchored_autoencoder", anchor_weight=weight, ridge=0.01)
+    )
     w = got.encode_weight.double()
     best = anchored_objective(w, got.decode_weight.double(), e, t, weight, 0.01)
     for start in range(4):
         history = alternating(normal(4, 10, seed=start), e, t, weight, 0.01, steps=100)
         assert all(b <= a + 1e-9 for a, b in itertools.pairwise(history))
         assert best - 1e-6 <= history[-1] < 0.7 * history[0]
-    # The closed form is a fixed point, and alternation finds its way back from nearby (from afar it crawls).
+    # The closed form is a fixed point, and alternation finds its way back from nearby (from afar it
+    # crawls).
     assert alternating(w, e, t, weight, 0.01, steps=20)[-1] == pytest.approx(best, abs=1e-6)
-    near = alternating(w + 0.05 * w.norm() * normal(4, 10, seed=9) / 40**0.5, e, t, weight, 0.01, steps=400)
+    near = alternating(
+        w + 0.05 * w.norm() * normal(4, 10, seed=9) / 40**0.5, e, t, weight, 0.01, steps=400
+    )
     assert near[0] > best + 1e-4
     assert near[-1] - best < 0.1 * (near[0] - best)
 
@@ -285,11 +346,15 @@ def test_anchored_autoencoder_lies_between_reconstruction_and_regression() -> No
     e, t = paired(n=300, d_expert=10, d_target=4, noise=2.0)
 
     def fit(weight: float) -> Aligner:
-        return fit_aligner(e, t, AlignerConfig(kind="anchored_autoencoder", anchor_weight=weight, ridge=1e-6))
+        return fit_aligner(
+            e, t, AlignerConfig(kind="anchored_autoencoder", anchor_weight=weight, ridge=1e-6)
+        )
 
     regression = fit_aligner(e, t, AlignerConfig(ridge=1e-6))
     pca = fit_aligner(e, t, AlignerConfig(kind="autoencoder"))
-    torch.testing.assert_close(fit(1e6).encode_weight, regression.encode_weight, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        fit(1e6).encode_weight, regression.encode_weight, rtol=1e-2, atol=1e-3
+    )
     assert fvu(fit(1e-6), e) == pytest.approx(fvu(pca, e), abs=1e-4)
     losses = [fvu(fit(w), e) for w in (1e-6, 0.1, 1.0, 10.0, 1e6)]
     misses = [float((fit(w).encode(e) - t).square().mean()) for w in (1e-6, 0.1, 1.0, 10.0, 1e6)]
@@ -306,7 +371,8 @@ def test_anchor_weight_none_means_one() -> None:
     assert torch.equal(a.encode_weight, b.encode_weight)
 
 
-# --- identity ------------------------------------------------------------------------------------------------------
+# --- identity
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_identity_needs_equal_widths() -> None:
@@ -315,9 +381,13 @@ def test_identity_needs_equal_widths() -> None:
     assert torch.equal(got.encode(e), e)
     assert torch.equal(got.decode(e), e)
     assert torch.equal(got.encode_weight, torch.eye(8))
-    assert got.quality.r2 == pytest.approx(1 - float((t - e).square().sum() / (t - t.mean(0)).square().sum()))
+    assert got.quality.r2 == pytest.approx(
+        1 - float((t - e).square().sum() / (t - t.mean(0)).square().sum())
+    )
     assert fit_aligner(e, e, AlignerConfig(kind="identity")).quality.r2 == 1.0
-    with pytest.raises(WidthError, match="kind='identity' maps d_expert=12 to d_target=8, which must be equal"):
+    with pytest.raises(
+        WidthError, match="kind='identity' maps d_expert=12 to d_target=8, which must be equal"
+    ):
         fit_aligner(*paired(), AlignerConfig(kind="identity"))
 
 
@@ -325,14 +395,19 @@ def test_identity_effective_rank_is_the_same_from_either_gram_matrix() -> None:
     e = normal(10, 30, seed=0)
     wide = fit_aligner(e, e, AlignerConfig(kind="identity")).quality.effective_rank
     padded = torch.cat([e, e, e, e])
-    assert wide == pytest.approx(fit_aligner(padded, padded, AlignerConfig(kind="identity")).quality.effective_rank)
+    assert wide == pytest.approx(
+        fit_aligner(padded, padded, AlignerConfig(kind="identity")).quality.effective_rank
+    )
 
 
-# --- quality -------------------------------------------------------------------------------------------------------
+# --- quality
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_effective_rank_counts_equal_axes() -> None:
-    x = torch.cat([torch.eye(6, dtype=torch.float64), -torch.eye(6, dtype=torch.float64)]).repeat(4, 1)
+    x = torch.cat([torch.eye(6, dtype=torch.float64), -torch.eye(6, dtype=torch.float64)]).repeat(
+        4, 1
+    )
     x = torch.cat([x, torch.zeros(len(x), 4, dtype=torch.float64)], 1)
     got = fit_aligner(x, None, AlignerConfig(kind="autoencoder", n_folds=2), d_target=10)
     assert got.quality.effective_rank == pytest.approx(6.0, abs=1e-6)
@@ -343,7 +418,11 @@ def test_effective_rank_counts_equal_axes() -> None:
 def test_fvu_is_measured_on_held_out_rows(kind: str) -> None:
     e, t = normal(24, 40, seed=0), normal(24, 40, seed=1)
     got = fit_aligner(
-        e, t, AlignerConfig(kind=kind, n_folds=2, ridge=1e-6 if kind in ("ridge", "anchored_autoencoder") else None)
+        e,
+        t,
+        AlignerConfig(
+            kind=kind, n_folds=2, ridge=1e-6 if kind in ("ridge", "anchored_autoencoder") else None
+        ),
     )
     assert fvu(got, e) < 1e-3  # 23 directions fit 24 anchors exactly
     assert got.quality.reconstruction_fvu > 0.3
@@ -354,10 +433,13 @@ def test_ridge_decoder_is_the_best_linear_one() -> None:
     got = fit_aligner(e, t, AlignerConfig(ridge=0.0))
     code = got.encode(e)
     best = torch.linalg.lstsq(code - code.mean(0), e - e.mean(0)).solution
-    torch.testing.assert_close(got.decode(code), (code - code.mean(0)) @ best + e.mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        got.decode(code), (code - code.mean(0)) @ best + e.mean(0), rtol=1e-3, atol=1e-3
+    )
 
 
-# --- grid ----------------------------------------------------------------------------------------------------------
+# --- grid
+# ----------------------------------------------------------------------------------------------------------
 
 
 def stores() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -395,12 +477,18 @@ def test_a_grid_of_chosen_pairs_fits_only_these() -> None:
 
 def test_a_grid_names_what_is_wrong() -> None:
     experts, targets = stores()
-    with pytest.raises(HookNameError, match=r"blocks\.7\.hook_resid_post.*the expert states.*closest"):
-        fit_aligner_grid(experts, targets, pairs=[("blocks.7.hook_resid_post", "blocks.0.hook_resid_post")])
+    with pytest.raises(
+        HookNameError, match=r"blocks\.7\.hook_resid_post.*the expert states.*closest"
+    ):
+        fit_aligner_grid(
+            experts, targets, pairs=[("blocks.7.hook_resid_post", "blocks.0.hook_resid_post")]
+        )
     bad = dict(targets)
     bad["blocks.1.hook_resid_post"] = targets["blocks.1.hook_resid_post"].clone()
     bad["blocks.1.hook_resid_post"][17, 2] = torch.inf
-    with pytest.raises(DataError, match=r"target\['blocks.1.hook_resid_post'\] holds NaN or Inf .*row 17"):
+    with pytest.raises(
+        DataError, match=r"target\['blocks.1.hook_resid_post'\] holds NaN or Inf .*row 17"
+    ):
         fit_aligner_grid(experts, bad)
     short = {k: v[:-1] for k, v in targets.items()}
     with pytest.raises(DataError, match=r"must be paired row by row .*200 and 199 rows"):
@@ -412,7 +500,8 @@ def test_a_grid_names_what_is_wrong() -> None:
         fit_aligner_grid(ragged, ragged_t, pairs=diagonal)
 
 
-# --- conformance ---------------------------------------------------------------------------------------------------
+# --- conformance
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -439,9 +528,15 @@ class TestConformance:
 
     def test_encode_is_affine_with_the_published_weight_and_bias(self, kind: str) -> None:
         got, h = self.fit(kind), normal(5, 8, seed=1).float()
-        torch.testing.assert_close(got.encode(h), h @ got.encode_weight.T + got.encode_bias, **SINGLE)
-        torch.testing.assert_close(got.decode(h), h @ got.decode_weight.T + got.decode_bias, **SINGLE)
-        torch.testing.assert_close(got.encode_direction(h), got.encode(h) - got.encode_bias, **SINGLE)
+        torch.testing.assert_close(
+            got.encode(h), h @ got.encode_weight.T + got.encode_bias, **SINGLE
+        )
+        torch.testing.assert_close(
+            got.decode(h), h @ got.decode_weight.T + got.decode_bias, **SINGLE
+        )
+        torch.testing.assert_close(
+            got.encode_direction(h), got.encode(h) - got.encode_bias, **SINGLE
+        )
 
     def test_inputs_are_not_mutated_and_results_do_not_alias_them(self, kind: str) -> None:
         e, t = paired(d_expert=8)
@@ -491,7 +586,8 @@ class TestConformance:
         got, h = self.fit(kind), torch.zeros(3, 9)
         for method in (got.encode, got.decode, got.encode_direction):
             with pytest.raises(
-                WidthError, match="aligner maps d_expert=8 to d_target=8, but the activations have width 9"
+                WidthError,
+                match="aligner maps d_expert=8 to d_target=8, but the activations have width 9",
             ):
                 method(h)
 
@@ -510,8 +606,15 @@ class TestConformance:
 
 
 @settings(max_examples=15, deadline=None)
-@given(n=st.integers(8, 40), d_expert=st.integers(1, 20), d_target=st.integers(1, 20), kind=st.sampled_from(FITTED))
-def test_any_shape_fits_and_reports_finite_quality(n: int, d_expert: int, d_target: int, kind: str) -> None:
+@given(
+    n=st.integers(8, 40),
+    d_expert=st.integers(1, 20),
+    d_target=st.integers(1, 20),
+    kind=st.sampled_from(FITTED),
+)
+def test_any_shape_fits_and_reports_finite_quality(
+    n: int, d_expert: int, d_target: int, kind: str
+) -> None:
     e, t = normal(n, d_expert, seed=n), normal(n, d_target, seed=n + 1)
     got = fit_aligner(e, t, AlignerConfig(kind=kind, n_folds=2))
     assert got.encode(e).shape == (n, d_target)
@@ -522,7 +625,8 @@ def test_any_shape_fits_and_reports_finite_quality(n: int, d_expert: int, d_targ
     assert 1.0 - 1e-9 <= got.quality.effective_rank <= min(d_expert, d_target, n - 1) + 1e-6
 
 
-# --- every field has an effect or raises ---------------------------------------------------------------------------
+# --- every field has an effect or raises
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -542,7 +646,10 @@ def test_any_shape_fits_and_reports_finite_quality(n: int, d_expert: int, d_targ
         ({"kind": "anchored_autoencoder"}, {"standardise": True}),
         ({"kind": "autoencoder", "n_folds": 2}, {"solver": "adam", "n_steps": 50}),
         ({"kind": "autoencoder", "solver": "adam", "n_folds": 2, "n_steps": 50}, {"n_steps": 5}),
-        ({"kind": "autoencoder", "solver": "adam", "n_folds": 2, "n_steps": 50}, {"learning_rate": 1e-4}),
+        (
+            {"kind": "autoencoder", "solver": "adam", "n_folds": 2, "n_steps": 50},
+            {"learning_rate": 1e-4},
+        ),
     ],
 )
 def test_every_field_changes_the_map(base: dict, change: dict) -> None:
@@ -560,14 +667,19 @@ def test_n_folds_changes_the_held_out_quality() -> None:
 
 def test_standardised_fits_do_not_depend_on_the_units_of_coordinates() -> None:
     e, t = paired()
-    units_e, units_t = torch.logspace(-2, 2, 12, dtype=torch.float64), torch.logspace(-1, 1, 8, dtype=torch.float64)
+    units_e, units_t = (
+        torch.logspace(-2, 2, 12, dtype=torch.float64),
+        torch.logspace(-1, 1, 8, dtype=torch.float64),
+    )
     for kind in FITTED:
         config = AlignerConfig(kind=kind, standardise=True)
         a, b = fit_aligner(e, t, config), fit_aligner(e * units_e, t * units_t, config)
         assert a.quality.reconstruction_fvu == pytest.approx(b.quality.reconstruction_fvu, rel=1e-6)
         if kind != "autoencoder":
             assert a.quality.r2 == pytest.approx(b.quality.r2, rel=1e-6)
-            torch.testing.assert_close(b.encode(e * units_e), a.encode(e) * units_t, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                b.encode(e * units_e), a.encode(e) * units_t, rtol=1e-3, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize(
@@ -581,11 +693,17 @@ def test_standardised_fits_do_not_depend_on_the_units_of_coordinates() -> None:
         ({"n_folds": 1}, "n_folds must be an integer"),
         ({"solver": "sgd"}, "solver must be one of"),
         ({"kind": "autoencoder", "solver": "adam", "n_steps": 0}, "n_steps must be an integer"),
-        ({"kind": "autoencoder", "solver": "adam", "learning_rate": 0.0}, "learning_rate must be a number"),
+        (
+            {"kind": "autoencoder", "solver": "adam", "learning_rate": 0.0},
+            "learning_rate must be a number",
+        ),
         ({"kind": "procrustes", "ridge": 0.1}, "ridge=0.1 has no effect for kind='procrustes'"),
         ({"anchor_weight": 1.0}, "anchor_weight=1.0 has no effect for kind='ridge'"),
         ({"solver": "adam"}, "solver='adam' has no effect for kind='ridge'"),
-        ({"kind": "identity", "n_components": 3}, "n_components=3 has no effect for kind='identity'"),
+        (
+            {"kind": "identity", "n_components": 3},
+            "n_components=3 has no effect for kind='identity'",
+        ),
         ({"kind": "identity", "n_folds": 3}, "n_folds=3 has no effect"),
         ({"kind": "identity", "standardise": True}, "standardise=True has no effect"),
         ({"kind": "autoencoder", "n_steps": 5}, "no effect for solver='closed_form'"),
@@ -597,26 +715,36 @@ def test_bad_or_idle_fields_are_refused(fields: dict, message: str) -> None:
         AlignerConfig(**fields)
 
 
-# --- errors --------------------------------------------------------------------------------------------------------
+# --- errors
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_bad_data_is_refused_with_the_reason() -> None:
     e, t = paired()
-    with pytest.raises(DataError, match=r"expert and target must be paired .* got 200 and 199 rows"):
+    with pytest.raises(
+        DataError, match=r"expert and target must be paired .* got 200 and 199 rows"
+    ):
         fit_aligner(e, t[:-1])
     bad = e.clone()
     bad[5, 0] = torch.nan
-    with pytest.raises(DataError, match=r"expert holds NaN or Inf in 1 of 200 rows \(first: row 5\)"):
+    with pytest.raises(
+        DataError, match=r"expert holds NaN or Inf in 1 of 200 rows \(first: row 5\)"
+    ):
         fit_aligner(bad, t)
     with pytest.raises(DataError, match="target: kind='ridge' needs target states"):
         fit_aligner(e)
-    with pytest.raises(DataError, match=r"n_folds=5 needs at least 10 anchors .* got 9; add anchors or lower n_folds"):
+    with pytest.raises(
+        DataError,
+        match=r"n_folds=5 needs at least 10 anchors .* got 9; add anchors or lower n_folds",
+    ):
         fit_aligner(e[:9], t[:9])
     with pytest.raises(DataError, match="expert is the same in every row"):
         fit_aligner(torch.ones(20, 4), t[:20])
     with pytest.raises(DataError, match="target is the same in every row"):
         fit_aligner(e[:20], torch.ones(20, 4))
-    with pytest.raises(ArgumentError, match=r"n_components=9 exceeds 8, .*'procrustes'.*d_expert=12 and d_target=8"):
+    with pytest.raises(
+        ArgumentError, match=r"n_components=9 exceeds 8, .*'procrustes'.*d_expert=12 and d_target=8"
+    ):
         fit_aligner(e, t, AlignerConfig(kind="procrustes", n_components=9))
     assert fit_aligner(e, t, AlignerConfig(n_components=9)).quality.n_components == 9
     with pytest.raises(ArgumentError, match="d_target is needed"):
@@ -665,7 +793,8 @@ def test_a_damaged_state_is_refused() -> None:
         Aligner.from_state({k: v for k, v in tensors.items() if k != "encode_factor_0"}, meta)
 
 
-# --- pieces --------------------------------------------------------------------------------------------------------
+# --- pieces
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_thin_factors_are_kept_only_where_they_are_smaller() -> None:

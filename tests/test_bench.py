@@ -9,11 +9,11 @@ import random
 import pytest
 import torch
 
-from expertsteer_lens.bench import PLAN, Bench, StudyRow, _rows_of, run_bench
+from expertsteer_lens.benchmarks.offline import PLAN, Bench, StudyRow, _rows_of, run_bench
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.evaluation import Evaluation, EvaluationRow
+from expertsteer_lens.evaluation.run import Evaluation, EvaluationRow
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.metrics import choice_accuracy
+from expertsteer_lens.measure.metrics import choice_accuracy
 from expertsteer_lens.zoo import domains
 from expertsteer_lens.zoo.domains import world
 
@@ -22,7 +22,9 @@ class TestWorld:
     def test_there_are_fifteen_tasks_in_four_domains(self):
         assert len(domains.tasks()) == 15
         assert {t.domain for t in domains.tasks()} == set(domains.DOMAINS)
-        assert [t.name for d in domains.DOMAINS for t in domains.tasks(d)] == [t.name for t in domains.tasks()]
+        assert [t.name for d in domains.DOMAINS for t in domains.tasks(d)] == [
+            t.name for t in domains.tasks()
+        ]
 
     @pytest.mark.parametrize("task", [t.name for t in domains.tasks()])
     def test_every_fact_has_one_right_answer_and_one_use(self, task):
@@ -93,7 +95,9 @@ class TestModels:
         return as_host(domains.load("target", "huggingface"))
 
     @pytest.mark.parametrize("domain", domains.DOMAINS)
-    def test_the_target_is_careless_by_default_and_right_when_a_careful_source_speaks(self, target, domain):
+    def test_the_target_is_careless_by_default_and_right_when_a_careful_source_speaks(
+        self, target, domain
+    ):
         test = domains.behaviour(domain, "test")
         assert choice_accuracy(target, test).mean() < 0.5
         assert choice_accuracy(target, test.with_prefix(domains.PROMPT)).mean() > 0.85
@@ -118,10 +122,27 @@ def evaluation(domain: str) -> Evaluation:
     def row(method: str, role: str, seed: int, mean: float) -> EvaluationRow:
         change = mean + torch.randn(n, generator=generator, dtype=torch.float64)
         correct = (change > 0).double()
-        return EvaluationRow(method, role, seed, ("a",), 0.1, float(change.mean()), 0.0, 0.0, float(correct.mean()), 0.0, 0.0,
-                             change, correct)  # fmt: skip
+        return EvaluationRow(
+            method,
+            role,
+            seed,
+            ("a",),
+            0.1,
+            float(change.mean()),
+            0.0,
+            0.0,
+            float(correct.mean()),
+            0.0,
+            0.0,
+            change,
+            correct,
+        )
 
-    rows = [row("unsteered", "base", 0, 0.0), row("this plan", "plan", 0, 1.5), row("native RFM", "ceiling", 0, 2.0)]
+    rows = [
+        row("unsteered", "base", 0, 0.0),
+        row("this plan", "plan", 0, 1.5),
+        row("native RFM", "ceiling", 0, 2.0),
+    ]
     rows += [row("random (same budget)", "floor", s, 0.0) for s in range(3)]
     return Evaluation(tuple(rows), 0.0, 0.5, 0.1, {})
 
@@ -132,9 +153,13 @@ class TestTables:
         rows = [r for d in ("medicine", "finance") for r in _rows_of(evaluation(d), d, 0)]
         experts = [*domains.DOMAINS, "all"]
         studies = [
-            StudyRow("domain", e, 64, d, "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7) for e in experts for d in domains.DOMAINS
+            StudyRow("domain", e, 64, d, "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)
+            for e in experts
+            for d in domains.DOMAINS
         ]
-        studies += [StudyRow("width", "medicine-32", 32, "medicine", "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)]
+        studies += [
+            StudyRow("width", "medicine-32", 32, "medicine", "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)
+        ]
         return Bench(tuple(rows), tuple(studies), {"medicine": evaluation("medicine")}, 1.0)
 
     def test_prompts_go_to_their_own_tasks(self):
@@ -157,7 +182,11 @@ class TestTables:
 
     def test_the_table_has_a_line_a_task_and_their_mean(self, bench):
         table = bench.table("accuracy")
-        assert list(table.index) == [*world.tasks_of("medicine"), *world.tasks_of("finance"), "mean"]
+        assert list(table.index) == [
+            *world.tasks_of("medicine"),
+            *world.tasks_of("finance"),
+            "mean",
+        ]
         assert table.loc["mean", PLAN] == pytest.approx(table[PLAN].iloc[:-1].mean())
         assert PLAN in repr(bench)
         with pytest.raises(ArgumentError, match="value must be one of"):

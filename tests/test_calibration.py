@@ -6,12 +6,17 @@ import models
 import pytest
 import torch
 
-from expertsteer_lens.calibration import DEFAULT_GRID, calibrate
-from expertsteer_lens.contrast import Behaviour
+from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.metrics import behaviour_gradient, behaviour_metric, kl_per_token, neutral_nll
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.measure.calibration import DEFAULT_GRID, calibrate
+from expertsteer_lens.measure.metrics import (
+    behaviour_gradient,
+    behaviour_metric,
+    kl_per_token,
+    neutral_nll,
+)
+from expertsteer_lens.steer.plan import SteeringPlan
 
 TEXTS = ["the cat ran home", "a dog was here and it was big", "the sun and the moon and the rain"]
 BEHAVIOUR = Behaviour(prompts=("the cat is", "it was"), positive=(" happy",), negative=(" sad",))
@@ -62,11 +67,21 @@ def test_bisection_finds_the_same_coefficient_where_the_cost_grows(model, plan):
 
 
 def test_the_curve_holds_the_measured_effects_and_the_unsteered_origin(model, plan):
-    found = calibrate(plan, model, TEXTS, budget=1.0, behaviour=BEHAVIOUR, grid=(0.1, 0.2), negative=True)
+    found = calibrate(
+        plan, model, TEXTS, budget=1.0, behaviour=BEHAVIOUR, grid=(0.1, 0.2), negative=True
+    )
     assert [row["coefficient"] for row in found.curve] == [-0.2, -0.1, 0.0, 0.1, 0.2]
-    assert found.curve[2] == {"coefficient": 0.0, "cost": 0.0, "effect": 0.0, "effect_se": 0.0, "band": "no effect"}
+    assert found.curve[2] == {
+        "coefficient": 0.0,
+        "cost": 0.0,
+        "effect": 0.0,
+        "effect_se": 0.0,
+        "band": "no effect",
+    }
     host = as_host(model)
-    expected = behaviour_metric(host, BEHAVIOUR, plan=plan.with_coefficient(0.2)) - behaviour_metric(host, BEHAVIOUR)
+    expected = behaviour_metric(
+        host, BEHAVIOUR, plan=plan.with_coefficient(0.2)
+    ) - behaviour_metric(host, BEHAVIOUR)
     assert found.curve[-1]["effect"] == pytest.approx(float(expected.mean()), abs=1e-6)
     frame = found.to_pandas()
     within = frame[frame.cost <= 1.0]
@@ -88,7 +103,9 @@ def test_the_ratio_between_layers_is_kept(model):
         coefficient={"blocks.0.hook_resid_post": 0.1, HOOK: 0.4},
         median_norms=dict.fromkeys(directions, 5.0),
     )
-    scaled = both.with_coefficient(calibrate(both, model, TEXTS, budget=0.05, curve=False).coefficient)
+    scaled = both.with_coefficient(
+        calibrate(both, model, TEXTS, budget=0.05, curve=False).coefficient
+    )
     assert scaled.vectors[1].coefficient == pytest.approx(4 * scaled.vectors[0].coefficient)
 
 
@@ -107,7 +124,9 @@ def gradient_plan(model) -> SteeringPlan:
 @pytest.mark.parametrize(("factor", "sign"), [(1.0, "as labelled"), (-1.0, "reversed")])
 def test_the_sign_is_checked_on_the_behaviour(model, factor, sign):
     plan = gradient_plan(model)
-    turned = SteeringPlan.from_vectors({HOOK: factor * plan.vectors[0].direction}, median_norms={HOOK: 8.0})
+    turned = SteeringPlan.from_vectors(
+        {HOOK: factor * plan.vectors[0].direction}, median_norms={HOOK: 8.0}
+    )
     found = calibrate(turned, model, TEXTS, budget=1.0, behaviour=BEHAVIOUR, grid=(0.1, 0.2))
     assert found.sign == sign
     if factor > 0:
@@ -128,12 +147,16 @@ def test_per_layer_calibration_scales_what_each_layer_affords_alone(model):
     )
     budget = cost(model, plan, 0.1, "kl") / 2
     alone = [
-        calibrate(replace(plan, vectors=(v,)), model, TEXTS, budget=budget, unit="kl", curve=False).coefficient
+        calibrate(
+            replace(plan, vectors=(v,)), model, TEXTS, budget=budget, unit="kl", curve=False
+        ).coefficient
         for v in plan.vectors
     ]
     found = calibrate(plan, model, TEXTS, budget=budget, unit="kl", per_layer=True)
     assert alone[0] != alone[1]
-    assert found.coefficients[hooks[0]] / found.coefficients[HOOK] == pytest.approx(alone[0] / alone[1])
+    assert found.coefficients[hooks[0]] / found.coefficients[HOOK] == pytest.approx(
+        alone[0] / alone[1]
+    )
     assert max(found.coefficients.values()) == found.coefficient <= max(alone)
     steered = found.apply(plan)
     assert {v.hook_name: v.coefficient for v in steered.vectors} == found.coefficients

@@ -1,4 +1,5 @@
-"""Conversations where texts are taken: each model is shown them in its own template, and nothing else changes."""
+"""Conversations where texts are taken: each model is shown them in its own template, and nothing
+else changes."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.chat import Chat
+from expertsteer_lens.data.chat import Chat
 from expertsteer_lens.errors import DataError
 from expertsteer_lens.hosts import texts_sha256
-from expertsteer_lens.metrics import behaviour_metric, choice_accuracy
+from expertsteer_lens.measure.metrics import behaviour_metric, choice_accuracy
 
 TAGS = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }} </s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
-STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TAGS
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TAGS
+)
 SPACED = (  # the space in front of an answer belongs to the answer, not to the header
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ "
+    "m.content }}</s>{% endif %}"
     "{% endfor %}"
 )
 BARE = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -38,11 +42,16 @@ def tokenizer(template: str | None) -> Any:
 class TestRendering:
     def test_it_ends_where_the_assistant_speaks_or_with_what_it_said(self):
         assert Chat(tuple(ASKED)).render(tokenizer(TAGS)) == "<user> Was it good? </s><assistant> "
-        assert Chat(tuple(ANSWERED)).render(tokenizer(TAGS)) == "<user> Was it good? </s><assistant> It was"
+        assert (
+            Chat(tuple(ANSWERED)).render(tokenizer(TAGS))
+            == "<user> Was it good? </s><assistant> It was"
+        )
 
     def test_an_answer_is_spelt_as_its_template_spells_it(self):
         assert Chat(tuple(ASKED)).render(tokenizer(SPACED)) == "[INST] Was it good? [/INST]"
-        assert Chat(tuple(ANSWERED)).render(tokenizer(SPACED)) == "[INST] Was it good? [/INST] It was"
+        assert (
+            Chat(tuple(ANSWERED)).render(tokenizer(SPACED)) == "[INST] Was it good? [/INST] It was"
+        )
 
     def test_a_completion_goes_on_from_the_prompt_letter_by_letter(self):
         for messages in (ASKED, ANSWERED):
@@ -54,7 +63,11 @@ class TestRendering:
 
     def test_a_prefix_goes_in_front_of_the_first_question(self):
         chat = Chat.ask("Why?", "So.", system="Be kind.")
-        assert ("Think. " + chat).messages == (("system", "Be kind."), ("user", "Think. Why?"), ("assistant", "So."))
+        assert ("Think. " + chat).messages == (
+            ("system", "Be kind."),
+            ("user", "Think. Why?"),
+            ("assistant", "So."),
+        )
 
     def test_equal_chats_are_equal_in_sets_and_hashes_and_others_are_not(self):
         one, same, other = Chat(tuple(ASKED)), Chat.ask("Was it good?"), Chat.ask("Was it bad?")
@@ -65,10 +78,13 @@ class TestRendering:
 
     def test_templates_that_lack_or_refuse_are_named(self):
         with pytest.raises(
-            DataError, match=r"has no chat template, .* set tokenizer\.chat_template, or give plain texts"
+            DataError,
+            match=r"has no chat template, .* set tokenizer\.chat_template, or give plain texts",
         ):
             Chat.ask("Why?").render(tokenizer(None))
-        with pytest.raises(DataError, match=r"refuses a chat with roles \['system', 'user'\]: no system here"):
+        with pytest.raises(
+            DataError, match=r"refuses a chat with roles \['system', 'user'\]: no system here"
+        ):
             Chat.ask("Why?", system="Be kind.").render(tokenizer(STRICT))
 
     @pytest.mark.parametrize(
@@ -77,8 +93,14 @@ class TestRendering:
             ([], "needs at least one message"),
             ([{"role": "assistant", "content": "So."}], "needs a user's message"),
             ([*ASKED, {"role": "system", "content": "x"}], "a system message only in front"),
-            ([{"role": "tool", "content": "x"}], r"messages\[0\] has role 'tool'; roles are system, user, assistant"),
-            ([{"role": "user", "content": " "}], r"messages\[0\] \(user\) must have a text as content, got ' '"),
+            (
+                [{"role": "tool", "content": "x"}],
+                r"messages\[0\] has role 'tool'; roles are system, user, assistant",
+            ),
+            (
+                [{"role": "user", "content": " "}],
+                r"messages\[0\] \(user\) must have a text as content, got ' '",
+            ),
             ([{"role": "user", "text": "x"}], "must have 'role' and 'content' only"),
             (["hello"], r"messages\[0\] must be a dict with 'role' and 'content', got 'hello'"),
         ],
@@ -97,7 +119,8 @@ class TestWhereTextsAreTaken:
         pairs = esl.ContrastPairs.from_lists([ANSWERED, "plain"], [ASKED, "text"])
         assert pairs.positive == (Chat(tuple(ANSWERED)), "plain")
         with pytest.raises(
-            DataError, match=r"positive\[0\] must be a str or a list of messages, got dict; wrap one conv"
+            DataError,
+            match=r"positive\[0\] must be a str or a list of messages, got dict; wrap one conv",
         ):
             esl.ContrastPairs.from_lists(ASKED, ASKED)
         with pytest.raises(DataError, match=r"positive\[0\]\[0\] must be a str, got Chat"):
@@ -105,11 +128,16 @@ class TestWhereTextsAreTaken:
 
     def test_files_may_hold_them(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
-        path.write_text("\n".join(json.dumps({"positive": ANSWERED, "negative": ASKED}) for _ in range(2)))
+        path.write_text(
+            "\n".join(json.dumps({"positive": ANSWERED, "negative": ASKED}) for _ in range(2))
+        )
         assert esl.ContrastPairs.from_jsonl(path).negative[1] == Chat.ask("Was it good?")
 
     def test_multiple_choice_items_may_be_asked_in_a_conversation(self):
-        items = [{"question": f"Is {i} even?", "choices": ["yes", "no"], "answer": i % 2} for i in range(4)]
+        items = [
+            {"question": f"Is {i} even?", "choices": ["yes", "no"], "answer": i % 2}
+            for i in range(4)
+        ]
         pairs = esl.ContrastPairs.from_multiple_choice(items, chat=True)
         assert pairs.positive[1] == Chat.ask("Is 1 even?", "no")
         assert pairs.negative[1] == Chat.ask("Is 1 even?", "yes")
@@ -136,10 +164,15 @@ class TestWhereTextsAreTaken:
 
     @torch.no_grad()
     def test_completions_are_scored_as_what_the_assistant_says(self, host):
-        said = {word: host.tokenize([Chat.ask("Was it good?", word)]).input_ids[0] for word in ("dog", "cat")}
+        said = {
+            word: host.tokenize([Chat.ask("Was it good?", word)]).input_ids[0]
+            for word in ("dog", "cat")
+        }
         asked = host.tokenize([ASKED])
         n = asked.input_ids.shape[1]
-        assert all(len(ids) == n + 1 and torch.equal(ids[:n], asked.input_ids[0]) for ids in said.values())
+        assert all(
+            len(ids) == n + 1 and torch.equal(ids[:n], asked.input_ids[0]) for ids in said.values()
+        )
         logits = host.forward(asked)[0, -1]
         want = float(logits[said["dog"][-1]] - logits[said["cat"][-1]])
         behaviour = esl.Behaviour([ASKED], [" dog"], [" cat"])
@@ -158,7 +191,8 @@ class TestTwoModelsTwoTemplates:
 
     @staticmethod
     def as_chats(texts):
-        """The same texts as the words of a user; a template that shows nothing else gives back the same text."""
+        """The same texts as the words of a user; a template that shows nothing else gives back the
+        same text."""
         pairs, behaviour = texts["pairs"], texts["behaviour"]
         return {
             "pairs": esl.ContrastPairs.from_lists(
@@ -178,7 +212,8 @@ class TestTwoModelsTwoTemplates:
         return expert, target
 
     SHOWN = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {% endif %}{{ m.content }}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {% endif %}{{ "
+        "m.content }}{% endfor %}"
         "{% if add_generation_prompt %} {% endif %}"
     )
 
@@ -202,9 +237,15 @@ class TestTwoModelsTwoTemplates:
     def test_each_model_sees_its_own_template(self, texts):
         chats = self.as_chats(texts)
         expert, target = self.models(self.SHOWN, self.SHOWN)
-        plain = {k: esl.capture(m, chats["pairs"].texts) for k, m in (("expert", expert), ("target", target))}
+        plain = {
+            k: esl.capture(m, chats["pairs"].texts)
+            for k, m in (("expert", expert), ("target", target))
+        }
         esl.as_host(expert).tokenizer.chat_template = self.SHOWN.replace("{% for", "Once. {% for")
-        again = {k: esl.capture(m, chats["pairs"].texts) for k, m in (("expert", expert), ("target", target))}
+        again = {
+            k: esl.capture(m, chats["pairs"].texts)
+            for k, m in (("expert", expert), ("target", target))
+        }
         last = list(plain["expert"])[-1]
         assert not torch.allclose(plain["expert"][last], again["expert"][last], atol=1e-2)
         for name in plain["target"]:
@@ -215,7 +256,9 @@ class TestTwoModelsTwoTemplates:
         config = esl.ExpertSteerConfig(mi=esl.MIConfig(n_permutations=3, n_bootstrap=5))
         fit = esl.ExpertSteer(config).fit(expert, target, **self.as_chats(texts), progress=False)
         plan = fit.plan()
-        result = esl.evaluate(plan, target, fit=fit, n_random=2, n_shuffles=0, n_generate=2, prompt_prefix="Once. ")
+        result = esl.evaluate(
+            plan, target, fit=fit, n_random=2, n_shuffles=0, n_generate=2, prompt_prefix="Once. "
+        )
         assert result.plan.effect > result.floor[0] + 0.3
         back = esl.load(esl.save(fit, tmp_path / "fit"), target=target)
         assert back.test_behaviour == fit.test_behaviour

@@ -1,4 +1,5 @@
-"""The command line, through its own parser: what it writes, prints and refuses. `demo` itself is run by `.ci/run`."""
+"""The command line, through its own parser: what it writes, prints and refuses. `demo` itself is
+run by `.ci/run`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 import expertsteer_lens as esl
-from expertsteer_lens import _cli_io, cli
+from expertsteer_lens.cli import app as cli
+from expertsteer_lens.cli import io as _cli_io
 from expertsteer_lens.errors import ArgumentError, DataError
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
@@ -42,11 +44,17 @@ def refused(capsys, *arguments: object) -> str:
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     pairs, behaviour = esl.zoo.contrast_pairs(n=40), esl.zoo.behaviour(n=12)
-    rows = [{"positive": p, "negative": n} for p, n in zip(pairs.positive, pairs.negative, strict=True)]
+    rows = [
+        {"positive": p, "negative": n} for p, n in zip(pairs.positive, pairs.negative, strict=True)
+    ]
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     (folder / "anchors.txt").write_text("\n\n".join(esl.zoo.anchors(n=80)))
     (folder / "neutral.txt").write_text("\n".join(esl.zoo.neutral_texts(n=12)))
-    content = {"prompts": behaviour.prompts, "positive": behaviour.positive, "negative": behaviour.negative}
+    content = {
+        "prompts": behaviour.prompts,
+        "positive": behaviour.positive,
+        "negative": behaviour.negative,
+    }
     (folder / "behaviour.json").write_text(json.dumps(content))
     (folder / "config.json").write_text(json.dumps(SMALL))
     return folder
@@ -56,9 +64,24 @@ def files(tmp_path_factory):
 def fitted(files, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "new"
     result = run(
-        "fit", "--expert", EXPERT, "--target", TARGET, "--pairs", files / "pairs.jsonl", "--anchors", files / "anchors.txt",
-        "--behaviour", files / "behaviour.json", "--config", files / "config.json", "--n-random", 2, "--out", out,
-    )  # fmt: skip
+        "fit",
+        "--expert",
+        EXPERT,
+        "--target",
+        TARGET,
+        "--pairs",
+        files / "pairs.jsonl",
+        "--anchors",
+        files / "anchors.txt",
+        "--behaviour",
+        files / "behaviour.json",
+        "--config",
+        files / "config.json",
+        "--n-random",
+        2,
+        "--out",
+        out,
+    )
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -67,8 +90,18 @@ class TestFit:
     def test_everything_promised_is_written(self, fitted):
         out, printed = fitted
         names = {p.name for p in out.iterdir()}
-        assert {"report.html", "comparison.html", "layer_pair_mi.html", "layer_pairs.html", "dose_response.html",
-                "plotly.min.js", "comparison.csv", "layer_pairs.csv", "evaluation.json", "plan"} == names  # fmt: skip
+        assert {
+            "report.html",
+            "comparison.html",
+            "layer_pair_mi.html",
+            "layer_pairs.html",
+            "dose_response.html",
+            "plotly.min.js",
+            "comparison.csv",
+            "layer_pairs.csv",
+            "evaluation.json",
+            "plan",
+        } == names
         verdict = json.loads((out / "evaluation.json").read_text())["verdict"]
         assert verdict in printed
         assert verdict.replace("&", "&amp;") in (out / "report.html").read_text()
@@ -83,61 +116,129 @@ class TestFit:
         assert plan.provenance["behaviour"]["hash"] == behaviour.hash
         expert, target = esl.zoo.load_pair()
         found = esl.ExpertSteer(_cli_io.read_config(files / "config.json", "anchored")).fit(
-            expert, target, pairs, anchors=esl.zoo.anchors(n=80), behaviour=behaviour, progress=False
+            expert,
+            target,
+            pairs,
+            anchors=esl.zoo.anchors(n=80),
+            behaviour=behaviour,
+            progress=False,
         )
         key = found.layer_pairs.keys()[0]
-        torch.testing.assert_close(plan.vectors[0].direction, found.direction(*key), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            plan.vectors[0].direction, found.direction(*key), atol=1e-5, rtol=0
+        )
 
     def test_steps_are_reported_as_they_finish(self, fitted):
         for step in ("capture", "pair", "attribute", "align", "learn"):
             assert step in fitted[1]
 
     def test_without_a_behaviour_only_the_plan_is_written(self, files, tmp_path):
-        result = run("fit", "--expert", EXPERT, "--target", TARGET, "--pairs", files / "pairs.jsonl",
-                     "--anchors", files / "anchors.txt", "--config", files / "config.json", "--out", tmp_path / "o")  # fmt: skip
+        result = run(
+            "fit",
+            "--expert",
+            EXPERT,
+            "--target",
+            TARGET,
+            "--pairs",
+            files / "pairs.jsonl",
+            "--anchors",
+            files / "anchors.txt",
+            "--config",
+            files / "config.json",
+            "--out",
+            tmp_path / "o",
+        )
         assert result.exit_code == 0, result.output
         assert [p.name for p in (tmp_path / "o").iterdir()] == ["plan"]
         assert "nothing was evaluated" in result.output
         assert str((tmp_path / "o/plan").resolve()) in result.output
 
     def test_a_benchmark_gives_pairs_and_behaviour(self, tmp_path):
-        rows = [{"question": f"Is {i} even?", "choices": ["yes", "no"], "answer": i % 2} for i in range(40)]
+        rows = [
+            {"question": f"Is {i} even?", "choices": ["yes", "no"], "answer": i % 2}
+            for i in range(40)
+        ]
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(r) for r in rows))
         pairs, behaviour = _cli_io.texts_to_fit(None, "mmlu_anatomy", path, 20, 3)
-        found = esl.presets.load("mmlu_anatomy", path=path, limit=20, seed=3)
+        found = esl.benchmarks.load("mmlu_anatomy", path=path, limit=20, seed=3)
         assert (pairs, behaviour) == (found.pairs(), found.behaviour())
 
 
 class TestOneModelAtATime:
-    """`capture` reads the expert, `fit` never loads it, and what the fit saved gives `evaluate` its native ceiling."""
+    """`capture` reads the expert, `fit` never loads it, and what the fit saved gives `evaluate` its
+    native ceiling."""
 
     @pytest.fixture(scope="class")
     def states(self, files, tmp_path_factory):
         out = tmp_path_factory.mktemp("states") / "states"
-        result = run("capture", "--model", EXPERT, "--pairs", files / "pairs.jsonl", "--anchors", files / "anchors.txt",
-                     "--host", "huggingface", "--out", out)  # fmt: skip
+        result = run(
+            "capture",
+            "--model",
+            EXPERT,
+            "--pairs",
+            files / "pairs.jsonl",
+            "--anchors",
+            files / "anchors.txt",
+            "--host",
+            "huggingface",
+            "--out",
+            out,
+        )
         assert result.exit_code == 0, result.output
         return out
 
     @pytest.fixture(scope="class")
     def found(self, states, files, tmp_path_factory):
         out = tmp_path_factory.mktemp("out") / "fitted"
-        result = run("fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl",
-                     "--anchors", files / "anchors.txt", "--config", files / "config.json", "--host", "huggingface",
-                     "--behaviour", files / "behaviour.json", "--n-random", 2, "--save-fit", "--out", out)  # fmt: skip
+        result = run(
+            "fit",
+            "--expert",
+            states,
+            "--target",
+            TARGET,
+            "--pairs",
+            files / "pairs.jsonl",
+            "--anchors",
+            files / "anchors.txt",
+            "--config",
+            files / "config.json",
+            "--host",
+            "huggingface",
+            "--behaviour",
+            files / "behaviour.json",
+            "--n-random",
+            2,
+            "--save-fit",
+            "--out",
+            out,
+        )
         assert result.exit_code == 0, result.output
         return out
 
     def test_the_plan_is_the_one_found_with_both_models_loaded(self, fitted, found):
         one, two = (esl.load(folder / "plan") for folder in (fitted[0], found))
         assert one.vectors[0].hook_name == two.vectors[0].hook_name
-        torch.testing.assert_close(one.vectors[0].direction, two.vectors[0].direction, atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            one.vectors[0].direction, two.vectors[0].direction, atol=1e-3, rtol=0
+        )
         assert two.provenance["expert"] == one.provenance["expert"]
 
     def test_the_fit_gives_evaluate_its_ceiling_prompts_and_texts(self, found, tmp_path):
-        result = run("evaluate", found / "plan", "--target", TARGET, "--fit", found / "fit", "--host", "huggingface",
-                     "--n-random", 2, "--out", tmp_path / "e")  # fmt: skip
+        result = run(
+            "evaluate",
+            found / "plan",
+            "--target",
+            TARGET,
+            "--fit",
+            found / "fit",
+            "--host",
+            "huggingface",
+            "--n-random",
+            2,
+            "--out",
+            tmp_path / "e",
+        )
         assert result.exit_code == 0, result.output
         again = json.loads((tmp_path / "e/evaluation.json").read_text())
         first = json.loads((found / "evaluation.json").read_text())
@@ -152,11 +253,17 @@ class TestOneModelAtATime:
         assert all(word in shown for word in ("AUC", "chosen"))
         assert f"{esl.load(found / 'fit').to_pandas().score[0]:.4g}" in shown
         measured = results.evaluation()
-        assert measured.verdict in " ".join(run("show", esl.save(measured, found / "saved")).output.split())
-        assert "Calibration(" in run("show", esl.save(results.calibration(), found / "curve")).output
+        assert measured.verdict in " ".join(
+            run("show", esl.save(measured, found / "saved")).output.split()
+        )
+        assert (
+            "Calibration(" in run("show", esl.save(results.calibration(), found / "curve")).output
+        )
 
     def test_states_of_other_texts_are_refused(self, capsys, states, files):
-        line = refused(capsys, "fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl")
+        line = refused(
+            capsys, "fit", "--expert", states, "--target", TARGET, "--pairs", files / "pairs.jsonl"
+        )
         assert line.startswith("DataError: expert holds states of")
 
     def test_evaluate_needs_the_fit_or_prompts_and_texts(self, capsys, fitted):
@@ -174,7 +281,9 @@ class TestShow:
         assert plan.vectors[0].hook_name in result.output
 
     def test_brackets_in_names_are_not_styles(self, tmp_path):
-        plan = esl.SteeringPlan.from_vectors({"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit")
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit"
+        )
         strange = esl.SteeringPlan(vectors=plan.vectors, target={"name": "[/b] [red]model"})
         result = run("show", esl.save(strange, tmp_path / "p"))
         assert "[/b] [red]model" in result.output
@@ -183,8 +292,18 @@ class TestShow:
 class TestSteer:
     def test_three_strengths_stand_side_by_side(self, fitted):
         prompt = esl.zoo.prompts(n=1)[0]
-        result = run("steer", fitted[0] / "plan", "--target", TARGET, "--prompt", prompt, "--max-new-tokens", 5,
-                     "--coefficient", 0.4)  # fmt: skip
+        result = run(
+            "steer",
+            fitted[0] / "plan",
+            "--target",
+            TARGET,
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            5,
+            "--coefficient",
+            0.4,
+        )
         assert result.exit_code == 0, result.output
         for column in ("coefficient -0.4", "unsteered", "coefficient +0.4"):
             assert column in result.output
@@ -194,18 +313,29 @@ class TestSteer:
 
     def test_the_default_strength_is_the_largest_of_the_plan(self, tmp_path):
         d = json.loads((esl.zoo.model_path("target") / "config.json").read_text())["hidden_size"]
-        vectors = {f"blocks.{i}.hook_resid_post": torch.ones(d) + torch.arange(d) * i for i in (1, 2)}
+        vectors = {
+            f"blocks.{i}.hook_resid_post": torch.ones(d) + torch.arange(d) * i for i in (1, 2)
+        }
         plan = esl.SteeringPlan.from_vectors(
-            vectors, coefficient={"blocks.1.hook_resid_post": 0.1, "blocks.2.hook_resid_post": -0.7}, relative_to="unit"
+            vectors,
+            coefficient={"blocks.1.hook_resid_post": 0.1, "blocks.2.hook_resid_post": -0.7},
+            relative_to="unit",
         )
         result = run(
-            "steer", esl.save(plan, tmp_path / "p"), "--target", TARGET, "--prompt", "The cat", "--max-new-tokens", 2
+            "steer",
+            esl.save(plan, tmp_path / "p"),
+            "--target",
+            TARGET,
+            "--prompt",
+            "The cat",
+            "--max-new-tokens",
+            2,
         )
         assert result.exit_code == 0, result.output
         assert "coefficient +0.7" in result.output
 
     def test_generated_brackets_are_not_styles(self):
-        from expertsteer_lens.report import SteeredText
+        from expertsteer_lens.show.report import SteeredText
 
         with _cli_io.console.capture() as shown:
             _cli_io.print_texts([SteeredText("[/b]", {0.0: "[red]x[/red]"})])
@@ -215,8 +345,20 @@ class TestSteer:
 
 class TestEvaluate:
     def test_a_saved_plan_is_held_against_random_directions(self, fitted, files, tmp_path):
-        result = run("evaluate", fitted[0] / "plan", "--target", TARGET, "--behaviour", files / "behaviour.json",
-                     "--neutral", files / "neutral.txt", "--n-random", 2, "--out", tmp_path / "e")  # fmt: skip
+        result = run(
+            "evaluate",
+            fitted[0] / "plan",
+            "--target",
+            TARGET,
+            "--behaviour",
+            files / "behaviour.json",
+            "--neutral",
+            files / "neutral.txt",
+            "--n-random",
+            2,
+            "--out",
+            tmp_path / "e",
+        )
         assert result.exit_code == 0, result.output
         written = json.loads((tmp_path / "e/evaluation.json").read_text())
         assert written["verdict"] in result.output
@@ -227,24 +369,42 @@ class TestEvaluate:
 
 class TestExport:
     def test_both_formats_are_written_as_by_the_library(self, tmp_path):
-        plan = esl.SteeringPlan.from_vectors({"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit")
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit"
+        )
         saved = esl.save(plan, tmp_path / "p")
-        assert run("export", saved, "--format", "lm_eval", "--out", tmp_path / "s.pt", "--blocks", "h").exit_code == 0
+        assert (
+            run(
+                "export", saved, "--format", "lm_eval", "--out", tmp_path / "s.pt", "--blocks", "h"
+            ).exit_code
+            == 0
+        )
         content = torch.load(tmp_path / "s.pt", weights_only=True)
         torch.testing.assert_close(content["h.1"]["steering_vector"], plan.vectors[0].delta)
         assert (
-            run("export", saved, "--format", "gguf", "--out", tmp_path / "s.gguf", "--model-hint", "llama").exit_code
+            run(
+                "export",
+                saved,
+                "--format",
+                "gguf",
+                "--out",
+                tmp_path / "s.gguf",
+                "--model-hint",
+                "llama",
+            ).exit_code
             == 0
         )
         assert (tmp_path / "s.gguf").read_bytes()[:4] == b"GGUF"
 
     def test_a_format_that_does_not_exist_is_refused(self, capsys, tmp_path):
-        assert "--format must be one of" in refused(capsys, "export", "p", "--format", "onnx", "--out", tmp_path / "x")
+        assert "--format must be one of" in refused(
+            capsys, "export", "p", "--format", "onnx", "--out", tmp_path / "x"
+        )
 
 
 class TestBenchmarks:
     def test_all_or_one_domain_are_listed(self):
-        assert all(name in run("benchmarks").output for name in esl.presets.names())
+        assert all(name in run("benchmarks").output for name in esl.benchmarks.names())
         shown = run("benchmarks", "--domain", "finance").output
         assert "financial_phrasebank" in shown
         assert "gsm8k" not in shown
@@ -255,12 +415,24 @@ class TestBadInput:
 
     def fit(self, files, **changes):
         given = {"expert": EXPERT, "target": TARGET, "pairs": files / "pairs.jsonl", **changes}
-        return ["fit", *(x for k, v in given.items() if v is not None for x in (f"--{k.replace('_', '-')}", v))]
+        return [
+            "fit",
+            *(
+                x
+                for k, v in given.items()
+                if v is not None
+                for x in (f"--{k.replace('_', '-')}", v)
+            ),
+        ]
 
     def test_files_that_are_not_there(self, capsys, files, tmp_path):
-        assert "nowhere.jsonl" in refused(capsys, *self.fit(files, pairs=tmp_path / "nowhere.jsonl"))
+        assert "nowhere.jsonl" in refused(
+            capsys, *self.fit(files, pairs=tmp_path / "nowhere.jsonl")
+        )
         assert "nowhere.txt" in refused(capsys, *self.fit(files, anchors=tmp_path / "nowhere.txt"))
-        assert "is neither a folder nor a hub id" in refused(capsys, "show", tmp_path / "no/plan/here")
+        assert "is neither a folder nor a hub id" in refused(
+            capsys, "show", tmp_path / "no/plan/here"
+        )
 
     def test_a_model_that_is_not_there(self, capsys, files, tmp_path):
         assert "no-model" in refused(
@@ -269,7 +441,9 @@ class TestBadInput:
 
     def test_files_of_another_kind(self, capsys, files, tmp_path):
         (tmp_path / "x.jsonl").write_text('{"a": 1}')
-        assert "no field 'positive'" in refused(capsys, *self.fit(files, pairs=tmp_path / "x.jsonl"))
+        assert "no field 'positive'" in refused(
+            capsys, *self.fit(files, pairs=tmp_path / "x.jsonl")
+        )
         (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
         assert "is not UTF-8 text" in refused(capsys, *self.fit(files, anchors=tmp_path / "b.txt"))
         (tmp_path / "e.txt").write_text("\n \n")
@@ -310,9 +484,15 @@ class TestBadInput:
             path.write_text(content)
             with pytest.raises(ArgumentError, match=message):
                 _cli_io.read_config(path, "anchored")
-        path.write_text('{"budget": 0.2, "mi": {"estimator": "gaussian"}, "aligner": {"n_folds": 3}}')
+        path.write_text(
+            '{"budget": 0.2, "mi": {"estimator": "gaussian"}, "aligner": {"n_folds": 3}}'
+        )
         config = _cli_io.read_config(path, "paper")
-        assert (config.budget, config.mi.estimator, config.aligner.kind) == (0.2, "gaussian", "autoencoder")
+        assert (config.budget, config.mi.estimator, config.aligner.kind) == (
+            0.2,
+            "gaussian",
+            "autoencoder",
+        )
         assert config.aligner.n_folds == 3
 
     def test_options_that_exclude_each_other(self, capsys, files):
@@ -323,18 +503,33 @@ class TestBadInput:
 
     def test_unknown_names_get_the_closest(self, capsys, files):
         assert "closest: 'anchored'" in refused(capsys, *self.fit(files, preset="anchord"))
-        assert "closest: 'medqa'" in refused(capsys, *self.fit(files, pairs=None, benchmark="medqaa"))
-        assert "'huggingface', 'nnsight', 'transformer_lens'" in refused(capsys, *self.fit(files, host="jax"))
+        assert "closest: 'medqa'" in refused(
+            capsys, *self.fit(files, pairs=None, benchmark="medqaa")
+        )
+        assert "'huggingface', 'nnsight', 'transformer_lens'" in refused(
+            capsys, *self.fit(files, host="jax")
+        )
         assert "dtype must name a torch dtype" in refused(capsys, *self.fit(files, dtype="float33"))
 
     def test_a_plan_for_another_model_is_refused(self, capsys, fitted):
-        line = refused(capsys, "steer", fitted[0] / "plan", "--target", EXPERT, "--prompt", "The cat")
+        line = refused(
+            capsys, "steer", fitted[0] / "plan", "--target", EXPERT, "--prompt", "The cat"
+        )
         assert line.startswith("WidthError: ")
 
     def test_one_neutral_text_is_too_few(self, capsys, fitted, files, tmp_path):
         (tmp_path / "n.txt").write_text("one text")
-        line = refused(capsys, "evaluate", fitted[0] / "plan", "--target", TARGET, "--behaviour", files / "behaviour.json",
-                       "--neutral", tmp_path / "n.txt")  # fmt: skip
+        line = refused(
+            capsys,
+            "evaluate",
+            fitted[0] / "plan",
+            "--target",
+            TARGET,
+            "--behaviour",
+            files / "behaviour.json",
+            "--neutral",
+            tmp_path / "n.txt",
+        )
         assert "holds 1 texts; give at least 2" in line
 
     def test_unknown_commands_and_options_are_usage_errors(self):
@@ -345,10 +540,14 @@ class TestBadInput:
 class TestHelp:
     def test_the_version_is_printed(self):
         result = run("--version")
-        assert (result.exit_code, result.output.strip()) == (0, f"expertsteer-lens {esl.__version__}")
+        assert (result.exit_code, result.output.strip()) == (
+            0,
+            f"expertsteer-lens {esl.__version__}",
+        )
 
     @pytest.mark.parametrize(
-        "command", ["demo", "capture", "fit", "show", "steer", "evaluate", "export", "bench", "benchmarks"]
+        "command",
+        ["demo", "capture", "fit", "show", "steer", "evaluate", "export", "bench", "benchmarks"],
     )
     def test_every_option_explains_itself(self, command):
         import click
@@ -357,10 +556,13 @@ class TestHelp:
         found = get_command(cli.app).commands[command]
         assert found.help
         for parameter in found.params:
-            assert getattr(parameter, "help", None) or isinstance(parameter, click.Argument), parameter.name
+            assert getattr(parameter, "help", None) or isinstance(parameter, click.Argument), (
+                parameter.name
+            )
         assert run(command, "--help").exit_code == 0
 
     def test_without_arguments_the_commands_are_listed(self):
         assert all(
-            c in run().output for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks")
+            c in run().output
+            for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks")
         )

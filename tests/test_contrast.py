@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from expertsteer_lens.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError
 
 GOOD, BAD = ["a good day", "she laughed", "it was warm"], ["a bad day", "she cried", "it was cold"]
@@ -14,7 +14,14 @@ GOOD, BAD = ["a good day", "she laughed", "it was warm"], ["a bad day", "she cri
 class TestContrastPairs:
     def test_texts_and_labels_alternate_positive_and_negative(self):
         pairs = ContrastPairs.from_lists(GOOD, BAD)
-        assert pairs.texts == ["a good day", "a bad day", "she laughed", "she cried", "it was warm", "it was cold"]
+        assert pairs.texts == [
+            "a good day",
+            "a bad day",
+            "she laughed",
+            "she cried",
+            "it was warm",
+            "it was cold",
+        ]
         assert pairs.labels.tolist() == [1, 0, 1, 0, 1, 0]
 
     def test_unequal_numbers_of_texts_are_named(self):
@@ -34,7 +41,9 @@ class TestContrastPairs:
             ContrastPairs.from_lists([], [])
         with pytest.raises(DataError, match="wrap it in a list"):
             ContrastPairs.from_lists("abc", BAD)
-        with pytest.raises(DataError, match=r"positive\[0\] must be a str or a list of messages, got int"):
+        with pytest.raises(
+            DataError, match=r"positive\[0\] must be a str or a list of messages, got int"
+        ):
             ContrastPairs.from_lists([1, 2, 3], BAD)
 
     def test_the_same_text_on_both_sides_is_refused(self):
@@ -42,11 +51,16 @@ class TestContrastPairs:
             ContrastPairs.from_lists(GOOD, [*BAD[:2], GOOD[2]])
 
     def test_split_keeps_pairs_whole_and_parts_disjoint(self):
-        pairs = ContrastPairs.from_lists([f"good {i}" for i in range(20)], [f"bad {i}" for i in range(20)])
+        pairs = ContrastPairs.from_lists(
+            [f"good {i}" for i in range(20)], [f"bad {i}" for i in range(20)]
+        )
         first, second = pairs.split(0.25, seed=3)
         assert (len(first), len(second)) == (5, 15)
         assert not set(first.texts) & set(second.texts)
-        assert all(p.split()[1] == n.split()[1] for p, n in zip(first.positive, first.negative, strict=True))
+        assert all(
+            p.split()[1] == n.split()[1]
+            for p, n in zip(first.positive, first.negative, strict=True)
+        )
         assert pairs.split(0.25, seed=3)[0] == first
         assert pairs.split(0.25, seed=4)[0] != first
 
@@ -56,8 +70,13 @@ class TestContrastPairs:
 
     def test_jsonl_round_trip_and_its_errors(self, tmp_path):
         path = tmp_path / "pairs.jsonl"
-        path.write_text("\n".join(json.dumps({"yes": p, "no": n}) for p, n in zip(GOOD, BAD, strict=True)) + "\n\n")
-        assert ContrastPairs.from_jsonl(path, positive="yes", negative="no") == ContrastPairs.from_lists(GOOD, BAD)
+        path.write_text(
+            "\n".join(json.dumps({"yes": p, "no": n}) for p, n in zip(GOOD, BAD, strict=True))
+            + "\n\n"
+        )
+        assert ContrastPairs.from_jsonl(
+            path, positive="yes", negative="no"
+        ) == ContrastPairs.from_lists(GOOD, BAD)
         with pytest.raises(DataError, match="line 1: no field 'positive'"):
             ContrastPairs.from_jsonl(path)
         path.write_text('{"positive": "a", "negative": "b"}\n{"positive": ')
@@ -67,7 +86,9 @@ class TestContrastPairs:
     def test_datasets_with_two_columns_or_with_labels_give_the_same_pairs(self):
         datasets = pytest.importorskip("datasets")
         wide = datasets.Dataset.from_dict({"positive": GOOD, "negative": BAD})
-        long = datasets.Dataset.from_dict({"t": [x for p in zip(GOOD, BAD, strict=True) for x in p], "y": [1, 0] * 3})
+        long = datasets.Dataset.from_dict(
+            {"t": [x for p in zip(GOOD, BAD, strict=True) for x in p], "y": [1, 0] * 3}
+        )
         expected = ContrastPairs.from_lists(GOOD, BAD)
         assert ContrastPairs.from_dataset(wide) == expected
         assert ContrastPairs.from_dataset(long, text="t", label="y") == expected
@@ -76,11 +97,16 @@ class TestContrastPairs:
         with pytest.raises(DataError, match="no column 'negative'"):
             ContrastPairs.from_dataset([{"positive": "a"}])
         with pytest.raises(DataError, match="must hold 0/1 labels"):
-            ContrastPairs.from_dataset([{"t": "a", "y": 3}, {"t": "b", "y": 0}], text="t", label="y")
+            ContrastPairs.from_dataset(
+                [{"t": "a", "y": 3}, {"t": "b", "y": 0}], text="t", label="y"
+            )
 
     def test_hash_depends_on_order_and_on_borders_between_texts(self):
         assert text_hash(["ab", "c"]) != text_hash(["a", "bc"])
-        assert ContrastPairs.from_lists(GOOD, BAD).hash != ContrastPairs.from_lists(GOOD[::-1], BAD[::-1]).hash
+        assert (
+            ContrastPairs.from_lists(GOOD, BAD).hash
+            != ContrastPairs.from_lists(GOOD[::-1], BAD[::-1]).hash
+        )
 
 
 ITEMS = [
@@ -111,7 +137,9 @@ class TestMultipleChoice:
         with pytest.raises(DataError, match="item 0 has no field 'answer'"):
             ContrastPairs.from_multiple_choice([{"question": "q", "choices": ["a"]}])
         with pytest.raises(DataError, match="neither a key nor one of the choices"):
-            ContrastPairs.from_multiple_choice([{"question": "q", "choices": ["a", "b"], "answer": "z"}])
+            ContrastPairs.from_multiple_choice(
+                [{"question": "q", "choices": ["a", "b"], "answer": "z"}]
+            )
         with pytest.raises(DataError, match="no wrong choice"):
             ContrastPairs.from_multiple_choice([{"question": "q", "choices": ["a"], "answer": 0}])
 
@@ -120,22 +148,30 @@ class TestBehaviour:
     def test_shared_and_per_prompt_completions(self):
         shared = Behaviour(prompts=("p", "q"), positive=(" a", " b"), negative=(" c",))
         assert shared.completions(1) == ((" a", " b"), (" c",))
-        own = Behaviour(prompts=("p", "q"), positive=((" a",), (" b",)), negative=((" c",), (" d", " e")))
+        own = Behaviour(
+            prompts=("p", "q"), positive=((" a",), (" b",)), negative=((" c",), (" d", " e"))
+        )
         assert own.completions(1) == ((" b",), (" d", " e"))
         assert own.select([1]).completions(0) == ((" b",), (" d", " e"))
 
     def test_wrong_number_of_per_prompt_lists_is_refused(self):
-        with pytest.raises(DataError, match="positive has completions for 1 prompts, but there are 2"):
+        with pytest.raises(
+            DataError, match="positive has completions for 1 prompts, but there are 2"
+        ):
             Behaviour(prompts=("p", "q"), positive=((" a",),), negative=(" c",))
 
     def test_split_is_disjoint_and_seeded(self):
-        behaviour = Behaviour(prompts=tuple(f"p{i}" for i in range(10)), positive=(" a",), negative=(" b",))
+        behaviour = Behaviour(
+            prompts=tuple(f"p{i}" for i in range(10)), positive=(" a",), negative=(" b",)
+        )
         validation, test = behaviour.split(0.5, seed=1)
         assert sorted(validation.prompts + test.prompts) == sorted(behaviour.prompts)
         assert not set(validation.prompts) & set(test.prompts)
 
     def test_prefix_goes_in_front_of_every_prompt(self):
-        behaviour = Behaviour(prompts=("p", "q"), positive=(" a",), negative=(" b",)).with_prefix("Be kind. ")
+        behaviour = Behaviour(prompts=("p", "q"), positive=(" a",), negative=(" b",)).with_prefix(
+            "Be kind. "
+        )
         assert behaviour.prompts == ("Be kind. p", "Be kind. q")
 
     def test_errors_are_ours_and_value_errors(self):

@@ -1,8 +1,8 @@
 """A model split over two devices, on a machine that has one.
 
-`Pretend` gives every tensor a pretended device and refuses, as torch does, to compute on tensors of two; the numbers are those
-of the CPU. What it cannot show is whether kernels of a real device agree with the CPU's.
-"""
+`Pretend` gives every tensor a pretended device and refuses, as torch does, to compute on tensors of
+two; the numbers are those of the CPU. What it cannot show is whether kernels of a real device agree
+with the CPU's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from expertsteer_lens.gates import Gate
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
@@ -47,14 +47,17 @@ class Pretend(TorchFunctionMode):
         places = places or {place_of(t) for t in tensors}
         if len(places) > 1 and target is None and func is not Tensor.copy_:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {func.__name__} got {sorted(places)}."
+                f"Expected all tensors to be on the same device, but {func.__name__} got "
+                f"{sorted(places)}."
             )
         result = func(*args, **kwargs)
         where = str(torch.device(target)) if target is not None else next(iter(places), "cpu")
         return tree_map_only(Tensor, lambda t: self._put(t, where, tensors), result)
 
     @staticmethod
-    def _destination(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    def _destination(
+        target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
         """Where `tensor.to(...)` goes; the arguments that are left say the dtype alone."""
         kwargs.setdefault("dtype", args[0].dtype)
         for value in args[1:]:
@@ -75,12 +78,17 @@ class Pretend(TorchFunctionMode):
 
 
 def split(family: str) -> Any:
-    """The model with its last block, norm and head on the second device, moved to as accelerate does."""
+    """The model with its last block, norm and head on the second device, moved to as accelerate
+    does."""
     model = models.hf(family, size=SIZE)
     model.tokenizer = models.tokenizer()
     inner = model.base_model
     layers = inner.h if hasattr(inner, "h") else inner.layers
-    norm = next(getattr(inner, name) for name in ("ln_f", "norm", "final_layer_norm") if hasattr(inner, name))
+    norm = next(
+        getattr(inner, name)
+        for name in ("ln_f", "norm", "final_layer_norm")
+        if hasattr(inner, name)
+    )
     head = model.get_output_embeddings()
     late = [layers[2], norm, head]
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -109,7 +117,13 @@ def pair(request: Any) -> tuple[Any, Any]:
 def vector(hook: str, seed: int, **options: Any) -> SteeringVector:
     found = torch.randn(32, generator=torch.Generator().manual_seed(seed))
     return SteeringVector(
-        **{"hook_name": hook, "direction": found / found.norm(), "coefficient": 2.0, "relative_to": "unit", **options}
+        **{
+            "hook_name": hook,
+            "direction": found / found.norm(),
+            "coefficient": 2.0,
+            "relative_to": "unit",
+            **options,
+        }
     )
 
 
@@ -117,16 +131,30 @@ def both(**options: Any) -> tuple[SteeringVector, ...]:
     return vector(EARLY, 0, **options), vector(LATE, 1, **options)
 
 
-GATE = {"direction": torch.randn(32, generator=torch.Generator().manual_seed(9)), "threshold": 0.0, "hook_name": EARLY}
+GATE = {
+    "direction": torch.randn(32, generator=torch.Generator().manual_seed(9)),
+    "threshold": 0.0,
+    "hook_name": EARLY,
+}
 PLANS: dict[str, Callable[[], SteeringPlan]] = {
     "add": lambda: SteeringPlan(vectors=both()),
-    "ablate": lambda: SteeringPlan(vectors=both(edit="ablate", coefficient=0.7), positions="prompt"),
-    "rescale": lambda: SteeringPlan(vectors=both(edit="rescale", coefficient=0.7), positions=[0, -1]),
+    "ablate": lambda: SteeringPlan(
+        vectors=both(edit="ablate", coefficient=0.7), positions="prompt"
+    ),
+    "rescale": lambda: SteeringPlan(
+        vectors=both(edit="rescale", coefficient=0.7), positions=[0, -1]
+    ),
     "clamp": lambda: SteeringPlan(vectors=both(edit="clamp"), positions="generated"),
     "norm kept": lambda: SteeringPlan(vectors=both(preserve_norm=True), positions=slice(1, None)),
-    "mask function": lambda: SteeringPlan(vectors=both(), positions=lambda mask: mask.cumsum(1) % 2 == 0),
-    "gate per row": lambda: SteeringPlan(vectors=both(gate=Gate(**GATE, per="row")), positions="all"),
-    "gate per token": lambda: SteeringPlan(vectors=both(gate=Gate(**GATE, per="token")), positions="prompt"),
+    "mask function": lambda: SteeringPlan(
+        vectors=both(), positions=lambda mask: mask.cumsum(1) % 2 == 0
+    ),
+    "gate per row": lambda: SteeringPlan(
+        vectors=both(gate=Gate(**GATE, per="row")), positions="all"
+    ),
+    "gate per token": lambda: SteeringPlan(
+        vectors=both(gate=Gate(**GATE, per="token")), positions="prompt"
+    ),
     "gated and free at one place": lambda: SteeringPlan(
         vectors=(vector(LATE, 1, gate=Gate(**GATE)), vector(LATE, 2)), positions="all"
     ),
@@ -135,7 +163,9 @@ PLANS: dict[str, Callable[[], SteeringPlan]] = {
 
 @pytest.mark.parametrize("rows", [None, [0.0, 1.0, -1.0, 0.5]], ids=["", "by row"])
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_on_a_split_model_gives_the_numbers_of_the_whole_one(pair: Any, name: str, rows: Any) -> None:
+def test_a_plan_on_a_split_model_gives_the_numbers_of_the_whole_one(
+    pair: Any, name: str, rows: Any
+) -> None:
     whole, parts = pair
     ids, mask = padded(prompt_ids(), "left")
     options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -169,7 +199,10 @@ def test_a_long_run_adds_its_counts_up_across_devices(pair: Any) -> None:
     """Counts stay on their devices until asked for, or until there are very many."""
     _, parts = pair
     ids = torch.tensor([prompt_ids()[0]])
-    plan = SteeringPlan(vectors=(vector(LATE, 1, gate=Gate(**GATE, per="token")), vector(LATE, 2)), positions="prompt")
+    plan = SteeringPlan(
+        vectors=(vector(LATE, 1, gate=Gate(**GATE, per="token")), vector(LATE, 2)),
+        positions="prompt",
+    )
     with Pretend(), torch.no_grad(), plan.hooks(parts) as report:
         parts(ids.to(FIRST))
         once = report.n_edited[LATE]
@@ -180,7 +213,8 @@ def test_a_long_run_adds_its_counts_up_across_devices(pair: Any) -> None:
 
 
 def test_the_pretended_devices_refuse_what_real_ones_refuse(pair: Any) -> None:
-    """Negative control: an edit that stays where it was made fails on the second device, and on the first."""
+    """Negative control: an edit that stays where it was made fails on the second device, and on the
+    first."""
     _, parts = pair
     ids = torch.tensor([prompt_ids()[0]])
     for name in (EARLY, LATE):
@@ -191,5 +225,7 @@ def test_the_pretended_devices_refuse_what_real_ones_refuse(pair: Any) -> None:
                     if (name == EARLY) == (stays == FIRST):
                         parts(ids.to(FIRST))
                     else:
-                        with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device, but"):
+                        with pytest.raises(
+                            RuntimeError, match="Expected all tensors to be on the same device, but"
+                        ):
                             parts(ids.to(FIRST))

@@ -6,25 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertsteer_lens.directions import (
+from expertsteer_lens.errors import ArgumentError, DataError, WidthError
+from expertsteer_lens.learn.directions import (
     expert_minus_base,
     logistic_probe,
     mean_difference,
     pca_direction,
     random_direction,
 )
-from expertsteer_lens.errors import ArgumentError, DataError, WidthError
 
 LABELLED = [mean_difference, pca_direction, logistic_probe]
 
 
-def planted(n: int = 60, d: int = 12, *, gap: float = 3.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with noise of unit variance, classes `2 * gap` apart along one unit axis, and a large common offset."""
+def planted(
+    n: int = 60, d: int = 12, *, gap: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with noise of unit variance, classes `2 * gap` apart along one unit axis, and a large
+    common offset."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.randn(d, generator=generator)
     axis = axis / axis.norm()
     labels = torch.arange(n) % 2
-    rows = torch.randn(n, d, generator=generator) + gap * (2.0 * labels[:, None] - 1.0) * axis + 50.0
+    rows = (
+        torch.randn(n, d, generator=generator) + gap * (2.0 * labels[:, None] - 1.0) * axis + 50.0
+    )
     return rows, labels, axis
 
 
@@ -77,11 +82,15 @@ def test_unusable_data_is_refused_by_name(function) -> None:
     rows, labels, _ = planted()
     bad = rows.clone()
     bad[7, 2] = float("nan")
-    with pytest.raises(DataError, match=r"activations holds NaN or Inf in 1 of 60 rows \(first: row 7\)"):
+    with pytest.raises(
+        DataError, match=r"activations holds NaN or Inf in 1 of 60 rows \(first: row 7\)"
+    ):
         function(bad, labels)
     with pytest.raises(DataError, match="labels must hold two classes"):
         function(rows, torch.ones(60))
-    with pytest.raises(DataError, match=r"labels must have one label per row: expected shape \(60,\)"):
+    with pytest.raises(
+        DataError, match=r"labels must have one label per row: expected shape \(60,\)"
+    ):
         function(rows, labels[:-1])
     with pytest.raises(DataError, match="labels must be 0/1"):
         function(rows, torch.arange(60))
@@ -100,7 +109,10 @@ def test_mean_difference_survives_an_offset_that_float32_sums_do_not() -> None:
     rows = rows.double()
     shifted = (rows + 2.0**20).to(torch.float32)
     torch.testing.assert_close(
-        mean_difference(shifted, labels), mean_difference(shifted.double() - 2.0**20, labels), atol=1e-6, rtol=0
+        mean_difference(shifted, labels),
+        mean_difference(shifted.double() - 2.0**20, labels),
+        atol=1e-6,
+        rtol=0,
     )
 
 
@@ -108,15 +120,21 @@ def test_pca_direction_equals_scikit_learn_up_to_sign() -> None:
     from sklearn.decomposition import PCA
 
     rows, labels, _ = planted(30, 80)
-    axis = torch.from_numpy(PCA(n_components=1, svd_solver="full").fit(rows.double().numpy()).components_[0])
-    assert abs(float(axis @ pca_direction(rows, labels).double())) == pytest.approx(1.0, abs=1e-6)  # float32 result
+    axis = torch.from_numpy(
+        PCA(n_components=1, svd_solver="full").fit(rows.double().numpy()).components_[0]
+    )
+    assert abs(float(axis @ pca_direction(rows, labels).double())) == pytest.approx(
+        1.0, abs=1e-6
+    )  # float32 result
 
 
 def test_paired_pca_sees_past_variation_that_pairs_share() -> None:
     # A topic common to both members of a pair varies most; the contrast is small but constant.
     generator = torch.Generator().manual_seed(3)
     topic, contrast = torch.eye(10)[0], torch.eye(10)[1]
-    shared = 20.0 * torch.randn(40, 1, generator=generator) * topic + 0.1 * torch.randn(40, 10, generator=generator)
+    shared = 20.0 * torch.randn(40, 1, generator=generator) * topic + 0.1 * torch.randn(
+        40, 10, generator=generator
+    )
     rows = torch.cat([shared + contrast, shared - contrast])
     rows = rows + 0.1 * torch.randn(80, 10, generator=generator)
     labels = torch.cat([torch.ones(40), torch.zeros(40)])
@@ -126,7 +144,9 @@ def test_paired_pca_sees_past_variation_that_pairs_share() -> None:
 
 def test_paired_pca_refuses_classes_of_unequal_size() -> None:
     rows, labels, _ = planted()
-    with pytest.raises(DataError, match="as many positives as negatives when paired=True, got 29 and 30"):
+    with pytest.raises(
+        DataError, match="as many positives as negatives when paired=True, got 29 and 30"
+    ):
         pca_direction(rows[:-1], labels[:-1], paired=True)
 
 
@@ -142,7 +162,9 @@ def test_logistic_probe_in_the_row_space_is_the_probe_in_full_width() -> None:
     rows, labels, _ = planted(30, 100, gap=0.5)
     centred = rows.double() - rows.double().mean(0)
     scaled = centred / centred.square().mean().sqrt()
-    full = LogisticRegression(C=1.0 / 0.3, tol=1e-10, max_iter=10_000).fit(scaled.numpy(), labels.numpy())
+    full = LogisticRegression(C=1.0 / 0.3, tol=1e-10, max_iter=10_000).fit(
+        scaled.numpy(), labels.numpy()
+    )
     weights = torch.from_numpy(full.coef_[0])
     found = logistic_probe(rows, labels, regularisation=0.3).double()
     assert float(found @ weights / weights.norm()) == pytest.approx(1.0, abs=1e-6)
@@ -154,7 +176,9 @@ def test_regularisation_of_the_probe_acts_and_is_checked() -> None:
     assert float(weak @ strong) < 0.99
     # In the limit of a strong penalty the weight is the gradient at zero: the mean difference.
     assert float(strong @ mean_difference(rows, labels)) > 0.9999
-    with pytest.raises(ArgumentError, match=r"regularisation must be a number in \(0.0, inf\], got 0"):
+    with pytest.raises(
+        ArgumentError, match=r"regularisation must be a number in \(0.0, inf\], got 0"
+    ):
         logistic_probe(rows, labels, regularisation=0)
 
 
@@ -162,8 +186,12 @@ def test_expert_minus_base_is_the_difference_of_means_and_needs_no_labels() -> N
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(20, 6, generator=generator)
     shift = torch.tensor([0.0, 0.0, 3.0, 0.0, -4.0, 0.0])
-    torch.testing.assert_close(expert_minus_base(base + shift, base), shift / 5.0, atol=1e-6, rtol=0)
-    torch.testing.assert_close(expert_minus_base(base, base + shift), -shift / 5.0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        expert_minus_base(base + shift, base), shift / 5.0, atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        expert_minus_base(base, base + shift), -shift / 5.0, atol=1e-6, rtol=0
+    )
 
 
 def test_expert_minus_base_refuses_other_widths_and_equal_means() -> None:

@@ -1,8 +1,8 @@
-"""The pages run: every Python block of the README and of `docs/`, in order, and every link to a file leads somewhere.
+"""The pages run: every Python block of the README and of `docs/`, in order, and every link to a
+file leads somewhere.
 
-A page becomes a script of the same number of lines in which all that is not Python is blank, so the line numbers of an error
-are the page's. It runs in an empty folder.
-"""
+A page becomes a script of the same number of lines in which all that is not Python is blank, so the
+line numbers of an error are the page's. It runs in an empty folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_the_readme_and_the_page_on_steering_are_among_them() -> None:
     assert {"README.md", "what_is_steered_and_when.md"} <= {page.name for page in PYTHON_PAGES}
 
 
-def test_a_block_that_fails_is_noticed_at_its_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_fails_is_noticed_at_its_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = "# Title\n\n```bash\nexit 1\n```\n\n```python\nx = 1\n```\n\ntext\n\n```py\nassert x == 2\n```\n"
     with pytest.raises(AssertionError) as failure:
         run(page, tmp_path, monkeypatch)
@@ -68,13 +70,17 @@ def test_a_block_that_fails_is_noticed_at_its_line(tmp_path: pathlib.Path, monke
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page: pathlib.Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    targets = [t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", t)]
+    targets = [
+        t.split("#")[0] for t in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", t)
+    ]
     missing = [target for target in targets if target and not (page.parent / target).exists()]
     assert not missing
 
 
 def test_the_tables_of_the_pages_are_those_that_were_measured() -> None:
-    spec = importlib.util.spec_from_file_location("fill_readme", ROOT / "benchmarks" / "fill_readme.py")
+    spec = importlib.util.spec_from_file_location(
+        "fill_readme", ROOT / "benchmarks" / "fill_readme.py"
+    )
     fill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fill)
     assert fill.pages() == PAGES

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertsteer_lens import edits
 from expertsteer_lens.errors import ArgumentError, WidthError
+from expertsteer_lens.interventions import edits
 
 EVERY_EDIT = {
     "add": lambda x, v, **k: edits.add(x, 1.5 * v, **k),
@@ -96,7 +96,9 @@ def test_preserve_norm_changes_the_angle_and_keeps_the_norm(name: str) -> None:
     plain, kept = EVERY_EDIT[name](x, v), EVERY_EDIT[name](x, v, preserve_norm=True)
     torch.testing.assert_close(kept.norm(dim=-1), x.norm(dim=-1))
     assert not torch.allclose(plain.norm(dim=-1), x.norm(dim=-1), rtol=1e-3)
-    torch.testing.assert_close(torch.cosine_similarity(kept, plain, dim=-1), torch.ones(2, 3, dtype=x.dtype))
+    torch.testing.assert_close(
+        torch.cosine_similarity(kept, plain, dim=-1), torch.ones(2, 3, dtype=x.dtype)
+    )
 
 
 @pytest.mark.parametrize("name", EVERY_EDIT)

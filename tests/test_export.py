@@ -10,8 +10,8 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
-from expertsteer_lens.export import added_vectors, to_gguf, to_lm_eval
-from expertsteer_lens.gates import Gate
+from expertsteer_lens.files.export import added_vectors, to_gguf, to_lm_eval
+from expertsteer_lens.interventions.gates import Gate
 
 FAMILIES = {"gpt2": "h", "llama": "layers", "neox": "layers", "gemma2": "layers"}
 IDS = torch.tensor([[1, 7, 12, 30, 5]])
@@ -19,7 +19,10 @@ IDS = torch.tensor([[1, 7, 12, 30, 5]])
 
 def plan_of(basis: str | None = None, layers=(1, 2), **keywords) -> esl.SteeringPlan:
     generator = torch.Generator().manual_seed(4)
-    vectors = {f"blocks.{i}.hook_resid_post": torch.randn(models.D_MODEL, generator=generator) for i in layers}
+    vectors = {
+        f"blocks.{i}.hook_resid_post": torch.randn(models.D_MODEL, generator=generator)
+        for i in layers
+    }
     settings = {"coefficient": 0.7, "median_norms": dict.fromkeys(vectors, 5.0), **keywords}
     return esl.SteeringPlan.from_vectors(vectors, basis=basis, **settings)
 
@@ -55,7 +58,9 @@ class TestWhatTheFilesDo:
     def test_the_harness_file_steers_as_the_plan(self, family, tmp_path):
         model = models.hf(family)
         plan, expected = self.steered(family, model)
-        content = torch.load(to_lm_eval(plan, tmp_path / "steer.pt", model=model), weights_only=True)
+        content = torch.load(
+            to_lm_eval(plan, tmp_path / "steer.pt", model=model), weights_only=True
+        )
         assert list(content) == [f"{FAMILIES[family]}.1", f"{FAMILIES[family]}.2"]
         places = dict(model.base_model.named_modules())
         edits = {}
@@ -107,22 +112,30 @@ class TestAddedVectors:
     def test_the_plan_and_its_file_share_no_memory(self, tmp_path):
         plan = plan_of()
         before = plan.vectors[0].direction.clone()
-        torch.load(to_lm_eval(plan, tmp_path / "a.pt"), weights_only=True)["layers.1"]["steering_vector"].zero_()
+        torch.load(to_lm_eval(plan, tmp_path / "a.pt"), weights_only=True)["layers.1"][
+            "steering_vector"
+        ].zero_()
         added_vectors(plan)[1].zero_()
         assert torch.equal(plan.vectors[0].direction, before)
 
     @pytest.mark.parametrize(
         ("keywords", "message"),
         [
-            ({"positions": "generated"}, r"positions='generated' cannot be exported.*with_positions\('all'\)"),
+            (
+                {"positions": "generated"},
+                r"positions='generated' cannot be exported.*with_positions\('all'\)",
+            ),
             ({"positions": [0, 1]}, r"positions=.* cannot be exported"),
             ({"edit": "clamp"}, "edit='clamp' at 'blocks.1.hook_resid_post' cannot be exported"),
             ({"edit": "ablate", "relative_to": "unit"}, "edit='ablate'"),
             ({"preserve_norm": True}, "preserve_norm=True at"),
-            ({"gate": Gate(threshold=0.0, direction=torch.ones(models.D_MODEL))}, "these formats have no conditions"),
+            (
+                {"gate": Gate(threshold=0.0, direction=torch.ones(models.D_MODEL))},
+                "these formats have no conditions",
+            ),
             ({"coefficient": 0.0}, "every coefficient of the plan is 0"),
         ],
-    )  # fmt: skip
+    )
     def test_what_the_formats_cannot_say_is_refused(self, keywords, message, tmp_path):
         plan = plan_of(**keywords)
         for write, name in ((to_lm_eval, "a.pt"), (to_gguf, "a.gguf")):
@@ -131,8 +144,12 @@ class TestAddedVectors:
             assert not (tmp_path / name).exists()
 
     def test_other_hook_points_are_refused(self, tmp_path):
-        plan = esl.SteeringPlan.from_vectors({"blocks.1.hook_mlp_out": torch.ones(4)}, relative_to="unit")
-        with pytest.raises(ArgumentError, match=r"hook 'blocks\.1\.hook_mlp_out' cannot be exported"):
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_mlp_out": torch.ones(4)}, relative_to="unit"
+        )
+        with pytest.raises(
+            ArgumentError, match=r"hook 'blocks\.1\.hook_mlp_out' cannot be exported"
+        ):
             to_lm_eval(plan, tmp_path / "a.pt")
 
 
@@ -142,13 +159,17 @@ class TestFiles:
             to_lm_eval(plan_of(), tmp_path / "steer.bin")
 
     def test_the_path_of_the_blocks_can_be_given(self, tmp_path):
-        content = torch.load(to_lm_eval(plan_of(), tmp_path / "a.pth", blocks="decoder.layers"), weights_only=True)
+        content = torch.load(
+            to_lm_eval(plan_of(), tmp_path / "a.pth", blocks="decoder.layers"), weights_only=True
+        )
         assert list(content) == ["decoder.layers.1", "decoder.layers.2"]
 
     def test_block_0_has_no_place_in_a_control_vector(self, tmp_path):
         with pytest.raises(ArgumentError, match="cannot steer block 0"):
             to_gguf(plan_of(layers=(0, 1)), tmp_path / "a.gguf")
-        assert "layers.0" in torch.load(to_lm_eval(plan_of(layers=(0, 1)), tmp_path / "a.pt"), weights_only=True)
+        assert "layers.0" in torch.load(
+            to_lm_eval(plan_of(layers=(0, 1)), tmp_path / "a.pt"), weights_only=True
+        )
 
     def test_the_control_vector_says_what_it_is(self, tmp_path):
         gguf = pytest.importorskip("gguf")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
-from expertsteer_lens.gates import Gate, fit_gate
+from expertsteer_lens.interventions.gates import Gate, fit_gate
 
 W = torch.tensor([1.0, -2.0, 0.5])
 
@@ -83,7 +83,12 @@ def test_a_gate_goes_to_json_and_back() -> None:
     back = Gate.from_dict(gate.to_dict())
     x = torch.randn(50, 3)
     assert torch.equal(back.is_open(x), gate.is_open(x))
-    assert (back.hook_name, back.per, back.opens, back.threshold) == (gate.hook_name, "token", "above", gate.threshold)
+    assert (back.hook_name, back.per, back.opens, back.threshold) == (
+        gate.hook_name,
+        "token",
+        "above",
+        gate.threshold,
+    )
     assert "per token, at blocks.0.hook_resid_post" in repr(gate)
     with pytest.raises(ArgumentError, match="callable score and cannot be written"):
         Gate(score=lambda rows: rows[:, 0], threshold=0.0).to_dict()
@@ -93,7 +98,11 @@ def test_a_gate_goes_to_json_and_back() -> None:
     ("fields", "error", "words"),
     [
         ({"threshold": 0.0}, ArgumentError, "exactly one of direction and score"),
-        ({"threshold": 0.0, "direction": W, "score": len}, ArgumentError, "exactly one of direction and score"),
+        (
+            {"threshold": 0.0, "direction": W, "score": len},
+            ArgumentError,
+            "exactly one of direction and score",
+        ),
         ({"threshold": float("nan"), "direction": W}, ArgumentError, "threshold must be a number"),
         ({"threshold": 0.0, "direction": W, "per": "batch"}, ArgumentError, "per must be one of"),
         ({"threshold": 0.0, "direction": W, "opens": "up"}, ArgumentError, "opens must be one of"),

@@ -1,4 +1,5 @@
-"""Gates from validation pairs to steering, on every host: neutral texts come out bit for bit, in any batch."""
+"""Gates from validation pairs to steering, on every host: neutral texts come out bit for bit, in
+any batch."""
 
 from __future__ import annotations
 
@@ -12,21 +13,35 @@ import torch
 from reference import CLOSE, HOOK, SIZE, padded
 from torch import Tensor
 
-from expertsteer_lens.gates import fit_gate
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.interventions.gates import fit_gate
+from expertsteer_lens.steer.plan import SteeringPlan
 
 HOSTS = ("bridge", "bridge compat", "hooked", "hooked raw", "huggingface", "nnsight")
 READ = "blocks.0.hook_resid_pre"
-"""Where the gate reads: the embedding, which tells words apart. The vector acts two blocks later."""
+"""Where the gate reads: the embedding, which tells words apart. The vector acts two blocks
+later."""
 STARTS = [
-    "the cat was", "a dog is", "she said he was", "once upon a time the boy was", "my friend is", "they said the girl was so",
-    "it was not", "we saw her father and he was very", "in the big house you is", "the old tree was", "his mother was",
-]  # fmt: skip
+    "the cat was",
+    "a dog is",
+    "she said he was",
+    "once upon a time the boy was",
+    "my friend is",
+    "they said the girl was so",
+    "it was not",
+    "we saw her father and he was very",
+    "in the big house you is",
+    "the old tree was",
+    "his mother was",
+]
 OTHERS = ["sad", "home", "moon", "glad", "red", "the"]
 TRAIN, VALIDATION = STARTS[:6], STARTS[6:]
 NEW_POSITIVE = ["the little boy and her friend ran and was happy", "on a good day she is happy"]
-NEW_NEUTRAL = ["the girl played in the garden of her mother", "my friend ran home", "they saw the moon"]
+NEW_NEUTRAL = [
+    "the girl played in the garden of her mother",
+    "my friend ran home",
+    "they saw the moon",
+]
 
 
 @functools.cache
@@ -35,7 +50,10 @@ def model_of(kind: str) -> Any:
         return models.bridge("llama", compat=kind.endswith("compat"), size=SIZE)
     if kind.startswith("hooked"):
         if not models.has_hooked_transformer():
-            pytest.skip("HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9")
+            pytest.skip(
+                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
+                "3.9"
+            )
         return models.hooked("llama", processed=kind == "hooked", size=SIZE)
     module = models.hf("llama", size=SIZE)
     module.tokenizer = models.tokenizer()
@@ -46,12 +64,19 @@ def model_of(kind: str) -> Any:
 
 @functools.cache
 def gated(kind: str, per: str) -> SteeringPlan:
-    """Direction from some texts; threshold from other texts, with neutral ones among them: every token is an example."""
+    """Direction from some texts; threshold from other texts, with neutral ones among them: every
+    token is an example."""
     model = model_of(kind)
-    train = {word: capture(model, [f"{start} {word}" for start in TRAIN], [READ])[READ] for word in ["happy", *OTHERS]}
+    train = {
+        word: capture(model, [f"{start} {word}" for start in TRAIN], [READ])[READ]
+        for word in ["happy", *OTHERS]
+    }
     direction = train["happy"].mean(0) - torch.cat([train[word] for word in OTHERS]).mean(0)
     texts = [f"{start} {word}" for start in VALIDATION for word in ["happy", *OTHERS]]
-    is_happy = torch.cat([torch.tensor(row) for row in rows_of(model, texts)]) == rows_of(model, ["happy"])[0][-1]
+    is_happy = (
+        torch.cat([torch.tensor(row) for row in rows_of(model, texts)])
+        == rows_of(model, ["happy"])[0][-1]
+    )
     held_out = capture(model, texts, [READ], positions="all")[READ]
     gate = fit_gate(held_out, is_happy.long(), direction=direction, hook_name=READ, per=per)
     v = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(0))
@@ -60,7 +85,9 @@ def gated(kind: str, per: str) -> SteeringPlan:
 
 def rows_of(model: Any, texts: list[str]) -> list[list[int]]:
     batch = as_host(model).tokenize(texts)
-    return [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths.tolist(), strict=True)]
+    return [
+        ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.lengths.tolist(), strict=True)
+    ]
 
 
 def logits(model: Any, rows: list[list[int]], side: str = "right") -> list[Tensor]:
@@ -110,14 +137,17 @@ def test_neutral_texts_are_continued_as_without_steering(kind: str, per: str) ->
     model, host = model_of(kind), as_host(model_of(kind))
     plain = host.generate_tokens(NEW_NEUTRAL + NEW_POSITIVE, max_new_tokens=4, stop_at_eos=False)
     with gated(kind, per).hooks(model):
-        steered = host.generate_tokens(NEW_NEUTRAL + NEW_POSITIVE, max_new_tokens=4, stop_at_eos=False)
+        steered = host.generate_tokens(
+            NEW_NEUTRAL + NEW_POSITIVE, max_new_tokens=4, stop_at_eos=False
+        )
     assert steered[:3] == plain[:3]
     assert steered[3:] != plain[3:]
 
 
 @pytest.mark.parametrize("kind", HOSTS)
 def test_the_same_gate_inside_out_does_not_leave_neutral_texts_alone(kind: str) -> None:
-    """Negative control: what keeps neutral texts as they are is the gate that was fitted, not gating as such."""
+    """Negative control: what keeps neutral texts as they are is the gate that was fitted, not
+    gating as such."""
     model, plan = model_of(kind), gated(kind, "row")
     vector = plan.vectors[0]
     assert vector.gate is not None

@@ -19,7 +19,7 @@ from expertsteer_lens.errors import (
     ModelStateError,
 )
 from expertsteer_lens.hosts import as_host, capture, capture_tensors, hooked_module
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan
 
 HookPoint = pytest.importorskip("transformer_lens.hook_points").HookPoint
 HookedRootModule = pytest.importorskip("transformer_lens.HookedRootModule").HookedRootModule
@@ -27,7 +27,8 @@ V = torch.tensor([3.0, 0.0, 4.0, 0.0]) / 5
 
 
 class Patches(HookedRootModule):
-    """Sees images `[batch, 3, 8]` as 8 patches, mixes them, and reads out the mean: every step is linear but one."""
+    """Sees images `[batch, 3, 8]` as 8 patches, mixes them, and reads out the mean: every step is
+    linear but one."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -61,13 +62,19 @@ def test_it_is_recognised_by_its_hook_points_and_says_that_it_reads_no_texts(net
     assert host.kind == "hooked_module"
     assert host.basis == "raw"
     assert repr(host).endswith("Patches, because it has hook_dict, and no vocabulary")
-    with pytest.raises(HostError, match="'Patches' is no language model and takes no texts; use capture_tensors"):
+    with pytest.raises(
+        HostError, match="'Patches' is no language model and takes no texts; use capture_tensors"
+    ):
         capture(network, ["the cat"], ["hook_mix"])
     with pytest.raises(HostError, match="takes no tokens; run it yourself"):
         host.forward(None)
     with pytest.raises(ArgumentError, match="tokenizer cannot be given for a Patches"):
         as_host(network, tokenizer=models.tokenizer())
-    assert host.fingerprint == as_host(Patches().eval()).fingerprint != as_host(Patches(1).eval()).fingerprint
+    assert (
+        host.fingerprint
+        == as_host(Patches().eval()).fingerprint
+        != as_host(Patches(1).eval()).fingerprint
+    )
 
 
 def test_what_is_captured_is_what_the_network_computes(network: Any) -> None:
@@ -81,8 +88,12 @@ def test_what_is_captured_is_what_the_network_computes(network: Any) -> None:
         torch.testing.assert_close(store["hook_mix"], mixed.reshape(40, 4))
         assert store.labels is not None
     rows = capture_tensors(network, IMAGES, names, positions="mean", labels=[0, 1, 0, 1, 0])
-    torch.testing.assert_close(rows["hook_mix"], rows["hook_pooled"])  # the pooled activation is [batch, d]
-    torch.testing.assert_close(capture_tensors(network, IMAGES, ["hook_mix"], positions=2)["hook_mix"], mixed[:, 2])
+    torch.testing.assert_close(
+        rows["hook_mix"], rows["hook_pooled"]
+    )  # the pooled activation is [batch, d]
+    torch.testing.assert_close(
+        capture_tensors(network, IMAGES, ["hook_mix"], positions=2)["hook_mix"], mixed[:, 2]
+    )
     assert rows.provenance["name"] == "Patches"
 
 
@@ -116,19 +127,28 @@ def test_a_pooled_activation_is_one_place_and_rows_have_their_own_strength(netwo
     before = network(IMAGES)
     with plan("hook_pooled").hooks(network, row_coefficients=factors) as report:
         after = network(IMAGES)
-    torch.testing.assert_close(after - before, 2 * factors[:, None] * (network.head.weight @ V), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        after - before, 2 * factors[:, None] * (network.head.weight @ V), atol=1e-6, rtol=0
+    )
     assert torch.equal(after[0], before[0])
     assert report.n_edited == {"hook_pooled": 4}
 
 
-def test_a_vector_learnt_from_captures_moves_the_output_by_the_closed_form_and_random_ones_less(network: Any) -> None:
-    """Regressing the output on what is captured finds the read-out weights w; steering along them adds strength * |w|."""
+def test_a_vector_learnt_from_captures_moves_the_output_by_the_closed_form_and_random_ones_less(
+    network: Any,
+) -> None:
+    """Regressing the output on what is captured finds the read-out weights w; steering along them
+    adds strength * |w|."""
     images = torch.randn(64, 3, 8, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         outputs, w = network(images)[:, :1], network.head.weight[0]
         rows = capture_tensors(network, images, ["hook_pooled"])["hook_pooled"]
-        found = torch.linalg.lstsq((rows - rows.mean(0)).double(), (outputs - outputs.mean(0)).double()).solution[:, 0]
-        steer = SteeringPlan.from_vectors({"hook_pooled": found}, coefficient=2.0, relative_to="unit")
+        found = torch.linalg.lstsq(
+            (rows - rows.mean(0)).double(), (outputs - outputs.mean(0)).double()
+        ).solution[:, 0]
+        steer = SteeringPlan.from_vectors(
+            {"hook_pooled": found}, coefficient=2.0, relative_to="unit"
+        )
         effects = []
         for one in (steer, *(steer.with_random_directions(seed=seed) for seed in range(20))):
             with one.hooks(network):
@@ -144,7 +164,10 @@ def test_a_network_that_never_reaches_the_hook_or_is_not_run_is_an_error(network
     with pytest.raises(InterventionError, match="'Patches' was not run inside the block"):
         with plan().hooks(network):
             pass
-    with pytest.raises(InterventionError, match=r"fire once in a pass of 'Patches', but fired {'hook_mix': 2} times"):
+    with pytest.raises(
+        InterventionError,
+        match=r"fire once in a pass of 'Patches', but fired {'hook_mix': 2} times",
+    ):
         capture_tensors(network, {"images": IMAGES, "twice": True}, ["hook_mix"])
     with pytest.raises(HookNameError, match=r"closest: 'hook_mix'"):
         capture_tensors(network, IMAGES, ["hook_mixed"])
@@ -160,7 +183,9 @@ def test_a_language_model_can_be_captured_through_tensors_too() -> None:
     ids = as_host(model).tokenize(["the cat saw a dog"]).input_ids
     name = "blocks.1.hook_resid_post"
     store = capture_tensors(model, ids, [name], positions="last")
-    torch.testing.assert_close(store[name], capture(model, ["the cat saw a dog"], [name])[name], atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        store[name], capture(model, ["the cat saw a dog"], [name])[name], atol=2e-5, rtol=0
+    )
     assert store.provenance["basis"] == "centred"
 
 

@@ -13,16 +13,40 @@ from typing import Any
 import models
 import pytest
 import torch
-from reference import CLOSE, HOOK, N_NEW, RULES, SIZE, check, n_edited, padded, plan_for, prompt_ids, reference, vector
+from reference import (
+    CLOSE,
+    HOOK,
+    N_NEW,
+    RULES,
+    SIZE,
+    check,
+    n_edited,
+    padded,
+    plan_for,
+    prompt_ids,
+    reference,
+    vector,
+)
 from torch import Tensor, nn
 
-from expertsteer_lens.errors import ArgumentError, DataError, HookNameError, HostError, InterventionError
+from expertsteer_lens.errors import (
+    ArgumentError,
+    DataError,
+    HookNameError,
+    HostError,
+    InterventionError,
+)
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.plan import SteeringPlan, SteeringVector
-from expertsteer_lens.steering import Steering
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.run import Steering
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
-GENERATE = {"max_new_tokens": N_NEW, "do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
+GENERATE = {
+    "max_new_tokens": N_NEW,
+    "do_sample": False,
+    "eos_token_id": 2**31 - 1,
+    "pad_token_id": 0,
+}
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NARROW = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -32,10 +56,18 @@ OTHERS: dict[
 ] = {  # families that differ in what a block returns, where it is, or what it caches
     "bloom": lambda tf: tf.BloomConfig(hidden_size=32, n_layer=3, n_head=2, **SMALL),
     "falcon": lambda tf: tf.FalconConfig(**NARROW, **SMALL),
-    "opt": lambda tf: tf.OPTConfig(ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **NARROW, **SMALL),
-    "mistral": lambda tf: tf.MistralConfig(num_key_value_heads=1, sliding_window=4, **WIDE, **SMALL),
-    "mixtral": lambda tf: tf.MixtralConfig(num_key_value_heads=1, num_local_experts=2, **WIDE, **SMALL),
-    "gemma3": lambda tf: tf.Gemma3TextConfig(num_key_value_heads=1, head_dim=16, sliding_window=4, **WIDE, **SMALL),
+    "opt": lambda tf: tf.OPTConfig(
+        ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, **NARROW, **SMALL
+    ),
+    "mistral": lambda tf: tf.MistralConfig(
+        num_key_value_heads=1, sliding_window=4, **WIDE, **SMALL
+    ),
+    "mixtral": lambda tf: tf.MixtralConfig(
+        num_key_value_heads=1, num_local_experts=2, **WIDE, **SMALL
+    ),
+    "gemma3": lambda tf: tf.Gemma3TextConfig(
+        num_key_value_heads=1, head_dim=16, sliding_window=4, **WIDE, **SMALL
+    ),
     "mamba": lambda tf: tf.MambaConfig(hidden_size=32, num_hidden_layers=3, state_size=4, **SMALL),
 }
 
@@ -56,8 +88,11 @@ def model_of(family: str) -> Any:
 
 
 @contextmanager
-def by_hand(model: Any, n_prompt: list[int], obvious: Callable[[int, int], bool], v: Tensor) -> Iterator[None]:
-    """The reference for passes without a cache: row i has `n_prompt[i]` prompt tokens, its padding is on the left."""
+def by_hand(
+    model: Any, n_prompt: list[int], obvious: Callable[[int, int], bool], v: Tensor
+) -> Iterator[None]:
+    """The reference for passes without a cache: row i has `n_prompt[i]` prompt tokens, its padding
+    is on the left."""
     width = max(n_prompt)
 
     def hook(_: Any, __: Any, output: Any) -> Any:
@@ -77,7 +112,7 @@ def by_hand(model: Any, n_prompt: list[int], obvious: Callable[[int, int], bool]
         handle.remove()
 
 
-# -- blocks -------------------------------------------------------------------------------------------------------------
+# -- blocks ---------------------------------------------------------------------------------------
 
 
 def test_blocks_return_tensors_or_tuples_and_the_test_sees_both() -> None:
@@ -85,7 +120,9 @@ def test_blocks_return_tensors_or_tuples_and_the_test_sees_both() -> None:
     for family in OTHERS:
         model, kinds = model_of(family), set()
         block = model.get_submodule(as_host(model).blocks.layers[1])
-        handle = block.register_forward_hook(lambda _, __, output, kinds=kinds: kinds.add(type(output)))
+        handle = block.register_forward_hook(
+            lambda _, __, output, kinds=kinds: kinds.add(type(output))
+        )
         model(torch.tensor([[1, 4]]))
         handle.remove()
         seen[family] = kinds
@@ -93,14 +130,18 @@ def test_blocks_return_tensors_or_tuples_and_the_test_sees_both() -> None:
     assert seen["opt"] == seen["gemma3"] == {Tensor}
 
 
-@pytest.mark.parametrize("family", [f for f in OTHERS if f != "mamba"])  # its hidden_states are not its residuals
+@pytest.mark.parametrize(
+    "family", [f for f in OTHERS if f != "mamba"]
+)  # its hidden_states are not its residuals
 def test_what_is_captured_is_what_the_model_calls_its_hidden_states(family: str) -> None:
     model = model_of(family)
     host = as_host(model)
     batch = host.tokenize(TEXTS)
     mask = batch.attention_mask.bool()
     with torch.no_grad():
-        states = model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states
+        states = model(
+            batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+        ).hidden_states
     store = capture(model, TEXTS, positions="all", batch_size=3)
     for i in range(host.n_layers - 1):  # the last of hidden_states is behind the final norm
         want = states[i + 1][mask]
@@ -110,7 +151,9 @@ def test_what_is_captured_is_what_the_model_calls_its_hidden_states(family: str)
 
 @pytest.mark.parametrize("rule", ["generated", "last_prompt", "int", "list"])
 @pytest.mark.parametrize("family", OTHERS)
-def test_families_of_every_kind_are_steered_at_the_same_tokens_cached_or_not(family: str, rule: str) -> None:
+def test_families_of_every_kind_are_steered_at_the_same_tokens_cached_or_not(
+    family: str, rule: str
+) -> None:
     model, v = model_of(family), vector("gpt2")
     plan = plan_for("gpt2", RULES[rule][0])
     ids = torch.tensor([prompt_ids()[0]])
@@ -119,7 +162,9 @@ def test_families_of_every_kind_are_steered_at_the_same_tokens_cached_or_not(fam
     for cached in (True, False):
         with plan.hooks(model):
             found = model.generate(ids, use_cache=cached, **GENERATE, **LOGITS)
-        torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.stack(found.logits), torch.stack(want.logits), atol=1e-5, rtol=0
+        )
         assert torch.equal(found.sequences, want.sequences)
 
 
@@ -134,12 +179,14 @@ def test_attention_and_mlp_outputs_that_do_not_add_up_are_refused() -> None:
 
     for layer in model.model.layers:
         layer.forward = halved.__get__(layer)
-    with pytest.raises(HookNameError, match="do not add up to what the block adds to the residual stream"):
+    with pytest.raises(
+        HookNameError, match="do not add up to what the block adds to the residual stream"
+    ):
         as_host(model).check_hook_names(["blocks.1.hook_mlp_out"])
     assert as_host(model).check_hook_names([HOOK]) == [HOOK]
 
 
-# -- ways to generate ---------------------------------------------------------------------------------------------------
+# -- ways to generate -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -148,7 +195,13 @@ def test_beam_search_steers_every_beam_at_its_own_tokens(family: str, rule: str)
     """Reference: beams searched without a cache, edited at columns counted by hand."""
     model = model_of(family)
     ids, mask = padded(prompt_ids(), "left")
-    options = {"attention_mask": mask, "num_beams": 3, "num_return_sequences": 2, "output_scores": True, **GENERATE}
+    options = {
+        "attention_mask": mask,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "output_scores": True,
+        **GENERATE,
+    }
     options |= {"return_dict_in_generate": True}
     lengths = [len(row) for row in prompt_ids()]
     plain = model.generate(ids, **options)
@@ -198,7 +251,8 @@ def test_a_prompt_given_as_embeddings_and_samples_of_one_prompt() -> None:
 
 
 def test_a_conversation_on_one_cache() -> None:
-    """The second prompt is the whole conversation, of which the cache holds all but the last words."""
+    """The second prompt is the whole conversation, of which the cache holds all but the last
+    words."""
     from transformers import DynamicCache
 
     model, plan = model_of("llama"), plan_for("llama", "last_prompt")
@@ -226,18 +280,20 @@ def test_generation_of_the_host_leaves_nothing_to_the_models_own_settings() -> N
     assert host.generate_tokens(TEXTS, max_new_tokens=4, stop_at_eos=False) == want
 
 
-# -- what is refused ----------------------------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 
 
 def test_the_host_says_what_it_is_and_why_and_what_it_looked_for() -> None:
     host = as_host(model_of("neox"))
     assert repr(host) == (
-        "HuggingFaceHost('GPTNeoXForCausalLM', 3 layers, d_model=32): GPTNeoXForCausalLM, because it is a torch module with "
+        "HuggingFaceHost('GPTNeoXForCausalLM', 3 layers, d_model=32): GPTNeoXForCausalLM, because "
+        "it is a torch module with "
         "config and get_output_embeddings"
     )
     for thing in (nn.Linear(2, 2), "gpt2", None):
         with pytest.raises(
-            HostError, match=r"no hook_dict and\s.*no nnsight model.*no config and get_output_embeddings"
+            HostError,
+            match=r"no hook_dict and\s.*no nnsight model.*no config and get_output_embeddings",
         ):
             as_host(thing)
 
@@ -246,11 +302,18 @@ def test_models_without_a_head_without_blocks_and_with_an_encoder_are_refused() 
     import transformers
 
     with pytest.raises(
-        HostError, match="LlamaModel has no language-model head; load the model with AutoModelForCausalLM"
+        HostError,
+        match="LlamaModel has no language-model head; load the model with AutoModelForCausalLM",
     ):
         as_host(models.hf("llama").model)
     seq2seq = transformers.T5Config(
-        vocab_size=96, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
+        vocab_size=96,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
     )
     with pytest.raises(HostError, match="is an encoder-decoder; only decoder-only"):
         as_host(transformers.T5ForConditionalGeneration(seq2seq))
@@ -262,11 +325,15 @@ def test_models_without_a_head_without_blocks_and_with_an_encoder_are_refused() 
 
 def test_a_missing_tokenizer_and_options_of_other_hosts_are_named() -> None:
     model = models.hf("llama")
-    with pytest.raises(HostError, match=r"has no tokenizer; give it one: model.tokenizer = ..., or as_host"):
+    with pytest.raises(
+        HostError, match=r"has no tokenizer; give it one: model.tokenizer = ..., or as_host"
+    ):
         capture(model, TEXTS)
     assert as_host(model, tokenizer=models.tokenizer()).tokenize(["sun"]).lengths.tolist() == [2]
     assert capture(model, TEXTS).n == 3  # remembered
-    with pytest.raises(ArgumentError, match="remote cannot be given for a LlamaForCausalLM; leave it out"):
+    with pytest.raises(
+        ArgumentError, match="remote cannot be given for a LlamaForCausalLM; leave it out"
+    ):
         as_host(model, remote=True)
 
 
@@ -274,7 +341,9 @@ def test_masks_that_hide_the_padding_and_padding_without_a_mask_are_refused() ->
     model, plan = model_of("llama"), plan_for("llama", "last_prompt")
     ids, _ = padded(prompt_ids()[:2], "left")
     hidden = torch.zeros(2, 1, ids.shape[1], ids.shape[1])
-    with pytest.raises(DataError, match="the mask given does not say which tokens of the batch are padding"):
+    with pytest.raises(
+        DataError, match="the mask given does not say which tokens of the batch are padding"
+    ):
         with plan.hooks(model):
             model(ids, attention_mask=hidden)
     with plan.hooks(model):
@@ -292,7 +361,9 @@ def test_masks_that_hide_the_padding_and_padding_without_a_mask_are_refused() ->
 def test_a_part_of_the_model_run_by_itself_cannot_be_followed() -> None:
     model, x = model_of("llama"), torch.zeros(1, 4, 32)
     rotary = model.model.rotary_emb(x, torch.zeros(1, 4, dtype=torch.long))
-    with pytest.raises(InterventionError, match="fired in no pass of 'LlamaForCausalLM' that could be followed"):
+    with pytest.raises(
+        InterventionError, match="fired in no pass of 'LlamaForCausalLM' that could be followed"
+    ):
         with plan_for("llama", "last_prompt").hooks(model):
             model.model.layers[1](x, position_embeddings=rotary)
 
@@ -316,7 +387,9 @@ def test_torch_hooks_of_the_user_stay_and_see_the_steered_stream_if_they_came_la
         layer.register_forward_hook(lambda _, __, out: seen.append(("after", out.clone())))
         model(torch.tensor([prompt_ids()[0]]))
     assert [name for name, _ in seen] == ["before", "after"]
-    torch.testing.assert_close(seen[1][1] - seen[0][1], vector("llama").expand_as(seen[0][1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        seen[1][1] - seen[0][1], vector("llama").expand_as(seen[0][1]), atol=1e-5, rtol=0
+    )
     assert len(layer._forward_hooks) == 2
 
 
@@ -337,18 +410,24 @@ def test_two_plans_on_one_model_add_up() -> None:
 def test_a_model_with_adapters_is_read_and_steered_as_the_merged_one(kind: str) -> None:
     peft = pytest.importorskip("peft")
     config = {
-        "lora": lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        "lora": lambda: peft.LoraConfig(
+            target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        ),
         "ia3": lambda: peft.IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False,
+            target_modules=["k_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            init_ia3_weights=False,
             task_type="CAUSAL_LM",
         ),
-    }[kind]()  # fmt: skip
+    }[kind]()
     adapted = peft.get_peft_model(models.hf("llama"), config).eval()
     ids = torch.tensor([[1, 4, 7, 19, 6]])
     plain = adapted(input_ids=ids).logits
     name = "blocks.1.hook_resid_post"
     v = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(0))
-    plan = SteeringPlan.from_vectors({name: v}, coefficient=4.0, relative_to="unit", positions="last_prompt")
+    plan = SteeringPlan.from_vectors(
+        {name: v}, coefficient=4.0, relative_to="unit", positions="last_prompt"
+    )
     with plan.hooks(adapted) as report:
         steered = adapted(input_ids=ids).logits
     states = capture(as_host(adapted, tokenizer=models.tokenizer()), ["the cat saw a dog"])
@@ -365,8 +444,11 @@ def test_a_model_with_adapters_is_read_and_steered_as_the_merged_one(kind: str) 
 
 
 @torch.no_grad()
-def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every token is edited, plain additions skip the general function; where padding is left out, they must not."""
+def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where every token is edited, plain additions skip the general function; where padding is left
+    out, they must not."""
     model, draw = models.hf("llama"), torch.Generator().manual_seed(0)
     names = [
         "blocks.0.hook_resid_post",
@@ -387,7 +469,13 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(monkeypatc
                 monkeypatch.setattr(Steering, "_fastest", Steering._function)
             with plan.hooks(model) as report:
                 found.append(
-                    (model(**batch).logits, report.n_fired, report.n_selected, report.n_edited, report.n_forwards)
+                    (
+                        model(**batch).logits,
+                        report.n_fired,
+                        report.n_selected,
+                        report.n_edited,
+                        report.n_forwards,
+                    )
                 )
             with plan.hooks(model) as report:  # and step by step
                 model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
@@ -402,9 +490,11 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(monkeypatc
 def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
     from transformers import DynamicCache
 
-    from expertsteer_lens.hosts._watch import forward_info
+    from expertsteer_lens.hosts.pass_tracking import forward_info
 
     cache, keys = DynamicCache(), torch.zeros(1, 2, 5, 4)
     cache.update(keys, keys, 0)
-    info = forward_info(["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True})
+    info = forward_info(
+        ["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True}
+    )
     assert (info.past, info.n_new) == (5, 1)

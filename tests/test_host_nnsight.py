@@ -1,4 +1,5 @@
-"""nnsight: steering around and inside traces, generations, sessions and edits, and on a server that lacks this package.
+"""nnsight: steering around and inside traces, generations, sessions and edits, and on a server that
+lacks this package.
 
 Families, rules and paddings are in `test_host_parity`; here is what only nnsight has.
 """
@@ -14,7 +15,19 @@ from typing import Any
 import models
 import pytest
 import torch
-from reference import CLOSE, HOOK, N_NEW, RULES, SIZE, n_edited, padded, plan_for, prompt_ids, reference, vector
+from reference import (
+    CLOSE,
+    HOOK,
+    N_NEW,
+    RULES,
+    SIZE,
+    n_edited,
+    padded,
+    plan_for,
+    prompt_ids,
+    reference,
+    vector,
+)
 from torch import Tensor, nn
 
 from expertsteer_lens.errors import (
@@ -25,15 +38,20 @@ from expertsteer_lens.errors import (
     InterventionError,
     ModelStateError,
 )
-from expertsteer_lens.gates import Gate
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.steer.plan import SteeringPlan
 
 nnsight = pytest.importorskip("nnsight")
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 IDS = torch.tensor([[1, 4, 7, 19, 6, 8]])
-GENERATE = {"max_new_tokens": N_NEW, "do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
+GENERATE = {
+    "max_new_tokens": N_NEW,
+    "do_sample": False,
+    "eos_token_id": 2**31 - 1,
+    "pad_token_id": 0,
+}
 
 
 def fresh(family: str = "llama") -> Any:
@@ -65,16 +83,19 @@ def stream(model: Any, ids: Tensor = IDS) -> Tensor:
     return found
 
 
-# -- which models -------------------------------------------------------------------------------------------------------
+# -- which models ---------------------------------------------------------------------------------
 
 
 def test_every_class_of_nnsight_gives_the_same_numbers() -> None:
     with pytest.warns(Warning, match="LanguageModel is deprecated"):
-        deprecated = nnsight.LanguageModel(models.hf("llama", size=SIZE), tokenizer=models.tokenizer())
+        deprecated = nnsight.LanguageModel(
+            models.hf("llama", size=SIZE), tokenizer=models.tokenizer()
+        )
     bare = nnsight.NNsight(models.hf("llama", size=SIZE))
     hosts = [as_host(fresh()), as_host(deprecated), as_host(bare, tokenizer=models.tokenizer())]
     assert [repr(host).split(": ")[1] for host in hosts] == [
-        f"{name}, because its class is nnsight's" for name in ("TransformersModel", "LanguageModel", "NNsight")
+        f"{name}, because its class is nnsight's"
+        for name in ("TransformersModel", "LanguageModel", "NNsight")
     ]
     assert all(host.name == "LlamaForCausalLM" for host in hosts)
     assert len({host.fingerprint for host in hosts}) == 1
@@ -89,16 +110,20 @@ def test_every_class_of_nnsight_gives_the_same_numbers() -> None:
 
 
 def test_what_is_no_whole_language_model_is_refused(model: Any) -> None:
-    with pytest.raises(HostError, match=r"'model\.model' is a part of an nnsight model; pass the whole model"):
+    with pytest.raises(
+        HostError, match=r"'model\.model' is a part of an nnsight model; pass the whole model"
+    ):
         as_host(model.model)
     with pytest.raises(HostError, match="wraps a Linear, which is no Hugging Face language model"):
         as_host(nnsight.NNsight(nn.Linear(2, 2)))
-    plan = SteeringPlan.from_vectors({"blocks.1.hook_resid_pots": torch.ones(32)}, relative_to="unit")
+    plan = SteeringPlan.from_vectors(
+        {"blocks.1.hook_resid_pots": torch.ones(32)}, relative_to="unit"
+    )
     with pytest.raises(HookNameError, match="hook_resid_pots"):
         plan.attach(model)
 
 
-# -- around and inside a trace ------------------------------------------------------------------------------------------
+# -- around and inside a trace --------------------------------------------------------------------
 
 
 def test_a_trace_inside_the_block_reads_the_steered_stream(model: Any) -> None:
@@ -161,7 +186,9 @@ def test_apply_in_a_generation_steers_every_step_said_once_or_in_the_loop(model:
 
 def test_apply_too_late_outside_of_a_trace_and_without_effect_is_an_error(model: Any) -> None:
     plan = plan_for("llama", "all")
-    with pytest.raises(HostError, match=r"apply\(model\) was called outside of a trace; call it first thing inside"):
+    with pytest.raises(
+        HostError, match=r"apply\(model\) was called outside of a trace; call it first thing inside"
+    ):
         plan.apply(model)
 
     def late() -> None:
@@ -220,7 +247,7 @@ def test_a_users_own_intervention_comes_after_steering(model: Any) -> None:
     torch.testing.assert_close(doubled, 2 * want, **CLOSE)
 
 
-# -- edits --------------------------------------------------------------------------------------------------------------
+# -- edits ----------------------------------------------------------------------------------------
 
 
 def test_an_edit_steers_every_later_run_until_exactly_it_is_removed() -> None:
@@ -251,17 +278,23 @@ def test_an_edit_steers_every_later_run_until_exactly_it_is_removed() -> None:
 def test_what_an_edit_cannot_hold_is_refused(model: Any) -> None:
     plan = plan_for("llama", "all")
     gated = SteeringPlan.from_vectors(
-        {HOOK: vector("llama")}, relative_to="unit", gate=Gate(direction=vector("llama"), threshold=0.0)
+        {HOOK: vector("llama")},
+        relative_to="unit",
+        gate=Gate(direction=vector("llama"), threshold=0.0),
     )
     with pytest.raises(HostError, match=r"an nnsight edit cannot hold gates; use plan.hooks"):
         gated.edit(model)
-    with pytest.raises(HostError, match=r"edit makes an nnsight edit; on huggingface use `handle = plan.attach"):
+    with pytest.raises(
+        HostError, match=r"edit makes an nnsight edit; on huggingface use `handle = plan.attach"
+    ):
         plan.edit(models.hf("llama"))
     ids, _ = padded(prompt_ids()[:2], "left")
     handle = plan_for("llama", -1).edit(model)
     with pytest.raises(ValueError, match="does not say which tokens are padding"):
         logits(model, ids, attention_mask=torch.zeros(2, 1, 10, 10))
-    with pytest.raises(ValueError, match="several tokens on top of a cache hide where the prompt ends"):
+    with pytest.raises(
+        ValueError, match="several tokens on top of a cache hide where the prompt ends"
+    ):
         model.generate(input_ids=IDS, prefill_chunk_size=2, **GENERATE)
     handle.remove()
     handle = plan_for("llama", -7).edit(model)
@@ -281,7 +314,9 @@ def test_a_prompt_in_chunks_is_followed_by_hooks_and_refused_by_apply(model: Any
         with model.generate(input_ids=ids, prefill_chunk_size=2, **GENERATE):
             plan.apply(model)
 
-    with pytest.raises(InterventionError, match=r"several tokens on top of a cache.*pass prompt_lengths="):
+    with pytest.raises(
+        InterventionError, match=r"several tokens on top of a cache.*pass prompt_lengths="
+    ):
         applied()
     with model.generate(input_ids=ids, prefill_chunk_size=2, **GENERATE) as tracer:
         plan.apply(model, prompt_lengths=ids.shape[1])
@@ -298,12 +333,13 @@ def test_edits_removed_by_the_user_are_an_error_on_the_next_run(model: Any) -> N
             raise AssertionError("the second run should not have happened")
 
     with pytest.raises(
-        InterventionError, match=r"\['blocks.1.hook_resid_post'\] was removed while it was on .*clear_edits"
+        InterventionError,
+        match=r"\['blocks.1.hook_resid_post'\] was removed while it was on .*clear_edits",
     ):
         cleared()
 
 
-# -- elsewhere ----------------------------------------------------------------------------------------------------------
+# -- elsewhere ------------------------------------------------------------------------------------
 
 
 def test_a_remote_model_is_measured_captured_and_generated_from_as_a_local_one(model: Any) -> None:
@@ -313,9 +349,12 @@ def test_a_remote_model_is_measured_captured_and_generated_from_as_a_local_one(m
         mine, theirs = (capture(host, TEXTS, positions=positions) for host in (here, there))
         for name in mine:
             torch.testing.assert_close(theirs[name], mine[name], atol=1e-6, rtol=0)
-    assert there.generate_tokens(TEXTS, max_new_tokens=3) == here.generate_tokens(TEXTS, max_new_tokens=3)
+    assert there.generate_tokens(TEXTS, max_new_tokens=3) == here.generate_tokens(
+        TEXTS, max_new_tokens=3
+    )
     with pytest.raises(
-        HostError, match=r"a remote model cannot be watched from here; steer it with `handle = plan.edit"
+        HostError,
+        match=r"a remote model cannot be watched from here; steer it with `handle = plan.edit",
     ):
         plan_for("llama", "all").attach(there)
     with pytest.raises(ArgumentError, match="remote cannot be given"):
@@ -325,7 +364,8 @@ def test_a_remote_model_is_measured_captured_and_generated_from_as_a_local_one(m
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("way", ["edit", "attach"])
 def test_a_scan_is_no_obstacle_to_what_stays_on_the_model(model: Any, way: str, rule: str) -> None:
-    """A scan runs the model on tensors without values: nothing can be placed or edited in it, and nothing has to be."""
+    """A scan runs the model on tensors without values: nothing can be placed or edited in it, and
+    nothing has to be."""
     handle = getattr(plan_for("llama", RULES[rule][0]), way)(model)
     steered = logits(model)
     with model.scan(input_ids=IDS):
@@ -337,12 +377,17 @@ def test_a_scan_is_no_obstacle_to_what_stays_on_the_model(model: Any, way: str, 
 
 def test_a_remote_run_under_hooks_is_refused_in_words(model: Any) -> None:
     def sent() -> None:
-        with plan_for("llama", "all").hooks(model), torch.no_grad(), model.trace(input_ids=IDS, remote="local"):
+        with (
+            plan_for("llama", "all").hooks(model),
+            torch.no_grad(),
+            model.trace(input_ids=IDS, remote="local"),
+        ):
             model.output.logits.save()
 
     plain = logits(model)
     with pytest.raises(
-        InterventionError, match=r"stays on this machine .*; use `handle = plan\.edit\(as_host\(model, remote"
+        InterventionError,
+        match=r"stays on this machine .*; use `handle = plan\.edit\(as_host\(model, remote",
     ):
         sent()
     assert torch.equal(logits(model), plain)
@@ -412,7 +457,11 @@ def test_a_process_without_this_package_runs_the_edit(tmp_path: pathlib.Path) ->
     handle.remove()
     assert kept == []  # nothing ran here
     done = subprocess.run(
-        [sys.executable, "-c", SERVER, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", SERVER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     there = torch.load(tmp_path / "result")
@@ -420,7 +469,9 @@ def test_a_process_without_this_package_runs_the_edit(tmp_path: pathlib.Path) ->
     assert (want - plain).abs().max() > 0.1
 
 
-def test_weights_that_only_a_server_has_are_not_loaded_to_look_at_them(tmp_path: pathlib.Path) -> None:
+def test_weights_that_only_a_server_has_are_not_loaded_to_look_at_them(
+    tmp_path: pathlib.Path,
+) -> None:
     models.hf("llama", size=SIZE).save_pretrained(tmp_path)
     models.tokenizer().save_pretrained(tmp_path)
 
@@ -432,7 +483,9 @@ def test_weights_that_only_a_server_has_are_not_loaded_to_look_at_them(tmp_path:
 
     model, plan = unloaded(), plan_for("llama", "all")
     assert as_host(model).name == tmp_path.name
-    with pytest.raises(ModelStateError, match=r"weights of .* are not loaded here.*call\s+model.dispatch\(\)"):
+    with pytest.raises(
+        ModelStateError, match=r"weights of .* are not loaded here.*call\s+model.dispatch\(\)"
+    ):
         plan.edit(model)
     assert not model.dispatched
     there, here = capture(as_host(unloaded(), remote="local"), TEXTS), capture(fresh(), TEXTS)

@@ -1,8 +1,8 @@
-"""The same weights through every host: the same activations, the same steered logits, the same tokens.
+"""The same weights through every host: the same activations, the same steered logits, the same
+tokens.
 
-TransformerBridge and HookedTransformer are held to the reference in `test_position_goldens`; here are nnsight (each way of
-steering it) and plain Hugging Face, and the activations of all three.
-"""
+TransformerBridge and HookedTransformer are held to the reference in `test_position_goldens`; here
+are nnsight (each way of steering it) and plain Hugging Face, and the activations of all three."""
 
 from __future__ import annotations
 
@@ -14,18 +14,32 @@ from typing import Any
 import models
 import pytest
 import torch
-from reference import CLOSE, HOOK, N_NEW, RULES, SIZE, check, n_edited, padded, plan_for, prompt_ids, reference
+from reference import (
+    CLOSE,
+    HOOK,
+    N_NEW,
+    RULES,
+    SIZE,
+    check,
+    n_edited,
+    padded,
+    plan_for,
+    prompt_ids,
+    reference,
+)
 from torch import Tensor
 
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.hosts._blocks import KINDS
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.hosts.blocks import KINDS
+from expertsteer_lens.steer.plan import SteeringPlan
 
 WAYS = ("huggingface", "nnsight hooks", "nnsight apply", "nnsight edit")
 families = pytest.mark.parametrize("family", models.FAMILIES)
-# A bare NNsight wrapper differs from a TransformersModel in how it is run, not in the model: one family will do.
+# A bare NNsight wrapper differs from a TransformersModel in how it is run, not in the model: one
+# family will do.
 cases = pytest.mark.parametrize(
-    ("way", "family"), [*((way, family) for way in WAYS for family in models.FAMILIES), ("NNsight hooks", "llama")]
+    ("way", "family"),
+    [*((way, family) for way in WAYS for family in models.FAMILIES), ("NNsight hooks", "llama")],
 )
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 
@@ -63,9 +77,16 @@ def generated(
     """New tokens and their log-probabilities; rows of unequal length are padded on the left."""
     ids, mask = padded(rows, "left")
     options = {
-        "input_ids": ids, "attention_mask": mask, "max_new_tokens": N_NEW, "do_sample": False, "use_cache": cached,
-        "eos_token_id": 2**31 - 1, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True,
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": mask,
+        "max_new_tokens": N_NEW,
+        "do_sample": False,
+        "use_cache": cached,
+        "eos_token_id": 2**31 - 1,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     with steered(way, model, plan):
         if way.endswith("apply"):
             with model.generate(**options) as tracer:
@@ -78,7 +99,9 @@ def generated(
     return out.sequences[:, -N_NEW:], torch.stack(out.logits, dim=1).log_softmax(-1)
 
 
-def one_pass(way: str, model: Any, plan: SteeringPlan, lengths: list[int] | None = None, **options: Any) -> Any:
+def one_pass(
+    way: str, model: Any, plan: SteeringPlan, lengths: list[int] | None = None, **options: Any
+) -> Any:
     """The output of one pass of the model."""
     with torch.no_grad():
         if not way.startswith(("nnsight", "NNsight")):
@@ -98,19 +121,31 @@ def places_of(mask: Tensor) -> Tensor:
 @cases
 @pytest.mark.parametrize("rule", RULES)
 def test_steered_generation_is_the_reference(way: str, family: str, rule: str) -> None:
-    model, expected, plan = model_of(way, family), reference(family, rule), plan_for(family, RULES[rule][0])
+    model, expected, plan = (
+        model_of(way, family),
+        reference(family, rule),
+        plan_for(family, RULES[rule][0]),
+    )
     for cached in (True, False):
         check(*generated(way, model, plan, prompt_ids(), cached=cached), expected)
         if not way.endswith("edit"):  # an edit lives inside nnsight and reports nothing
             assert plan.last_run is not None
             assert plan.last_run.n_edited == n_edited(expected, cached=cached)
-        check(*generated(way, model, plan, prompt_ids()[-1:], cached=cached), expected[-1:])  # one token
+        check(
+            *generated(way, model, plan, prompt_ids()[-1:], cached=cached), expected[-1:]
+        )  # one token
 
 
 @cases
 @pytest.mark.parametrize("rule", RULES)
-def test_steered_scores_of_padded_completions_are_the_reference(way: str, family: str, rule: str) -> None:
-    model, expected, plan = model_of(way, family), reference(family, rule), plan_for(family, RULES[rule][0])
+def test_steered_scores_of_padded_completions_are_the_reference(
+    way: str, family: str, rule: str
+) -> None:
+    model, expected, plan = (
+        model_of(way, family),
+        reference(family, rule),
+        plan_for(family, RULES[rule][0]),
+    )
     rows = [ids + want.tokens[:-1] for ids, want in zip(prompt_ids(), expected, strict=True)]
     lengths = [len(ids) for ids in prompt_ids()]
     for side in ("right", "left"):
@@ -123,25 +158,43 @@ def test_steered_scores_of_padded_completions_are_the_reference(way: str, family
             torch.testing.assert_close(found[lengths[i] - 1 :], want.rows, **CLOSE)
 
 
-@pytest.mark.parametrize("way", ["huggingface", "nnsight hooks"])  # apply and edit begin anew with every run
+@pytest.mark.parametrize(
+    "way", ["huggingface", "nnsight hooks"]
+)  # apply and edit begin anew with every run
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_loop_of_ones_own_over_a_cache_is_the_reference_padded_on_either_side(
     way: str, family: str, rule: str
 ) -> None:
-    """Greedy decoding by hand; padded on the right, the padding lies between the prompt and what is generated."""
+    """Greedy decoding by hand; padded on the right, the padding lies between the prompt and what is
+    generated."""
     from transformers import DynamicCache
 
-    model, expected, plan = model_of(way, family), reference(family, rule), plan_for(family, RULES[rule][0])
+    model, expected, plan = (
+        model_of(way, family),
+        reference(family, rule),
+        plan_for(family, RULES[rule][0]),
+    )
     for side in ("left", "right"):
         new, mask = padded(prompt_ids(), side)
-        last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # the column of each row's last real token
-        cache, tokens, rows = DynamicCache(config=as_host(model_of("huggingface", family)).model.config), [], []
+        last = (
+            mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        )  # the column of each row's last real token
+        cache, tokens, rows = (
+            DynamicCache(config=as_host(model_of("huggingface", family)).model.config),
+            [],
+            [],
+        )
         with plan.hooks(model) as report:
             for _ in range(N_NEW):
                 options = {"past_key_values": cache, "use_cache": True, "attention_mask": mask}
                 out = one_pass(
-                    way, model, plan, input_ids=new, position_ids=places_of(mask)[:, -new.shape[1] :], **options
+                    way,
+                    model,
+                    plan,
+                    input_ids=new,
+                    position_ids=places_of(mask)[:, -new.shape[1] :],
+                    **options,
                 )
                 rows.append(out.logits[torch.arange(len(last)), last].log_softmax(-1))
                 new, last = rows[-1].argmax(-1, keepdim=True), torch.zeros_like(last)
@@ -194,12 +247,18 @@ def test_every_edit_that_travels_is_the_edit_that_stays(edit: str, keep: bool, f
     """`plan.edit` says the mathematics of steering a second time; the two must be one."""
     generator = torch.Generator().manual_seed(4)
     vectors = {
-        f"blocks.{i}.hook_resid_{side}": torch.randn(32, generator=generator) for i, side in ((0, "post"), (2, "pre"))
+        f"blocks.{i}.hook_resid_{side}": torch.randn(32, generator=generator)
+        for i, side in ((0, "post"), (2, "pre"))
     }
     strength = 3.0 if edit in ("add", "clamp") else 0.8
     for sign in (strength, -strength):
         plan = SteeringPlan.from_vectors(
-            vectors, coefficient=sign, relative_to="unit", edit=edit, preserve_norm=keep, positions=slice(1, None)
+            vectors,
+            coefficient=sign,
+            relative_to="unit",
+            edit=edit,
+            preserve_norm=keep,
+            positions=slice(1, None),
         )
         ids = {"input_ids": torch.tensor([prompt_ids()[1]])}
         model, plain = model_of("nnsight edit", family), model_of("huggingface", family)
@@ -214,7 +273,9 @@ def test_every_edit_that_travels_is_the_edit_that_stays(edit: str, keep: bool, f
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", ["huggingface", "nnsight hooks", "nnsight edit"])
-def test_half_precision_models_are_captured_in_float32_and_steered_in_their_own(way: str, dtype: torch.dtype) -> None:
+def test_half_precision_models_are_captured_in_float32_and_steered_in_their_own(
+    way: str, dtype: torch.dtype
+) -> None:
     from nnsight import TransformersModel
 
     hf = models.hf("llama", dtype=dtype, size=SIZE)

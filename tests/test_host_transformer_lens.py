@@ -1,7 +1,8 @@
-"""TransformerLens as a host: every trap of reading, hooking and weight processing, on Bridge and HookedTransformer.
+"""TransformerLens as a host: every trap of reading, hooking and weight processing, on Bridge and
+HookedTransformer.
 
-Runs with TransformerLens 4 and 3.9; what needs HookedTransformer is skipped where it no longer exists.
-"""
+Runs with TransformerLens 4 and 3.9; what needs HookedTransformer is skipped where it no longer
+exists."""
 
 from __future__ import annotations
 
@@ -27,11 +28,16 @@ from expertsteer_lens.errors import (
     InterventionError,
     ModelStateError,
 )
-from expertsteer_lens.gates import Gate
 from expertsteer_lens.hosts import as_host, capture, fingerprints_match
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.steer.plan import SteeringPlan
 
-PROMPTS = ["the cat saw a dog", "sun", "once upon a time there was a big red house", "the dog ran home"]
+PROMPTS = [
+    "the cat saw a dog",
+    "sun",
+    "once upon a time there was a big red house",
+    "the dog ran home",
+]
 HOOK = "blocks.1.hook_resid_post"
 KINDS = ("bridge", "bridge compat", "hooked", "hooked raw")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +47,10 @@ families = pytest.mark.parametrize("family", models.FAMILIES)
 def fresh(kind: str, family: str = "gpt2") -> Any:
     if kind.startswith("hooked"):
         if not models.has_hooked_transformer():
-            pytest.skip("HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9")
+            pytest.skip(
+                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
+                "3.9"
+            )
         return models.hooked(family, processed=kind == "hooked")
     return models.bridge(family, compat=kind == "bridge compat")
 
@@ -67,7 +76,9 @@ def direction(seed: int = 0) -> Tensor:
 
 def plan_at(*names: str, coefficient: float = 5.0, **options: Any) -> SteeringPlan:
     vectors = {name: direction(i) for i, name in enumerate(names or (HOOK,))}
-    return SteeringPlan.from_vectors(vectors, coefficient=coefficient, relative_to="unit", **options)
+    return SteeringPlan.from_vectors(
+        vectors, coefficient=coefficient, relative_to="unit", **options
+    )
 
 
 def hook_count(model: Any) -> int:
@@ -79,10 +90,13 @@ def hook_count(model: Any) -> int:
     inner = getattr(model, "original_model", None)
     if isinstance(inner, nn.Module):
         modules |= set(inner.modules())
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(getattr(m, "fwd_hooks", [])) for m in modules)
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(getattr(m, "fwd_hooks", []))
+        for m in modules
+    )
 
 
-# -- recognising a model ----------------------------------------------------------------------------------------------
+# -- recognising a model --------------------------------------------------------------------------
 
 
 @kinds
@@ -101,7 +115,7 @@ def test_something_else_is_refused_with_what_was_looked_for() -> None:
 def test_measurements_do_not_keep_a_model_alive() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(1))
-    from expertsteer_lens.hosts._measure import facts
+    from expertsteer_lens.hosts.facts import facts
 
     facts(model)["basis"] = "raw"
     assert facts(model) == {"basis": "raw"}
@@ -114,17 +128,21 @@ def test_measurements_do_not_keep_a_model_alive() -> None:
     assert gone() is None
 
 
-# -- hook names -------------------------------------------------------------------------------------------------------
+# -- hook names -----------------------------------------------------------------------------------
 
 
 @kinds
 def test_a_typo_in_a_list_of_names_is_an_error_with_the_closest(kind: str) -> None:
     model = shared_model(kind)
     with pytest.raises(
-        HookNameError, match=r"'blocks.1.hook_resid_pots' is not on this model .*closest: 'blocks.1.hook_resid_"
+        HookNameError,
+        match=r"'blocks.1.hook_resid_pots' is not on this model .*closest: 'blocks.1.hook_resid_",
     ):
         capture(model, PROMPTS, ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pots"])
-    with pytest.raises(HookNameError, match="hook_resid_pots"), plan_at("blocks.1.hook_resid_pots").hooks(model):
+    with (
+        pytest.raises(HookNameError, match="hook_resid_pots"),
+        plan_at("blocks.1.hook_resid_pots").hooks(model),
+    ):
         pass
 
 
@@ -163,12 +181,21 @@ def test_resid_mid_can_be_read_but_not_steered_on_a_bridge(kind: str, family: st
     model = shared_model(kind, family)
     names = [
         f"blocks.1.{n}"
-        for n in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+        for n in (
+            "hook_resid_pre",
+            "hook_attn_out",
+            "hook_resid_mid",
+            "hook_mlp_out",
+            "hook_resid_post",
+        )
     ]
     pre, attn, mid, mlp, post = (capture(model, PROMPTS, names)[n] for n in names)
     torch.testing.assert_close(pre + attn, mid, atol=1e-4, rtol=0)
     torch.testing.assert_close(mid + mlp, post, atol=1e-4, rtol=0)
-    with pytest.raises(HookNameError, match="input of the MLP branch alone"), plan_at(names[2]).hooks(model):
+    with (
+        pytest.raises(HookNameError, match="input of the MLP branch alone"),
+        plan_at(names[2]).hooks(model),
+    ):
         pass
 
 
@@ -176,7 +203,9 @@ def test_resid_mid_can_be_read_but_not_steered_on_a_bridge(kind: str, family: st
 def test_resid_mid_on_a_hooked_transformer_reaches_the_skip_path(kind: str) -> None:
     model = shared_model(kind)
     with plan_at("blocks.1.hook_resid_mid").hooks(model):
-        with_mid = capture(model, PROMPTS, [HOOK, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid"])
+        with_mid = capture(
+            model, PROMPTS, [HOOK, "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid"]
+        )
     steered_sum = with_mid["blocks.1.hook_resid_mid"] + with_mid["blocks.1.hook_mlp_out"]
     torch.testing.assert_close(steered_sum, with_mid[HOOK], atol=1e-4, rtol=0)
 
@@ -190,11 +219,13 @@ def test_other_sites_of_the_residual_width_can_be_steered(kind: str, site: str) 
     with plan_at(name).hooks(model):
         steered = capture(model, PROMPTS, [name, HOOK])
     unit = direction() / direction().norm()
-    torch.testing.assert_close(steered[name] - plain[name], 5 * unit.expand(4, -1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        steered[name] - plain[name], 5 * unit.expand(4, -1), atol=1e-4, rtol=0
+    )
     assert (steered[HOOK] - plain[HOOK]).norm(dim=1).min() > 1
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 @families
@@ -220,7 +251,9 @@ def test_positions_of_a_capture_count_real_tokens(positions: Any) -> None:
         with host.intervene({HOOK: lambda x, seen=seen: seen.append(x[0].clone())}):
             host.forward(host.tokenize([text]))
         rows = seen[0]
-        want.append({"last": rows[-1:], "mean": rows.mean(0, keepdim=True), "all": rows}.get(positions))
+        want.append(
+            {"last": rows[-1:], "mean": rows.mean(0, keepdim=True), "all": rows}.get(positions)
+        )
         if want[-1] is None:
             want[-1] = rows[positions][None]
     torch.testing.assert_close(store[HOOK], torch.cat(want), atol=2e-5, rtol=0)
@@ -241,14 +274,16 @@ def test_a_store_does_not_move_when_the_model_is_run_or_edited_in_place_later(ki
     host = as_host(model)
     with host.intervene({HOOK: lambda x: x.add_(100.0)}), torch.no_grad():
         host.forward(host.tokenize(PROMPTS))
-        assert not torch.equal(capture(model, PROMPTS)[HOOK], kept)  # readers come after it and see the edit
+        assert not torch.equal(
+            capture(model, PROMPTS)[HOOK], kept
+        )  # readers come after it and see the edit
     assert torch.equal(store[HOOK], kept)
     assert torch.equal(capture(model, PROMPTS)[HOOK], kept)
 
 
 @kinds
 def test_an_in_place_hook_that_runs_after_the_reader_cannot_reach_what_was_read(kind: str) -> None:
-    from expertsteer_lens.hosts import _capture
+    from expertsteer_lens.hosts import reading as _capture
 
     model = fresh(kind, "llama")
     host = as_host(model)
@@ -290,15 +325,21 @@ def test_capture_stops_after_the_last_layer_it_needs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_are_read_in_float32_and_steered_in_their_own(dtype: torch.dtype) -> None:
+def test_half_precision_models_are_read_in_float32_and_steered_in_their_own(
+    dtype: torch.dtype,
+) -> None:
     model = models.bridge("gpt2", dtype=dtype)
     store = capture(model, PROMPTS)
     assert store[HOOK].dtype == torch.float32
-    torch.testing.assert_close(store[HOOK], capture(shared_model("bridge"), PROMPTS)[HOOK], atol=0.3, rtol=0.1)
+    torch.testing.assert_close(
+        store[HOOK], capture(shared_model("bridge"), PROMPTS)[HOOK], atol=0.3, rtol=0.1
+    )
     for edit, unit in (("add", 5.0), ("ablate", 1.0), ("clamp", 3.0)):
         with plan_at(coefficient=unit, edit=edit).hooks(model):
             assert run(model).dtype == dtype
-    assert fingerprints_match(as_host(model).fingerprint, as_host(shared_model("bridge")).fingerprint)
+    assert fingerprints_match(
+        as_host(model).fingerprint, as_host(shared_model("bridge")).fingerprint
+    )
 
 
 def test_nan_names_the_hook_and_the_prompt() -> None:
@@ -309,7 +350,9 @@ def test_nan_names_the_hook_and_the_prompt() -> None:
         return torch.full_like(x, torch.nan) if x.shape[1] == ids.shape[1] else None
 
     with as_host(model).intervene({"blocks.0.hook_resid_post": poison}):
-        with pytest.raises(DataError, match=r"prompts\[1\] at 'blocks.0.hook_resid_post' holds NaN or Inf"):
+        with pytest.raises(
+            DataError, match=r"prompts\[1\] at 'blocks.0.hook_resid_post' holds NaN or Inf"
+        ):
             capture(model, PROMPTS, batch_size=1)
 
 
@@ -340,7 +383,9 @@ def test_the_store_says_where_it_came_from() -> None:
         ({"hook_names": ["blocks.1.attn.hook_pattern"]}, HookNameError, r"only \[batch, pos, d\]"),
     ],
 )
-def test_capture_refuses_bad_arguments(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_capture_refuses_bad_arguments(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
     arguments: dict[str, Any] = {"prompts": PROMPTS, **change}
     with pytest.raises(error, match=words):
         capture(shared_model("bridge"), **arguments)
@@ -355,7 +400,7 @@ def test_progress_shows_a_bar_and_changes_nothing(capsys: pytest.CaptureFixture[
     assert torch.equal(quiet[HOOK], shown[HOOK])
 
 
-# -- tokens -----------------------------------------------------------------------------------------------------------
+# -- tokens ---------------------------------------------------------------------------------------
 
 
 @families
@@ -371,7 +416,9 @@ def test_our_ids_are_the_plain_tokenizer_with_one_bos_on_every_family(family: st
 
 def test_a_tokenizer_without_pad_or_bos_is_no_obstacle() -> None:
     model = models.bridge("llama", pad=False, bos=False)
-    model.tokenizer.pad_token_id = None  # TransformerLens gives it one; some tokenizers lose it again
+    model.tokenizer.pad_token_id = (
+        None  # TransformerLens gives it one; some tokenizers lose it again
+    )
     together = capture(model, PROMPTS, [HOOK], prepend_bos=False)
     alone = capture(model, PROMPTS[1:2], [HOOK], prepend_bos=False)
     torch.testing.assert_close(together[HOOK][1], alone[HOOK][0], atol=2e-5, rtol=0)
@@ -395,14 +442,15 @@ def test_a_tokenizer_without_pad_or_bos_is_no_obstacle() -> None:
 def test_too_long_prompts_are_refused_not_cut() -> None:
     host = as_host(shared_model("bridge"))
     with pytest.raises(
-        DataError, match=r"prompts\[1\] has 71 tokens, more than the model's context length 64; shorten"
+        DataError,
+        match=r"prompts\[1\] has 71 tokens, more than the model's context length 64; shorten",
     ):
         host.tokenize(["the", "the " * 70])
     with pytest.raises(DataError, match=r"prompts\[0\] has 6 tokens, more than max_length 3"):
         capture(shared_model("bridge"), PROMPTS, max_length=3)
 
 
-# -- hooks: order, removal, exceptions ----------------------------------------------------------------------------------
+# -- hooks: order, removal, exceptions ------------------------------------------------------------
 
 
 @kinds
@@ -412,9 +460,13 @@ def test_hooks_run_in_the_order_they_were_put_on(kind: str) -> None:
     model.add_hook(HOOK, lambda tensor, hook: before.append(tensor.clone()))
     with plan_at(basis="raw").hooks(model):
         _, cache = model.run_with_cache(IDS, names_filter=HOOK)
-        model.run_with_hooks(IDS, fwd_hooks=[(HOOK, lambda tensor, hook: after.append(tensor.clone()))])
+        model.run_with_hooks(
+            IDS, fwd_hooks=[(HOOK, lambda tensor, hook: after.append(tensor.clone()))]
+        )
     unit = direction() / direction().norm()
-    torch.testing.assert_close(after[0] - before[0], 5 * unit.expand_as(after[0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        after[0] - before[0], 5 * unit.expand_as(after[0]), atol=1e-4, rtol=0
+    )
     assert torch.equal(after[0], cache[HOOK])  # a probe inside the block sees the steered stream
     model.reset_hooks()
 
@@ -452,12 +504,16 @@ def test_an_exception_inside_leaves_no_hook_and_bit_equal_outputs(kind: str) -> 
     with pytest.raises(KeyError, match="mine"):
         fails()
     assert hook_count(model) == count
-    assert not {"generate", "hf_generate", "generate_stream"} & set(model.__dict__)  # nor the note-taker of generate
+    assert not {"generate", "hf_generate", "generate_stream"} & set(
+        model.__dict__
+    )  # nor the note-taker of generate
     assert torch.equal(run(model), plain)
 
 
 @kinds
-def test_a_registration_that_fails_half_way_is_undone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registration_that_fails_half_way_is_undone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = fresh(kind)
     plain, count = run(model), hook_count(model)
     point = model.hook_dict["blocks.2.hook_resid_post"]
@@ -467,7 +523,10 @@ def test_a_registration_that_fails_half_way_is_undone(kind: str, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setitem(point.__dict__, "add_hook", refuse)
-        with pytest.raises(RuntimeError, match="no room"), plan_at(HOOK, "blocks.2.hook_resid_post").hooks(model):
+        with (
+            pytest.raises(RuntimeError, match="no room"),
+            plan_at(HOOK, "blocks.2.hook_resid_post").hooks(model),
+        ):
             pass
     assert hook_count(model) == count
     assert torch.equal(run(model), plain)
@@ -477,7 +536,10 @@ def test_a_registration_that_fails_half_way_is_undone(kind: str, monkeypatch: py
 def test_nested_plans_add_up_and_come_off_one_by_one(kind: str) -> None:
     model = fresh(kind)
     plain = run(model)
-    one, both = plan_at(), SteeringPlan(vectors=plan_at().vectors + plan_at("blocks.2.hook_resid_post").vectors)
+    one, both = (
+        plan_at(),
+        SteeringPlan(vectors=plan_at().vectors + plan_at("blocks.2.hook_resid_post").vectors),
+    )
     with one.hooks(model):
         alone = run(model)
         with plan_at("blocks.2.hook_resid_post").hooks(model):
@@ -517,7 +579,8 @@ def test_reset_hooks_by_the_user_is_noticed_at_the_end(kind: str) -> None:
             run(model)
 
     with pytest.raises(
-        InterventionError, match=r"\['blocks.1.hook_resid_post'\] was removed while it was on \(reset_hooks"
+        InterventionError,
+        match=r"\['blocks.1.hook_resid_post'\] was removed while it was on \(reset_hooks",
     ):
         resets()
 
@@ -531,7 +594,8 @@ def test_reset_hooks_by_the_user_is_noticed_at_the_end(kind: str) -> None:
 
 
 class Wrapped(nn.Module):
-    """What SAELens puts in the place of a HookPoint: a module with hook points of its own inside."""
+    """What SAELens puts in the place of a HookPoint: a module with hook points of its own
+    inside."""
 
     def __init__(self, point: nn.Module) -> None:
         super().__init__()
@@ -559,7 +623,9 @@ def test_an_sae_on_the_hook_point_is_refused_on_entry_and_noticed_later(kind: st
     with pytest.raises(InterventionError, match="an SAE put on the hook point"):
         puts_sae_on()
     with (
-        pytest.raises(HookNameError, match=rf"An SAE sits on it: steer at '{HOOK}.hook_sae_output'"),
+        pytest.raises(
+            HookNameError, match=rf"An SAE sits on it: steer at '{HOOK}.hook_sae_output'"
+        ),
         plan_at().hooks(model),
     ):
         pass
@@ -569,7 +635,9 @@ def test_an_sae_on_the_hook_point_is_refused_on_entry_and_noticed_later(kind: st
 
 
 def test_a_real_sae_stacks_with_steering() -> None:
-    sae_lens = pytest.importorskip("sae_lens", reason="SAELens needs TransformerLens 3; this runs in that environment")
+    sae_lens = pytest.importorskip(
+        "sae_lens", reason="SAELens needs TransformerLens 3; this runs in that environment"
+    )
     hooked = models.hooked("gpt2")
     model = sae_lens.HookedSAETransformer(hooked.cfg, tokenizer=hooked.tokenizer)
     model.load_state_dict(hooked.state_dict())
@@ -578,7 +646,9 @@ def test_a_real_sae_stacks_with_steering() -> None:
         | {"metadata": {"hook_name": HOOK}}
     )
     for parameter in sae.parameters():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        parameter.data = 0.2 * torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(1)
+        )
     plain = run(model)
     with plan_at().hooks(model):  # steer, then read the steered stream through the SAE
         steered = run(model)
@@ -597,9 +667,13 @@ def test_a_real_sae_stacks_with_steering() -> None:
 
 @pytest.mark.parametrize("per", ["row", "token"])
 @pytest.mark.parametrize("kind", ["hooked", "hooked raw"])
-def test_a_gate_that_a_pass_does_not_reach_is_an_error_not_an_old_answer(kind: str, per: str) -> None:
+def test_a_gate_that_a_pass_does_not_reach_is_an_error_not_an_old_answer(
+    kind: str, per: str
+) -> None:
     model = fresh(kind)
-    gate = Gate(direction=direction(7), threshold=-1e6, hook_name="blocks.0.hook_resid_post", per=per)
+    gate = Gate(
+        direction=direction(7), threshold=-1e6, hook_name="blocks.0.hook_resid_post", per=per
+    )
     plan = plan_at(gate=gate)
     with torch.no_grad():
         residual = model(IDS, stop_at_layer=1)
@@ -652,7 +726,9 @@ def test_gradients_flow_through_an_intervention(kind: str) -> None:
         host.forward(host.tokenize(PROMPTS)).log_softmax(-1)[:, -1, 5].sum().backward()
     assert v.grad is not None
     assert v.grad.norm() > 1e-4
-    assert abs(float(v.grad.sum())) < 1e-3 * float(v.grad.norm())  # pre-LayerNorm: none along the mean
+    assert abs(float(v.grad.sum())) < 1e-3 * float(
+        v.grad.norm()
+    )  # pre-LayerNorm: none along the mean
 
 
 @kinds
@@ -687,7 +763,9 @@ def test_activation_patching_works_inside_a_plan(kind: str) -> None:
         _, clean = model.run_with_cache(IDS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patched = patching.get_act_patch_resid_pre(model, other, clean, lambda logits: logits[0, -1, 5])
+            patched = patching.get_act_patch_resid_pre(
+                model, other, clean, lambda logits: logits[0, -1, 5]
+            )
         corrupted = run(model, other)
 
         def patch(x: Tensor) -> Tensor:
@@ -701,12 +779,14 @@ def test_activation_patching_works_inside_a_plan(kind: str) -> None:
     assert hook_count(model) == count
 
 
-# -- basis and fingerprint ----------------------------------------------------------------------------------------------
+# -- basis and fingerprint ------------------------------------------------------------------------
 
 
 @families
 @kinds
-def test_the_basis_is_measured_and_processing_does_not_change_what_is_captured(kind: str, family: str) -> None:
+def test_the_basis_is_measured_and_processing_does_not_change_what_is_captured(
+    kind: str, family: str
+) -> None:
     host, plain = as_host(shared_model(kind, family)), shared_model("bridge", family)
     assert host.basis == ("centred" if family in ("gpt2", "neox") else "raw")
     ours, reference = capture(host.model, PROMPTS), capture(plain, PROMPTS)
@@ -741,7 +821,9 @@ def test_a_post_layernorm_model_is_raw_although_it_has_layernorm() -> None:
     for parameter in hf.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     hf.config.architectures = ["BertForMaskedLM"]
-    model = TransformerBridge.boot_transformers("tiny-bert", hf_model=hf, tokenizer=models.tokenizer(), device="cpu")
+    model = TransformerBridge.boot_transformers(
+        "tiny-bert", hf_model=hf, tokenizer=models.tokenizer(), device="cpu"
+    )
     assert as_host(model).basis == "raw"
     assert capture(model, PROMPTS, [HOOK]).n == 4
 
@@ -749,8 +831,11 @@ def test_a_post_layernorm_model_is_raw_although_it_has_layernorm() -> None:
 @pytest.mark.parametrize("edit", ["add", "ablate", "rescale", "clamp"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @kinds
-def test_one_plan_has_one_effect_whatever_the_weight_processing(kind: str, family: str, edit: str) -> None:
-    """A direction with a mean of its own: in centred coordinates only its mean-free part counts, on every class."""
+def test_one_plan_has_one_effect_whatever_the_weight_processing(
+    kind: str, family: str, edit: str
+) -> None:
+    """A direction with a mean of its own: in centred coordinates only its mean-free part counts, on
+    every class."""
     coefficient = {"add": 5.0, "ablate": 1.0, "rescale": 2.0, "clamp": 4.0}[edit]
     plan = plan_at(coefficient=coefficient, edit=edit)
     found = []
@@ -767,7 +852,10 @@ def test_the_fingerprint_is_that_of_the_weights_not_of_the_class(kind: str, fami
     here, there = as_host(shared_model(kind, family)), as_host(shared_model("bridge", family))
     assert fingerprints_match(here.fingerprint, there.fingerprint)
     others = [f for f in models.FAMILIES if f != family]
-    assert not any(fingerprints_match(here.fingerprint, as_host(shared_model("bridge", f)).fingerprint) for f in others)
+    assert not any(
+        fingerprints_match(here.fingerprint, as_host(shared_model("bridge", f)).fingerprint)
+        for f in others
+    )
 
 
 def test_other_weights_have_another_fingerprint_and_a_change_is_noticed() -> None:
@@ -807,7 +895,7 @@ def test_a_model_whose_hooks_are_dead_is_named_not_called_centred() -> None:
         _ = host.basis
 
 
-# -- generation ---------------------------------------------------------------------------------------------------------
+# -- generation -----------------------------------------------------------------------------------
 
 
 @families

@@ -1,4 +1,5 @@
-"""Whatever ends a steered block, on every host: no hook of ours is left, and weights and outputs are bit for bit as before."""
+"""Whatever ends a steered block, on every host: no hook of ours is left, and weights and outputs
+are bit for bit as before."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan
 
 HOSTS = ("bridge", "bridge compat", "hooked", "hooked raw", "huggingface", "nnsight", "NNsight")
 hosts = pytest.mark.parametrize("kind", HOSTS)
@@ -27,7 +28,10 @@ def fresh(kind: str) -> Any:
         return models.bridge("gpt2", compat=kind.endswith("compat"), size=SIZE)
     if kind.startswith("hooked"):
         if not models.has_hooked_transformer():
-            pytest.skip("HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9")
+            pytest.skip(
+                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
+                "3.9"
+            )
         return models.hooked("gpt2", processed=kind == "hooked", size=SIZE)
     module = models.hf("gpt2", size=SIZE)
     if kind == "huggingface":
@@ -46,15 +50,24 @@ def run(model: Any) -> Tensor:
     with torch.no_grad():
         if kind == "transformer_lens":
             return model(IDS, return_type="logits")
-        return (model(IDS) if kind == "huggingface" else model.trace(input_ids=IDS, trace=False)).logits
+        return (
+            model(IDS) if kind == "huggingface" else model.trace(input_ids=IDS, trace=False)
+        ).logits
 
 
 def generate(model: Any) -> Any:
     """Three steps of the model's own generation."""
     kind = as_host(model).kind
     if kind == "transformer_lens":
-        return model.generate(IDS, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
-    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
+        return model.generate(
+            IDS, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False
+        )
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "eos_token_id": 2**31 - 1,
+        "pad_token_id": 0,
+    }
     if kind == "huggingface" or callable(getattr(type(model), "generate", None)):
         return model.generate(input_ids=IDS, **options)
     return model.trace(input_ids=IDS, fn="generate", trace=False, **options)
@@ -72,7 +85,9 @@ class State(NamedTuple):
 
 def modules_of(model: Any) -> list[nn.Module]:
     roots = [
-        m for m in (model, getattr(model, "original_model", None), getattr(model, "_module", None)) if m is not None
+        m
+        for m in (model, getattr(model, "original_model", None), getattr(model, "_module", None))
+        if m is not None
     ]
     found = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}
     points = getattr(model, "hook_dict", {}) if as_host(model).kind == "transformer_lens" else {}
@@ -88,8 +103,12 @@ def state(model: Any) -> State:
     return State(
         hooks=[len(getattr(m, kind, ())) for m in everything for kind in kinds],
         edits=list(getattr(model, "_edits", [])) if hasattr(model, "_module") else [],
-        patched=[f"{type(m).__name__}.{name}" for m in everything for name in names if name in m.__dict__],
-        weights=[p.detach().clone() for m in everything for p in m._parameters.values() if p is not None],
+        patched=[
+            f"{type(m).__name__}.{name}" for m in everything for name in names if name in m.__dict__
+        ],
+        weights=[
+            p.detach().clone() for m in everything for p in m._parameters.values() if p is not None
+        ],
         output=output,
     )
 
@@ -104,12 +123,15 @@ def assert_same(before: State, after: State) -> None:
 
 def plan() -> SteeringPlan:
     both = plan_for("gpt2", "generated").vectors[0]
-    late = SteeringPlan.from_vectors({LAST: both.direction}, coefficient=2.0, relative_to="unit").vectors
+    late = SteeringPlan.from_vectors(
+        {LAST: both.direction}, coefficient=2.0, relative_to="unit"
+    ).vectors
     return SteeringPlan(vectors=(both, *late), positions="generated")
 
 
 def raising_at(model: Any, error: type[BaseException], *, after: int = 0) -> Any:
-    """A torch hook of somebody else, in the last block, that raises at the pass after `after` others."""
+    """A torch hook of somebody else, in the last block, that raises at the pass after `after`
+    others."""
     passes = [0]
 
     def hook(*_: Any) -> None:
@@ -137,7 +159,9 @@ def test_the_comparison_sees_a_hook_a_patch_an_edit_and_a_weight(kind: str) -> N
     handle.remove()
     assert_same(before, state(model))
     with torch.no_grad():
-        next(p for m in modules_of(model) for p in m._parameters.values() if p is not None).add_(1e-3)
+        next(p for m in modules_of(model) for p in m._parameters.values() if p is not None).add_(
+            1e-3
+        )
     with pytest.raises(AssertionError):
         assert_same(before, state(model))
 
@@ -195,9 +219,11 @@ def test_after_an_interrupted_generation_the_next_pass_starts_a_new_sequence(kin
 
 @errors
 @hosts
-def test_an_exception_in_a_score_that_a_gate_asks_for(kind: str, error: type[BaseException]) -> None:
+def test_an_exception_in_a_score_that_a_gate_asks_for(
+    kind: str, error: type[BaseException]
+) -> None:
     """Code that steering itself calls in the middle of a pass."""
-    from expertsteer_lens.gates import Gate
+    from expertsteer_lens.interventions.gates import Gate
 
     def score(rows: Tensor) -> Tensor:
         raise error("mine")
@@ -215,7 +241,9 @@ def test_an_exception_in_a_score_that_a_gate_asks_for(kind: str, error: type[Bas
 
 
 @hosts
-def test_hooks_that_cannot_all_be_put_on_are_taken_off_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_that_cannot_all_be_put_on_are_taken_off_again(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steering is put on in several steps; whichever fails, the earlier ones are undone."""
     model = fresh(kind)
     before = state(model)
@@ -227,12 +255,15 @@ def test_hooks_that_cannot_all_be_put_on_are_taken_off_again(kind: str, monkeypa
     if host.kind == "transformer_lens":
         target: tuple[Any, str] = (model.hook_dict[LAST], "add_hook")
     else:
-        target = (getattr(model, "_module", model).get_submodule("transformer.h.2"), "register_forward_hook")
+        target = (
+            getattr(model, "_module", model).get_submodule("transformer.h.2"),
+            "register_forward_hook",
+        )
     for obj, name in (target, (type(host), "watch")):
         with monkeypatch.context() as patch:
-            patch.setitem(obj.__dict__, name, refuse) if isinstance(obj, nn.Module) else patch.setattr(
-                obj, name, refuse
-            )
+            patch.setitem(obj.__dict__, name, refuse) if isinstance(
+                obj, nn.Module
+            ) else patch.setattr(obj, name, refuse)
             with pytest.raises(RuntimeError, match="no room"):
                 plan().attach(model)
         assert_same(before, state(model))
@@ -248,7 +279,10 @@ def test_reset_hooks_makes_the_next_pass_an_error_before_anything_runs(kind: str
     reached: list[int] = []
     model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda x, hook: reached.append(1))
     for what in (run, generate):
-        with pytest.raises(InterventionError, match=rf"steering at \['{HOOK}', '{LAST}'\] was removed while it was on"):
+        with pytest.raises(
+            InterventionError,
+            match=rf"steering at \['{HOOK}', '{LAST}'\] was removed while it was on",
+        ):
             what(model)
     assert reached == []  # nothing half steered
     handle.remove()

@@ -9,8 +9,8 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ArtifactError, ExpertSteerError
-from expertsteer_lens.gates import Gate
-from expertsteer_lens.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 
 def unit(seed: int, d: int = 8) -> torch.Tensor:
@@ -21,17 +21,30 @@ def unit(seed: int, d: int = 8) -> torch.Tensor:
 @pytest.fixture
 def plan() -> SteeringPlan:
     vectors = (
-        SteeringVector("blocks.1.hook_resid_post", unit(0), 0.25, median_norm=3.5, provenance={"auc": 0.9, "nan": float("nan")}),
         SteeringVector(
-            "blocks.2.hook_resid_post", unit(1), -1.0, relative_to="unit", preserve_norm=True,
+            "blocks.1.hook_resid_post",
+            unit(0),
+            0.25,
+            median_norm=3.5,
+            provenance={"auc": 0.9, "nan": float("nan")},
+        ),
+        SteeringVector(
+            "blocks.2.hook_resid_post",
+            unit(1),
+            -1.0,
+            relative_to="unit",
+            preserve_norm=True,
             gate=Gate(direction=unit(2), threshold=0.5),
         ),
         SteeringVector("blocks.2.hook_resid_post", unit(3), 1.0, relative_to="unit", edit="ablate"),
-    )  # fmt: skip
+    )
     return SteeringPlan(
-        vectors=vectors, positions=slice(1, None), basis="centred", target={"name": "tiny", "d_model": 8},
+        vectors=vectors,
+        positions=slice(1, None),
+        basis="centred",
+        target={"name": "tiny", "d_model": 8},
         provenance={"seed": 0, "expert": {"name": "teacher"}},
-    )  # fmt: skip
+    )
 
 
 def test_a_plan_survives_saving_bit_for_bit(plan, tmp_path):
@@ -41,7 +54,14 @@ def test_a_plan_survives_saving_bit_for_bit(plan, tmp_path):
     assert loaded.provenance == plan.provenance
     for ours, theirs in zip(plan.vectors, loaded.vectors, strict=True):
         assert torch.equal(ours.direction, theirs.direction)
-        for name in ("hook_name", "coefficient", "relative_to", "median_norm", "edit", "preserve_norm"):
+        for name in (
+            "hook_name",
+            "coefficient",
+            "relative_to",
+            "median_norm",
+            "edit",
+            "preserve_norm",
+        ):
             assert getattr(ours, name) == getattr(theirs, name), name
     gate = loaded.vectors[1].gate
     assert gate is not None
@@ -49,7 +69,9 @@ def test_a_plan_survives_saving_bit_for_bit(plan, tmp_path):
     assert loaded.vectors[0].provenance == {"auc": 0.9, "nan": None}
 
 
-@pytest.mark.parametrize("positions", ["all", "generated", 3, (0, 2, 5), slice(None, 4), slice(-2, None, 1)])
+@pytest.mark.parametrize(
+    "positions", ["all", "generated", 3, (0, 2, 5), slice(None, 4), slice(-2, None, 1)]
+)
 def test_every_kind_of_positions_survives(plan, tmp_path, positions):
     kept = plan.with_positions(positions)
     assert esl.load(esl.save(kept, tmp_path / "plan")).positions == kept.positions
@@ -66,7 +88,11 @@ def test_saving_again_replaces_and_leaves_no_litter(plan, tmp_path):
     esl.save(plan.with_coefficient(0.5), tmp_path / "plan")
     assert esl.load(tmp_path / "plan").vectors[1].coefficient == 0.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plan"]
-    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["README.md", "config.json", "vectors.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == [
+        "README.md",
+        "config.json",
+        "vectors.safetensors",
+    ]
 
 
 def test_a_folder_with_something_else_in_it_is_not_touched(plan, tmp_path):
@@ -107,7 +133,9 @@ def test_a_config_that_is_not_ours_is_refused(plan, tmp_path, change, message):
 def test_missing_fields_files_and_bad_vectors_are_named(plan, tmp_path):
     folder = esl.save(plan, tmp_path / "plan")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "basis"}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "basis"})
+    )
     with pytest.raises(ArtifactError, match="lacks the field 'basis'"):
         esl.load(folder)
     config["vectors"][0]["edit"] = "explode"
@@ -152,7 +180,9 @@ def test_the_hub_gets_the_same_files(plan, tmp_path, monkeypatch):
     assert esl.push_to_hub(plan, "user/plan", private=True, token="t") == "https://hub/user/plan"
     assert sent == {"token": "t", "repo": ("user/plan", True)}
     assert torch.equal(esl.load(tmp_path / "hub").vectors[0].direction, plan.vectors[0].direction)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **k: str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **k: str(tmp_path / "hub")
+    )
     assert esl.load("user/plan").target == plan.target
 
 
@@ -160,7 +190,8 @@ def test_loading_imports_no_host(plan, tmp_path):
     folder = esl.save(plan, tmp_path / "plan")
     code = (
         f"import sys, expertsteer_lens as e; e.load({str(folder)!r}); "
-        "bad = {'transformer_lens', 'nnsight', 'transformers'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+        "bad = {'transformer_lens', 'nnsight', 'transformers'} & set(sys.modules); "
+        "sys.exit(str(bad) if bad else 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
-from expertsteer_lens.gram import inner_products, row_space, standardised, top_eigenpair
-from expertsteer_lens.kernels import (
+from expertsteer_lens.linalg.kernels import (
     apply_gradient_operator,
     distances,
     gradient_operator,
@@ -18,6 +17,7 @@ from expertsteer_lens.kernels import (
     predictor_gradients,
     solve_ridge,
 )
+from expertsteer_lens.linalg.row_space import inner_products, row_space, standardised, top_eigenpair
 
 KERNELS = ["laplace", "gaussian"]
 few = settings(max_examples=20, deadline=None)
@@ -27,11 +27,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain_predictor(x: Tensor, centres: Tensor, alpha: Tensor, bandwidth: float, factor: Tensor, kernel: str) -> Tensor:
+def plain_predictor(
+    x: Tensor, centres: Tensor, alpha: Tensor, bandwidth: float, factor: Tensor, kernel: str
+) -> Tensor:
     """f(x) written out with differences, for autograd; shares nothing with the code under test."""
     moved = (x[:, None, :] - centres[None, :, :]) @ factor.T
     squared = moved.square().sum(-1)
-    values = torch.exp(-squared.sqrt() / bandwidth) if kernel == "laplace" else torch.exp(-squared / (2 * bandwidth**2))
+    values = (
+        torch.exp(-squared.sqrt() / bandwidth)
+        if kernel == "laplace"
+        else torch.exp(-squared / (2 * bandwidth**2))
+    )
     return values @ alpha
 
 
@@ -59,11 +65,15 @@ def test_equal_rows_are_at_distance_exactly_zero(dtype) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @given(seed=st.integers(0, 10_000), bandwidth=st.floats(0.2, 5.0))
 @few
-def test_kernel_matrices_are_symmetric_positive_semidefinite_with_unit_diagonal(kernel, seed, bandwidth) -> None:
+def test_kernel_matrices_are_symmetric_positive_semidefinite_with_unit_diagonal(
+    kernel, seed, bandwidth
+) -> None:
     rows = draw(15, 4, seed=seed)
     values = kernel_values(distances(rows, rows), bandwidth, kernel=kernel)
     torch.testing.assert_close(values, values.T)
-    torch.testing.assert_close(values.diagonal(), torch.ones(15, dtype=torch.float64), rtol=0, atol=0)
+    torch.testing.assert_close(
+        values.diagonal(), torch.ones(15, dtype=torch.float64), rtol=0, atol=0
+    )
     assert float(torch.linalg.eigvalsh(values)[0]) > -1e-10
 
 
@@ -77,7 +87,9 @@ def test_kernel_values_are_the_stated_formulas() -> None:
 
 def test_kernels_refuse_unknown_names_and_bandwidths() -> None:
     distance = torch.zeros(1, 1)
-    with pytest.raises(ArgumentError, match=r"kernel must be one of .*, got 'laplac'; closest: 'laplace'"):
+    with pytest.raises(
+        ArgumentError, match=r"kernel must be one of .*, got 'laplac'; closest: 'laplace'"
+    ):
         kernel_values(distance, 1.0, kernel="laplac")
     with pytest.raises(ArgumentError, match=r"bandwidth must be a number in \(0.0, inf\], got 0"):
         kernel_values(distance, 0)
@@ -88,7 +100,9 @@ def test_kernels_refuse_unknown_names_and_bandwidths() -> None:
 def test_gradients_at_new_points_equal_autograd(kernel, wide) -> None:
     at, centres, alpha = draw(5, 6, seed=1).requires_grad_(), draw(9, 6, seed=2), draw(9, seed=3)
     factor = draw(8 if wide else 3, 6, seed=4)
-    (expected,) = torch.autograd.grad(plain_predictor(at, centres, alpha, 1.7, factor, kernel).sum(), at)
+    (expected,) = torch.autograd.grad(
+        plain_predictor(at, centres, alpha, 1.7, factor, kernel).sum(), at
+    )
     found = predictor_gradients(at.detach(), centres, alpha, 1.7, factor=factor, kernel=kernel)
     torch.testing.assert_close(found, expected)
 
@@ -127,7 +141,9 @@ def test_gradients_of_one_centre_are_the_closed_form() -> None:
 def test_gradients_and_predictions_may_be_taken_in_chunks_of_query_rows(chunk: int) -> None:
     at, centres, alpha = draw(7, 4), draw(5, 4, seed=1), draw(5, seed=2)
     whole = predictor_gradients(at, centres, alpha, 0.8)
-    parts = [predictor_gradients(at[i : i + chunk], centres, alpha, 0.8) for i in range(0, 7, chunk)]
+    parts = [
+        predictor_gradients(at[i : i + chunk], centres, alpha, 0.8) for i in range(0, 7, chunk)
+    ]
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
@@ -148,7 +164,9 @@ def test_gradients_keep_float32_and_inputs() -> None:
 
 def test_gradients_refuse_bad_rows() -> None:
     with pytest.raises(DataError, match=r"at holds NaN or Inf in 1 of 2 rows \(first: row 1\)"):
-        predictor_gradients(torch.tensor([[0.0], [float("nan")]]), torch.zeros(1, 1), torch.ones(1), 1.0)
+        predictor_gradients(
+            torch.tensor([[0.0], [float("nan")]]), torch.zeros(1, 1), torch.ones(1), 1.0
+        )
     with pytest.raises(WidthError, match="centres must have width 2, got 3"):
         predictor_gradients(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1), 1.0)
 
@@ -158,21 +176,32 @@ def test_dual_coefficients_equal_scikit_learn_kernel_ridge() -> None:
 
     rows, targets = draw(30, 5), draw(30, seed=9)
     matrix = kernel_values(distances(rows, rows), 2.0)
-    expected = KernelRidge(alpha=1e-3, kernel="precomputed").fit(matrix.numpy(), targets.numpy()).dual_coef_
+    expected = (
+        KernelRidge(alpha=1e-3, kernel="precomputed")
+        .fit(matrix.numpy(), targets.numpy())
+        .dual_coef_
+    )
     kept = matrix.clone()
-    torch.testing.assert_close(solve_ridge(matrix, targets, 1e-3), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        solve_ridge(matrix, targets, 1e-3), torch.from_numpy(expected), rtol=1e-9, atol=1e-9
+    )
     assert torch.equal(matrix, kept)
 
 
 def test_singular_systems_raise_and_the_ridge_is_not_touched() -> None:
     matrix = torch.ones(3, 3, dtype=torch.float64)
-    with pytest.raises(SolveError, match=r"not positive definite at ridge=0; raise ridge.*Nothing was changed for you"):
+    with pytest.raises(
+        SolveError,
+        match=r"not positive definite at ridge=0; raise ridge.*Nothing was changed for you",
+    ):
         solve_ridge(matrix, torch.ones(3).double(), 0.0)
     # A pivot that is positive only by rounding is refused too.
     nearly = matrix + torch.diag(torch.tensor([0.0, 1e-16, 3e-16], dtype=torch.float64))
     with pytest.raises(SolveError, match="not positive definite"):
         solve_ridge(nearly, torch.ones(3).double(), 1e-16)
-    torch.testing.assert_close(solve_ridge(matrix, torch.ones(3).double(), 1.0), torch.full((3,), 0.25).double())
+    torch.testing.assert_close(
+        solve_ridge(matrix, torch.ones(3).double(), 1.0), torch.full((3,), 0.25).double()
+    )
 
 
 # -- row space and other n x n forms
@@ -184,10 +213,16 @@ def test_row_space_reproduces_rows_and_their_inner_products(seed: int, n: int, d
     rows = draw(n, d, seed=seed)
     space = row_space(rows)
     torch.testing.assert_close(space.lift(space.coordinates), rows, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(space.coordinates @ space.coordinates.T, rows @ rows.T, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        space.coordinates @ space.coordinates.T, rows @ rows.T, atol=1e-6, rtol=1e-6
+    )
     torch.testing.assert_close(space.reduce(rows), space.coordinates)
-    torch.testing.assert_close(space.basis.T @ space.basis, torch.eye(space.rank).double(), atol=1e-9, rtol=0)
-    torch.testing.assert_close(space.coordinates.norm(dim=0), space.singular_values, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        space.basis.T @ space.basis, torch.eye(space.rank).double(), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        space.coordinates.norm(dim=0), space.singular_values, atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("n", "d"), [(20, 50), (50, 20)])
@@ -198,7 +233,9 @@ def test_row_space_finds_the_rank_and_the_principal_axes(n, d) -> None:
     assert repr(space) == f"RowSpace(n={n}, d={d}, rank=4, tolerance=1e-06)"
     _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
     torch.testing.assert_close(space.singular_values, singular[:4], atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close((basis[:4] @ space.basis).abs(), torch.eye(4).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (basis[:4] @ space.basis).abs(), torch.eye(4).double(), atol=1e-5, rtol=0
+    )
 
 
 def test_row_space_tolerance_drops_small_axes() -> None:
@@ -236,7 +273,9 @@ def test_inner_products_in_chunks_equal_those_of_standardised_rows(chunk) -> Non
     shift, scale = draw(10, seed=2), draw(10, seed=3).abs() + 0.5
     kept = rows.clone()
     expected = ((rows.double() - shift) / scale) @ ((others.double() - shift) / scale).T
-    torch.testing.assert_close(inner_products(rows, others, shift=shift, scale=scale, chunk=chunk), expected)
+    torch.testing.assert_close(
+        inner_products(rows, others, shift=shift, scale=scale, chunk=chunk), expected
+    )
     torch.testing.assert_close(standardised(rows, shift, scale), (rows.double() - shift) / scale)
     assert torch.equal(rows, kept)
 
@@ -262,7 +301,9 @@ def test_top_eigenpair_of_low_rank_matrices_stops_early_and_is_seeded() -> None:
 
 def test_top_eigenpair_falls_back_to_the_full_decomposition_on_a_cluster() -> None:
     # Eigenvalues 1 and 1 - 1e-9 on top of a dense spectrum: a few steps cannot separate them.
-    values = torch.tensor([*torch.linspace(0.0, 0.999, 118).tolist(), 1.0 - 1e-9, 1.0], dtype=torch.float64)
+    values = torch.tensor(
+        [*torch.linspace(0.0, 0.999, 118).tolist(), 1.0 - 1e-9, 1.0], dtype=torch.float64
+    )
     basis, _ = torch.linalg.qr(draw(120, 120))
     matrix = (basis * values) @ basis.T
     value, vector = top_eigenpair((matrix + matrix.T) / 2, max_steps=20)

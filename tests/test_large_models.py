@@ -1,4 +1,5 @@
-"""What keeps a fit on large models within memory and time: bounded passes, work that is not done twice."""
+"""What keeps a fit on large models within memory and time: bounded passes, work that is not done
+twice."""
 
 from __future__ import annotations
 
@@ -6,27 +7,32 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens import aligners, pipeline
-from expertsteer_lens.aligners import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.align import fit as aligners
+from expertsteer_lens.align.fit import AlignerConfig, fit_aligner_grid
 from expertsteer_lens.hosts import Host
+from expertsteer_lens.pipeline import expert_steer as pipeline
 
 SMALL = esl.ExpertSteerConfig(
     mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
-    rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1), batch_size=4,
-)  # fmt: skip
+    rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
+    batch_size=4,
+)
 
 
 @pytest.mark.parametrize("kind", ["anchored_autoencoder", "ridge", "procrustes", "autoencoder"])
 def test_layers_decomposed_once_give_the_same_maps(kind, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     expert, target = (
-        {f"blocks.{i}.hook_resid_post": torch.randn(30, d, generator=generator) for i in range(3)} for d in (7, 5)
+        {f"blocks.{i}.hook_resid_post": torch.randn(30, d, generator=generator) for i in range(3)}
+        for d in (7, 5)
     )
     config = AlignerConfig(kind=kind)
     whole = fit_aligner_grid(expert, target, config, seed=1)
     calls = []
     real = aligners._side
-    monkeypatch.setattr(aligners, "_side", lambda role, *rest: calls.append(role) or real(role, *rest))
+    monkeypatch.setattr(
+        aligners, "_side", lambda role, *rest: calls.append(role) or real(role, *rest)
+    )
     kept: dict = {}
     for e in expert:
         for (_, t), found in fit_aligner_grid(
@@ -64,11 +70,18 @@ def test_the_batch_size_bounds_the_backward_passes_of_the_attribution(texts, mon
     behaviour = esl.Behaviour(full.prompts, full.positive[:1], full.negative[:1])
     expert, target = esl.zoo.load_pair()
     esl.ExpertSteer(SMALL).fit(
-        expert, target, texts["pairs"], anchors=texts["anchors"], behaviour=behaviour, progress=False
+        expert,
+        target,
+        texts["pairs"],
+        anchors=texts["anchors"],
+        behaviour=behaviour,
+        progress=False,
     )
     assert sizes == [4, 4]  # 4 validation prompts of two completions
     sizes.clear()
-    esl.ExpertSteer(SMALL).fit(expert, target, texts["pairs"], anchors=texts["anchors"], progress=False)
+    esl.ExpertSteer(SMALL).fit(
+        expert, target, texts["pairs"], anchors=texts["anchors"], progress=False
+    )
     assert sizes == [4, 2]  # 6 calibration texts
 
 
@@ -76,10 +89,14 @@ def test_a_fit_decomposes_every_target_layer_once(texts, monkeypatch):
     calls = []
     real = aligners._side
     monkeypatch.setattr(
-        aligners, "_side", lambda role, name, *rest: calls.append((role, name)) or real(role, name, *rest)
+        aligners,
+        "_side",
+        lambda role, name, *rest: calls.append((role, name)) or real(role, name, *rest),
     )
     expert, target = esl.zoo.load_pair()
-    fit = esl.ExpertSteer(SMALL).fit(expert, target, texts["pairs"], anchors=texts["anchors"], progress=False)
+    fit = esl.ExpertSteer(SMALL).fit(
+        expert, target, texts["pairs"], anchors=texts["anchors"], progress=False
+    )
     assert len(calls) == len(set(calls))
     n_allowed = len(pipeline.allowed_targets(len(fit.target_pairs), SMALL.pairing))
     assert sum(role == "target" for role, _ in calls) == n_allowed

@@ -4,10 +4,10 @@ import models
 import pytest
 import torch
 
-from expertsteer_lens.contrast import Behaviour
+from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.metrics import (
+from expertsteer_lens.measure.metrics import (
     NeutralTexts,
     behaviour_and_accuracy,
     behaviour_gradient,
@@ -18,7 +18,7 @@ from expertsteer_lens.metrics import (
     readout_gradient,
     repeated_trigrams,
 )
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan
 
 HOOK = "blocks.1.hook_resid_post"
 BEHAVIOUR = Behaviour(
@@ -56,19 +56,30 @@ def slow_log_prob(host, prompt: str, completion: str) -> float:
 def test_the_metric_is_the_log_odds_of_the_two_sets_of_completions(host):
     expected = []
     for prompt in BEHAVIOUR.prompts:
-        good = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.positive]).logsumexp(0)
-        bad = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.negative]).logsumexp(0)
+        good = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.positive]).logsumexp(
+            0
+        )
+        bad = torch.tensor([slow_log_prob(host, prompt, c) for c in BEHAVIOUR.negative]).logsumexp(
+            0
+        )
         expected.append(float(good - bad))
-    torch.testing.assert_close(behaviour_metric(host, BEHAVIOUR), torch.tensor(expected).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        behaviour_metric(host, BEHAVIOUR), torch.tensor(expected).double(), atol=1e-4, rtol=0
+    )
 
 
 def test_batching_does_not_change_the_metric(host):
-    whole, small = behaviour_metric(host, BEHAVIOUR), behaviour_metric(host, BEHAVIOUR, batch_size=1)
+    whole, small = (
+        behaviour_metric(host, BEHAVIOUR),
+        behaviour_metric(host, BEHAVIOUR, batch_size=1),
+    )
     torch.testing.assert_close(whole, small, atol=1e-5, rtol=0)
 
 
 def test_swapping_the_sides_flips_the_sign(host):
-    swapped = Behaviour(prompts=BEHAVIOUR.prompts, positive=BEHAVIOUR.negative, negative=BEHAVIOUR.positive)
+    swapped = Behaviour(
+        prompts=BEHAVIOUR.prompts, positive=BEHAVIOUR.negative, negative=BEHAVIOUR.positive
+    )
     torch.testing.assert_close(behaviour_metric(host, swapped), -behaviour_metric(host, BEHAVIOUR))
 
 
@@ -107,7 +118,10 @@ def test_the_readout_gradient_predicts_a_small_step(host):
         for text in TEXTS:
             batch = host.tokenize([text])
             seen = []
-            with torch.no_grad(), host.intervene({last: lambda h, seen=seen: seen.append(h.clone())}):
+            with (
+                torch.no_grad(),
+                host.intervene({last: lambda h, seen=seen: seen.append(h.clone())}),
+            ):
                 if p is None:
                     host.forward(batch)
                 else:
@@ -117,9 +131,13 @@ def test_the_readout_gradient_predicts_a_small_step(host):
         return total / len(TEXTS)
 
     step = plan(1e-2)
-    assert value(step) - value(None) == pytest.approx(float(gradient[HOOK] @ step.vectors[0].delta.double()), rel=0.05)
+    assert value(step) - value(None) == pytest.approx(
+        float(gradient[HOOK] @ step.vectors[0].delta.double()), rel=0.05
+    )
     # at the last layer itself only the last token matters, and the gradient is the read-out
-    torch.testing.assert_close(gradient[last], (readout / readout.norm()).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        gradient[last], (readout / readout.norm()).double(), atol=1e-6, rtol=0
+    )
 
 
 def test_neutral_nll_counts_real_tokens_only(host):
@@ -172,7 +190,9 @@ def test_a_metric_that_does_not_depend_on_a_hook_is_refused(host):
 
 def test_a_completion_that_adds_no_token_is_refused(host, monkeypatch):
     tokenize = host.tokenize
-    monkeypatch.setattr(host, "tokenize", lambda texts: tokenize([t.replace("!", "") for t in texts]))
+    monkeypatch.setattr(
+        host, "tokenize", lambda texts: tokenize([t.replace("!", "") for t in texts])
+    )
     with pytest.raises(DataError, match="'!' of prompt 0 adds no token"):
         behaviour_metric(host, Behaviour(prompts=("the cat",), positive=(" is",), negative=("!",)))
 
@@ -193,7 +213,9 @@ def test_costs_on_neutral_texts_are_those_of_the_single_measures(host, cache_byt
     neutral = NeutralTexts(host, TEXTS, batch_size=2, cache_bytes=cache_bytes)
     rise, divergence = neutral.cost(plan())
     assert neutral.nll == pytest.approx(float(base[:, 0].sum() / base[:, 1].sum()), abs=1e-6)
-    assert rise == pytest.approx(float((steered[:, 0].sum() - base[:, 0].sum()) / base[:, 1].sum()), abs=1e-6)
+    assert rise == pytest.approx(
+        float((steered[:, 0].sum() - base[:, 0].sum()) / base[:, 1].sum()), abs=1e-6
+    )
     assert divergence == pytest.approx(float(kl[:, 0].sum() / kl[:, 1].sum()), abs=1e-6)
     assert neutral.cost(plan(), kl=False) == (rise, None)
 

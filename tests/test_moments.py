@@ -9,14 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertsteer_lens._checks import check_paired
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
-from expertsteer_lens.moments import ClippedRows, Moments, RunningMoments, check_paired, clip_massive, merge_all
+from expertsteer_lens.linalg.clipping import ClippedRows, clip_massive
+from expertsteer_lens.linalg.moments import Moments, RunningMoments, merge_all
 
 FIELDS = ("mean_expert", "mean_target", "C_EE", "C_TE", "C_TT")
 
 
 def rows(n: int, d: int, seed: int, offset: float = 0.0) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
+    return (
+        torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        + offset
+    )
 
 
 def one_shot(expert: torch.Tensor, target: torch.Tensor) -> Moments:
@@ -26,7 +31,9 @@ def one_shot(expert: torch.Tensor, target: torch.Tensor) -> Moments:
 def assert_same(a: Moments, b: Moments, tolerance: float = 1e-12) -> None:
     assert a.n == b.n
     for name in FIELDS:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance
+        )
 
 
 def test_moments_equal_the_textbook_formulas() -> None:
@@ -52,10 +59,15 @@ def test_any_chunking_equals_a_single_pass(cuts: list[int], seed: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(sizes=st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9)), seed=st.integers(0, 10_000))
+@given(
+    sizes=st.tuples(st.integers(0, 9), st.integers(1, 9), st.integers(0, 9)),
+    seed=st.integers(0, 10_000),
+)
 def test_merge_is_associative_and_commutative(sizes: tuple[int, int, int], seed: int) -> None:
     def part(i: int) -> RunningMoments:
-        return RunningMoments(3, 2).update(rows(sizes[i], 3, seed + i), rows(sizes[i], 2, seed + 10 + i))
+        return RunningMoments(3, 2).update(
+            rows(sizes[i], 3, seed + i), rows(sizes[i], 2, seed + 10 + i)
+        )
 
     left = part(0).merge(part(1)).merge(part(2)).result()
     right = part(0).merge(part(1).merge(part(2))).result()

@@ -15,10 +15,21 @@ from hypothesis import strategies as st
 from sklearn.feature_selection import mutual_info_regression
 from torch import Tensor
 
-from expertsteer_lens.activations import ActivationStore
+from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.mi_estimators import CORRELATION_CAP, nats_of, parallel_map, principal_scores
-from expertsteer_lens.mutual_information import LayerPairMI, MIConfig, _draws, _interval, layer_pair_mi
+from expertsteer_lens.pair.estimators import (
+    CORRELATION_CAP,
+    nats_of,
+    parallel_map,
+    principal_scores,
+)
+from expertsteer_lens.pair.mutual_information import (
+    LayerPairMI,
+    MIConfig,
+    _draws,
+    _interval,
+    layer_pair_mi,
+)
 
 ESTIMATORS = ("cca", "gaussian", "ksg", "cka")
 NATS = ("cca", "gaussian", "ksg")
@@ -37,19 +48,26 @@ def correlated(n: int, rho: list[float], seed: int) -> tuple[Tensor, Tensor, flo
 
 
 def quick(estimator: str = "cca", **fields: Any) -> MIConfig:
-    return MIConfig(estimator=estimator, **{"n_permutations": 0, "n_bootstrap": 20, "clip": None, **fields})
+    return MIConfig(
+        estimator=estimator, **{"n_permutations": 0, "n_bootstrap": 20, "clip": None, **fields}
+    )
 
 
 def score(x: Tensor, y: Tensor, config: MIConfig, seed: int = 0) -> float:
     return float(layer_pair_mi([x], [y], config, seed=seed).matrix)
 
 
-# --- closed forms and references -----------------------------------------------------------------------------------
+# --- closed forms and references
+# -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("estimator", "tolerance"), [("cca", 0.05), ("gaussian", 0.05), ("ksg", 0.08)])
+@pytest.mark.parametrize(
+    ("estimator", "tolerance"), [("cca", 0.05), ("gaussian", 0.05), ("ksg", 0.08)]
+)
 @pytest.mark.parametrize("rho", [[0.0], [0.5], [0.9], [0.8, 0.4]])
-def test_gaussian_rows_read_their_mutual_information(estimator: str, tolerance: float, rho: list[float]) -> None:
+def test_gaussian_rows_read_their_mutual_information(
+    estimator: str, tolerance: float, rho: list[float]
+) -> None:
     x, y, truth = correlated(2000, rho, seed=0)
     config = quick(estimator, n_components=len(rho), standardise=False)
     assert score(x, y, config) == pytest.approx(truth, abs=tolerance)
@@ -63,7 +81,9 @@ def test_gaussian_estimator_is_unbiased_where_the_plain_one_is_far_off() -> None
         values.append(score(x, y, quick("gaussian", n_components=20)))
         zx, zy = (principal_scores(z - z.mean(0), 20).scores for z in (x, y))
         cross = zx.T @ zy / 120
-        plain.append(float(-0.5 * torch.logdet(torch.eye(20, dtype=torch.float64) - cross.T @ cross)))
+        plain.append(
+            float(-0.5 * torch.logdet(torch.eye(20, dtype=torch.float64) - cross.T @ cross))
+        )
     got = torch.tensor(values)
     standard_error = float(got.std()) / math.sqrt(40)
     assert abs(float(got.mean()) - truth) < 3 * standard_error
@@ -81,7 +101,9 @@ def test_ksg_in_one_dimension_equals_sklearn() -> None:
     for seed, rho in enumerate([0.0, 0.6, 0.95]):
         x, y, _ = correlated(300, [rho], seed=seed)
         got = score(x, y, quick("ksg", n_components=1, n_neighbors=3))
-        reference = mutual_info_regression(x.numpy(), y[:, 0].numpy(), n_neighbors=3, random_state=0)[0]
+        reference = mutual_info_regression(
+            x.numpy(), y[:, 0].numpy(), n_neighbors=3, random_state=0
+        )[0]
         # sklearn adds noise of 1e-10 to break ties and clamps at 0.
         assert max(got, 0.0) == pytest.approx(float(reference), abs=1e-4)
 
@@ -100,7 +122,11 @@ def test_cka_equals_the_formula_of_unbiased_hsic() -> None:
     def hsic(a: Tensor, b: Tensor) -> float:
         k, m = (g - torch.diag(g.diagonal()) for g in (a @ a.T, b @ b.T))
         n = len(a)
-        first = torch.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+        first = (
+            torch.trace(k @ m)
+            + k.sum() * m.sum() / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * (k @ m).sum()
+        )
         return float(first / (n * (n - 3)))
 
     a, b = x - x.mean(0), y - y.mean(0)
@@ -110,11 +136,15 @@ def test_cka_equals_the_formula_of_unbiased_hsic() -> None:
 
 
 def test_debiased_cka_of_independent_wide_rows_is_near_zero() -> None:
-    values = [score(normal(40, 200, seed=s), normal(40, 200, seed=s + 50), quick("cka")) for s in range(20)]
+    values = [
+        score(normal(40, 200, seed=s), normal(40, 200, seed=s + 50), quick("cka"))
+        for s in range(20)
+    ]
     assert abs(sum(values) / 20) < 0.03
 
 
-# --- laws ----------------------------------------------------------------------------------------------------------
+# --- laws
+# ----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
@@ -122,16 +152,25 @@ def test_debiased_cka_of_independent_wide_rows_is_near_zero() -> None:
 def test_the_score_is_symmetric(seed: int, estimator: str) -> None:
     x, y = normal(60, 4, seed=seed), normal(60, 7, seed=seed + 1)
     y[:, :3] += x[:, :3]
-    forth, back = (layer_pair_mi(*pair, quick(estimator)).matrix for pair in (([x, y], [y]), ([y], [x, y])))
+    forth, back = (
+        layer_pair_mi(*pair, quick(estimator)).matrix for pair in (([x, y], [y]), ([y], [x, y]))
+    )
     torch.testing.assert_close(forth, back.T, rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), estimator=st.sampled_from(("cca", "gaussian")))
-def test_invertible_linear_maps_change_nothing_when_all_components_are_kept(seed: int, estimator: str) -> None:
+def test_invertible_linear_maps_change_nothing_when_all_components_are_kept(
+    seed: int, estimator: str
+) -> None:
     x, y, _ = correlated(80, [0.9, 0.5, 0.0], seed=seed)
     mixing = normal(3, 3, seed=seed + 7) + 3 * torch.eye(3, dtype=torch.float64)
-    config = quick(estimator, n_components=3, standardise=False, **({"shrinkage": 0.0} if estimator == "cca" else {}))
+    config = quick(
+        estimator,
+        n_components=3,
+        standardise=False,
+        **({"shrinkage": 0.0} if estimator == "cca" else {}),
+    )
     assert score(x @ mixing + 5.0, y, config) == pytest.approx(score(x, y, config), abs=1e-7)
     assert score(x, y @ mixing - 5.0, config) == pytest.approx(score(x, y, config), abs=1e-7)
 
@@ -165,23 +204,29 @@ def test_an_identical_pair_is_capped_at_its_documented_value() -> None:
 def test_negative_held_out_correlations_count_as_zero() -> None:
     one = torch.ones(2, dtype=torch.float64)
     assert float(nats_of(torch.tensor([-0.9, 0.0], dtype=torch.float64), one, one)) == 0.0
-    assert float(nats_of(torch.tensor([0.6], dtype=torch.float64), one[:1], one[:1])) == pytest.approx(
-        -0.5 * math.log(0.64)
-    )
+    assert float(
+        nats_of(torch.tensor([0.6], dtype=torch.float64), one[:1], one[:1])
+    ) == pytest.approx(-0.5 * math.log(0.64))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_all_pairs_at_once_equal_one_pair_at_a_time(estimator: str) -> None:
     x = [normal(60, 9, seed=i) for i in range(5)]
     y = [normal(60, 6, seed=10 + j) + x[j][:, :6] for j in range(3)]
-    config = quick(estimator, n_permutations=3, **({} if estimator == "cka" else {"n_components": 4}))
+    config = quick(
+        estimator, n_permutations=3, **({} if estimator == "cka" else {"n_components": 4})
+    )
     grid = layer_pair_mi(x, y, config)
     for i in range(5):
         for j in range(3):
             alone = layer_pair_mi([x[i]], [y[j]], config)
             torch.testing.assert_close(grid.matrix[i, j], alone.matrix[0, 0], rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(grid.null[:, i, j], alone.null[:, 0, 0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(grid.interval[i, j], alone.interval[0, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                grid.null[:, i, j], alone.null[:, 0, 0], rtol=1e-4, atol=1e-5
+            )
+            torch.testing.assert_close(
+                grid.interval[i, j], alone.interval[0, 0], rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -225,7 +270,8 @@ def test_principal_scores_agree_from_either_gram_matrix() -> None:
     assert tall.rank == wide.rank == 15
 
 
-# --- null and intervals --------------------------------------------------------------------------------------------
+# --- null and intervals
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -239,7 +285,8 @@ def test_p_values_are_uniform_under_independence(estimator: str) -> None:
         y = [normal(n, 3, seed=100 * seed + 50 + i) for i in range(layers)]
         p.append(layer_pair_mi(x, y, config, seed=seed).p_values.flatten())
     values = torch.cat(p)
-    # 180-320 pairs, of which those sharing a layer are dependent: bounds are several binomial standard errors wide.
+    # 180-320 pairs, of which those sharing a layer are dependent: bounds are several binomial
+    # standard errors wide.
     assert 0.01 <= float((values <= 0.05).double().mean()) <= 0.11
     assert 0.40 <= float((values <= 0.5).double().mean()) <= 0.62
     assert float(values.min()) >= 1 / 40
@@ -259,7 +306,9 @@ def test_planted_dependence_stands_far_above_the_null(estimator: str) -> None:
 
 
 @pytest.mark.parametrize(("estimator", "least"), [("cca", 0.8), ("gaussian", 0.85), ("ksg", 0.7)])
-def test_intervals_cover_the_truth_where_the_fit_is_not_the_bottleneck(estimator: str, least: float) -> None:
+def test_intervals_cover_the_truth_where_the_fit_is_not_the_bottleneck(
+    estimator: str, least: float
+) -> None:
     covered = 0
     for seed in range(40):
         x, y, truth = correlated(300, [0.7], seed=seed)
@@ -267,7 +316,9 @@ def test_intervals_cover_the_truth_where_the_fit_is_not_the_bottleneck(estimator
         low, high = got.interval[0, 0].tolist()
         assert low < float(got.matrix) < high
         covered += low <= truth <= high
-    assert least <= covered / 40  # nominal 0.95; ksg's local terms are dependent, so its interval is narrow
+    assert (
+        least <= covered / 40
+    )  # nominal 0.95; ksg's local terms are dependent, so its interval is narrow
     assert high - low < 0.4
 
 
@@ -280,9 +331,13 @@ def test_cka_interval_covers_the_large_sample_value() -> None:
     covered = 0
     for seed in range(40):
         x, y = draw(200, seed)
-        low, high = layer_pair_mi([x], [y], quick("cka", n_bootstrap=200, standardise=False), seed=seed).interval[0, 0]
+        low, high = layer_pair_mi(
+            [x], [y], quick("cka", n_bootstrap=200, standardise=False), seed=seed
+        ).interval[0, 0]
         covered += bool(low <= truth <= high)
-    assert covered >= 34  # of 40; 92 of 100 in a longer run: first-order weights are a tenth too narrow at n=200
+    assert (
+        covered >= 34
+    )  # of 40; 92 of 100 in a longer run: first-order weights are a tenth too narrow at n=200
 
 
 def test_intervals_are_centred_on_the_estimate_and_cca_stays_above_zero() -> None:
@@ -290,9 +345,13 @@ def test_intervals_are_centred_on_the_estimate_and_cca_stays_above_zero() -> Non
     spread = torch.linspace(-1.0, 1.0, 101, dtype=torch.float64)[:, None, None]
     draws = matrix + 5.0 + spread  # resampling adds noise, so every draw is biased upward
     plain = _interval(matrix, draws, quick("gaussian", confidence=0.5))
-    torch.testing.assert_close(plain, torch.tensor([[[0.5, 1.5], [-0.4, 0.6]]], dtype=torch.float64))
+    torch.testing.assert_close(
+        plain, torch.tensor([[[0.5, 1.5], [-0.4, 0.6]]], dtype=torch.float64)
+    )
     clamped = _interval(matrix, draws, quick("cca", confidence=0.5))
-    torch.testing.assert_close(clamped, torch.tensor([[[0.5, 1.5], [0.0, 0.6]]], dtype=torch.float64))
+    torch.testing.assert_close(
+        clamped, torch.tensor([[[0.5, 1.5], [0.0, 0.6]]], dtype=torch.float64)
+    )
 
 
 def test_a_null_draw_equal_to_the_estimate_counts_against_it() -> None:
@@ -306,13 +365,16 @@ def test_more_confidence_and_fewer_texts_widen_the_interval() -> None:
     x, y, _ = correlated(400, [0.7, 0.5], seed=0)
 
     def width(n: int, confidence: float) -> float:
-        got = layer_pair_mi([x[:n]], [y[:n]], quick("gaussian", confidence=confidence, n_bootstrap=300))
+        got = layer_pair_mi(
+            [x[:n]], [y[:n]], quick("gaussian", confidence=confidence, n_bootstrap=300)
+        )
         return float(got.interval[0, 0, 1] - got.interval[0, 0, 0])
 
     assert width(400, 0.5) < width(400, 0.95) < width(100, 0.95)
 
 
-# --- the result ----------------------------------------------------------------------------------------------------
+# --- the result
+# ----------------------------------------------------------------------------------------------------
 
 
 def example(estimator: str = "cca", **fields: Any) -> LayerPairMI:
@@ -369,7 +431,9 @@ def test_without_permutations_the_null_is_empty() -> None:
 def test_separated_compares_intervals_on_either_side() -> None:
     got = example()
     best = got.argmax()
-    others = [(e, t) for e in got.expert_hook_names for t in got.target_hook_names if (e, t) != best]
+    others = [
+        (e, t) for e in got.expert_hook_names for t in got.target_hook_names if (e, t) != best
+    ]
     assert got.separated([best])
     assert got.separated(others)
     assert not got.separated(others[:1])
@@ -402,7 +466,8 @@ def test_clipped_coordinates_are_recorded() -> None:
     assert abs(float(got.matrix - clean.matrix)) < 0.5 * float(clean.matrix - loose.matrix)
 
 
-# --- conformance ---------------------------------------------------------------------------------------------------
+# --- conformance
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -465,12 +530,16 @@ class TestConformance:
             layer_pair_mi(good, bad, quick(estimator))
         with pytest.raises(DataError, match=r"paired row by row .*: got 30 and 29 rows"):
             layer_pair_mi(good, [normal(29, 4, seed=1)], quick(estimator))
-        with pytest.raises(DataError, match=r"expert_states\['expert.0.states'\] is the same in every row"):
+        with pytest.raises(
+            DataError, match=r"expert_states\['expert.0.states'\] is the same in every row"
+        ):
             layer_pair_mi([torch.ones(30, 4)], good, quick(estimator))
         with pytest.raises(DataError, match="target_states is empty"):
             layer_pair_mi(good, [], quick(estimator))
 
-    def test_a_progress_bar_changes_nothing(self, estimator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_progress_bar_changes_nothing(
+        self, estimator: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         x = normal(30, 3, seed=0)
         config = quick(estimator, n_permutations=2)
         silent = layer_pair_mi([x], [x], config)
@@ -480,7 +549,8 @@ class TestConformance:
         assert torch.equal(silent.null, shown.null)
 
 
-# --- every field has an effect or raises ---------------------------------------------------------------------------
+# --- every field has an effect or raises
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -532,8 +602,14 @@ def test_counts_decide_the_draws() -> None:
         ({"confidence": 1.0}, "confidence must be a number"),
         ({"n_neighbors": 3}, "n_neighbors=3 has no effect for estimator='cca'"),
         ({"estimator": "ksg", "n_folds": 3}, "n_folds=3 has no effect for estimator='ksg'"),
-        ({"estimator": "gaussian", "shrinkage": 0.1}, "shrinkage=0.1 has no effect for estimator='gaussian'"),
-        ({"estimator": "cka", "n_components": 3}, "n_components=3 has no effect for estimator='cka'"),
+        (
+            {"estimator": "gaussian", "shrinkage": 0.1},
+            "shrinkage=0.1 has no effect for estimator='gaussian'",
+        ),
+        (
+            {"estimator": "cka", "n_components": 3},
+            "n_components=3 has no effect for estimator='cka'",
+        ),
     ],
 )
 def test_bad_or_idle_fields_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -565,11 +641,15 @@ def test_too_few_samples_are_refused(config: MIConfig, n: int, message: str) -> 
 def test_more_components_than_rank_are_refused() -> None:
     x = normal(40, 6, seed=0)
     low_rank = x[:, :2] @ normal(2, 9, seed=1)
-    with pytest.raises(ArgumentError, match=r"n_components=3 exceeds the rank 2 of target_states\['target.0.states'\]"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"n_components=3 exceeds the rank 2 of target_states\['target.0.states'\]",
+    ):
         layer_pair_mi([x], [low_rank], quick(n_components=3))
 
 
-# --- threads -------------------------------------------------------------------------------------------------------
+# --- threads
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_the_number_of_torch_threads_is_as_before() -> None:

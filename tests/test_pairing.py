@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
-from expertsteer_lens.pairing import PairingConfig, select_layer_pairs
+from expertsteer_lens.pair.rules import PairingConfig, select_layer_pairs
 
 EXPERT = [f"blocks.{i}.hook_resid_post" for i in range(3)]
 TARGET = [f"blocks.{i}.hook_resid_post" for i in range(4)]
@@ -13,7 +13,9 @@ NO_SKIP = {"skip_first": 0, "skip_last": 0}
 
 
 def pick(rule: str, scores: torch.Tensor | None = SCORES, seed: int = 0, **kwargs):
-    return select_layer_pairs(EXPERT, TARGET, PairingConfig(rule=rule, **kwargs), scores=scores, seed=seed)
+    return select_layer_pairs(
+        EXPERT, TARGET, PairingConfig(rule=rule, **kwargs), scores=scores, seed=seed
+    )
 
 
 def test_attribution_and_max_mi_take_the_highest_score_and_min_mi_the_lowest():

@@ -10,10 +10,16 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens._compared import base_plan, realigned_plan
-from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError, HookNameError, ModelStateError
-from expertsteer_lens.metrics import behaviour_metric
-from expertsteer_lens.readings import split_anchors
+from expertsteer_lens.errors import (
+    ArgumentError,
+    DataError,
+    ExpertSteerError,
+    HookNameError,
+    ModelStateError,
+)
+from expertsteer_lens.evaluation.comparisons import base_plan, realigned_plan
+from expertsteer_lens.measure.metrics import behaviour_metric
+from expertsteer_lens.pipeline.fit_data import split_anchors
 
 FAST_RFM = esl.RFMConfig(bandwidth=1.0, center_gradients=False, validation_fraction=0.0, n_rounds=3)
 FAST_MI = esl.MIConfig(n_permutations=10, n_bootstrap=20, n_components=8)
@@ -27,22 +33,35 @@ def config(**changes) -> esl.ExpertSteerConfig:
 def zoo():
     expert, target = esl.zoo.load_pair()
     return {
-        "expert": expert, "target": target, "pairs": esl.zoo.contrast_pairs(n=60), "anchors": esl.zoo.anchors(n=240),
+        "expert": expert,
+        "target": target,
+        "pairs": esl.zoo.contrast_pairs(n=60),
+        "anchors": esl.zoo.anchors(n=240),
         "behaviour": esl.zoo.behaviour(n=40),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
 def fit(zoo):
     return esl.ExpertSteer(config()).fit(
-        zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], behaviour=zoo["behaviour"], progress=False
+        zoo["expert"],
+        zoo["target"],
+        zoo["pairs"],
+        anchors=zoo["anchors"],
+        behaviour=zoo["behaviour"],
+        progress=False,
     )
 
 
 @pytest.fixture(scope="module")
 def evaluation(fit, zoo):
     return esl.evaluate(
-        fit.plan(), zoo["target"], fit=fit, n_random=5, n_shuffles=2, prompt_prefix="What a happy day. "
+        fit.plan(),
+        zoo["target"],
+        fit=fit,
+        n_random=5,
+        n_shuffles=2,
+        prompt_prefix="What a happy day. ",
     )
 
 
@@ -102,8 +121,17 @@ class TestOnTheZoo:
         assert "chosen" in fit.summary()
         assert bool(fit.to_pandas().chosen.iloc[0])
         frame = evaluation.to_pandas()
-        assert {"unsteered", "this plan", "random (same norm)", "random (same budget)", "label-shuffled RFM", "wrong layer",
-                "native RFM", "native mean difference (CAA)", "prompting"} == set(frame.method)  # fmt: skip
+        assert {
+            "unsteered",
+            "this plan",
+            "random (same norm)",
+            "random (same budget)",
+            "label-shuffled RFM",
+            "wrong layer",
+            "native RFM",
+            "native mean difference (CAA)",
+            "prompting",
+        } == set(frame.method)
         assert len(evaluation.to_pandas(collapse=False)) == 1 + 5 * 2 + 2 + 1 + 2 + 1 + 1
         unsteered = evaluation.row("unsteered")
         assert unsteered.effect == unsteered.nll_rise == unsteered.kl == 0.0
@@ -116,7 +144,9 @@ class TestOnTheZoo:
 
     def test_paired_differences_are_those_of_the_rows(self, evaluation):
         frame = evaluation.differences().set_index("method")
-        floor = torch.tensor([r.effect for r in evaluation.rows if r.method == "random (same budget)"]).mean()
+        floor = torch.tensor(
+            [r.effect for r in evaluation.rows if r.method == "random (same budget)"]
+        ).mean()
         assert frame.difference["random (same budget)"] == pytest.approx(
             evaluation.plan.effect - float(floor), abs=1e-6
         )
@@ -126,35 +156,64 @@ class TestOnTheZoo:
     def test_all_methods_steer_as_many_layers_within_the_budget(self, fit, zoo):
         plan = fit.plan()
         result = esl.evaluate(
-            plan, zoo["target"], fit=fit, methods="all", n_random=2, n_shuffles=1, n_generate=3, max_new_tokens=8,
+            plan,
+            zoo["target"],
+            fit=fit,
+            methods="all",
+            n_random=2,
+            n_shuffles=1,
+            n_generate=3,
+            max_new_tokens=8,
             text_score=lambda texts: [len(t) for t in texts],
-        )  # fmt: skip
+        )
         names = {r.method for r in result.rows}
-        assert {"native PCA (RepE)", "native logistic probe (ITI)", "ridge + RFM", "procrustes + RFM", "autoencoder + RFM",
-                "least squares + mean difference (L-Cross)", "paper preset"} < names  # fmt: skip
+        assert {
+            "native PCA (RepE)",
+            "native logistic probe (ITI)",
+            "ridge + RFM",
+            "procrustes + RFM",
+            "autoencoder + RFM",
+            "least squares + mean difference (L-Cross)",
+            "paper preset",
+        } < names
         assert "identity + RFM" not in names
         assert sum(r.method == "paper preset" for r in result.rows) == 2
         one, two = (r for r in result.rows if r.method == "paper preset")
         assert not torch.equal(one.per_prompt, two.per_prompt)
-        assert all(len(r.hook_names) == 1 for r in result.rows if r.role not in ("base", "baseline") or r.coefficient)
-        assert all(r.length > 0 and r.text_score > 0 and 0 <= r.repetition <= 1 for r in result.rows)
+        assert all(
+            len(r.hook_names) == 1
+            for r in result.rows
+            if r.role not in ("base", "baseline") or r.coefficient
+        )
+        assert all(
+            r.length > 0 and r.text_score > 0 and 0 <= r.repetition <= 1 for r in result.rows
+        )
 
     def test_pairs_that_the_expert_cannot_tell_apart_are_chosen_only_for_want_of_others(self, fit):
         store = fit.expert_pairs
-        permuted = store.labels[torch.randperm(len(store.labels), generator=torch.Generator().manual_seed(2))]
+        permuted = store.labels[
+            torch.randperm(len(store.labels), generator=torch.Generator().manual_seed(2))
+        ]
         blind = esl.ActivationStore(store.activations, permuted, store.provenance)
         lost = replace(fit, readings=replace(fit.readings, expert_pairs=blind))
         with pytest.warns(UserWarning, match="Does it know this behaviour"):
-            found = lost.refit(pairing=esl.PairingConfig(min_auc=0.95), rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1))
+            found = lost.refit(
+                pairing=esl.PairingConfig(min_auc=0.95),
+                rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1),
+            )
         assert max(r.validation_auc for r in found.rfms.values()) < 0.95
         assert any(step["step"] == "select" for step in found.steps)
         assert not any(step["step"] == "select" for step in fit.steps)
 
     def test_the_ceiling_does_not_depend_on_the_rule_of_the_fit(self, fit, zoo, evaluation):
         paper = replace(fit.refit(pairing=esl.PairingConfig(rule="min_mi")), gradients={})
-        result = esl.evaluate(paper.plan(coefficient=0.1), zoo["target"], fit=paper, n_random=2, n_shuffles=0)
+        result = esl.evaluate(
+            paper.plan(coefficient=0.1), zoo["target"], fit=paper, n_random=2, n_shuffles=0
+        )
         assert result.row("native RFM").hook_names == evaluation.row("native RFM").hook_names
-        assert result.row("native RFM").effect == pytest.approx(evaluation.row("native RFM").effect, abs=1e-6)
+        assert result.row("native RFM").effect == pytest.approx(
+            evaluation.row("native RFM").effect, abs=1e-6
+        )
 
     def test_another_aligner_is_held_to_the_same_choice_of_pairs(self, fit):
         plan = realigned_plan(fit, fit.plan(coefficient=0.1), "ridge")
@@ -170,17 +229,27 @@ class TestOnTheZoo:
 
     def test_expert_minus_base_is_carried_over_by_the_maps(self, fit, zoo):
         shift = {h: torch.linspace(-1, 1, fit.expert_pairs.d_model) for h in fit.expert_pairs}
-        base = esl.ActivationStore({h: x - 3 * shift[h] for h, x in fit.expert_pairs.items()}, fit.expert_pairs.labels)
+        base = esl.ActivationStore(
+            {h: x - 3 * shift[h] for h, x in fit.expert_pairs.items()}, fit.expert_pairs.labels
+        )
         plan = base_plan(fit, fit.plan(coefficient=0.1), base)
         vector = plan.vectors[0]
         key = (vector.provenance["expert_hook_name"], vector.hook_name)
         expected = fit.aligners[key].encode_direction(shift[key[0]] / shift[key[0]].norm())
-        torch.testing.assert_close(vector.direction, expected / expected.norm(), atol=1e-4, rtol=1e-4)
-        effects = {k: fit.predicted_effect(k[1], a.encode_direction(shift[k[0]]) / a.encode_direction(shift[k[0]]).norm())
-                   for k, a in fit.aligners.items()}  # fmt: skip
+        torch.testing.assert_close(
+            vector.direction, expected / expected.norm(), atol=1e-4, rtol=1e-4
+        )
+        effects = {
+            k: fit.predicted_effect(
+                k[1], a.encode_direction(shift[k[0]]) / a.encode_direction(shift[k[0]]).norm()
+            )
+            for k, a in fit.aligners.items()
+        }
         assert key == max(effects, key=effects.get)
         with pytest.raises(ArgumentError, match="base has no states at"):
-            base_plan(fit, plan, esl.ActivationStore({"blocks.9.hook_resid_post": torch.ones(4, 2)}))
+            base_plan(
+                fit, plan, esl.ActivationStore({"blocks.9.hook_resid_post": torch.ones(4, 2)})
+            )
         with pytest.raises(ArgumentError, match="need fit="):
             esl.evaluate(plan, zoo["target"], base=base)
         with pytest.raises(ArgumentError, match="text_score is given, but nothing is generated"):
@@ -189,7 +258,9 @@ class TestOnTheZoo:
     def test_a_refit_equals_a_fit_with_those_settings(self, fit, zoo):
         ridge = config(aligner=esl.AlignerConfig(kind="ridge"))
         keywords = {"anchors": zoo["anchors"], "behaviour": zoo["behaviour"], "progress": False}
-        anew = esl.ExpertSteer(ridge, seed=0).fit(zoo["expert"], zoo["target"], zoo["pairs"], **keywords)
+        anew = esl.ExpertSteer(ridge, seed=0).fit(
+            zoo["expert"], zoo["target"], zoo["pairs"], **keywords
+        )
         again = fit.refit(aligner=esl.AlignerConfig(kind="ridge"))
         assert again.layer_pairs.keys() == anew.layer_pairs.keys()
         key = anew.layer_pairs.keys()[0]
@@ -201,9 +272,15 @@ class TestOnTheZoo:
         validation, test = zoo["behaviour"].split(0.5, seed=3)
         neutral = esl.zoo.neutral_texts(20)
         found = esl.ExpertSteer(config()).fit(
-            zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], behaviour=validation, test_behaviour=test,
-            neutral=neutral, progress=False,
-        )  # fmt: skip
+            zoo["expert"],
+            zoo["target"],
+            zoo["pairs"],
+            anchors=zoo["anchors"],
+            behaviour=validation,
+            test_behaviour=test,
+            neutral=neutral,
+            progress=False,
+        )
         assert found.validation_behaviour.prompts == validation.prompts
         assert found.test_behaviour.prompts == test.prompts
         assert set(found.calibration_texts) | set(found.test_texts) == set(neutral)
@@ -234,7 +311,12 @@ class TestOnTheZoo:
     def test_without_a_behaviour_the_read_out_chooses(self, zoo):
         steps = []
         found = esl.ExpertSteer(config()).fit(
-            zoo["expert"], zoo["target"], zoo["pairs"], anchors=zoo["anchors"], progress=False, on_step=steps.append
+            zoo["expert"],
+            zoo["target"],
+            zoo["pairs"],
+            anchors=zoo["anchors"],
+            progress=False,
+            on_step=steps.append,
         )
         assert next(s for s in steps if s["step"] == "attribute")["metric"] == "read-out"
         assert found.test_behaviour is None
@@ -244,8 +326,13 @@ class TestOnTheZoo:
 
     def test_the_papers_preset_runs_as_described(self, zoo):
         paper = esl.ExpertSteer(
-            config(aligner=esl.AlignerConfig(kind="autoencoder"), pairing=esl.PairingConfig(rule="min_mi"))
-        ).fit(zoo["expert"], zoo["target"], zoo["pairs"], behaviour=zoo["behaviour"], progress=False)
+            config(
+                aligner=esl.AlignerConfig(kind="autoencoder"),
+                pairing=esl.PairingConfig(rule="min_mi"),
+            )
+        ).fit(
+            zoo["expert"], zoo["target"], zoo["pairs"], behaviour=zoo["behaviour"], progress=False
+        )
         pair = paper.layer_pairs[0]
         allowed = paper.layer_pair_mi.matrix[:, 1:-1]
         assert pair.score == pytest.approx(float(allowed.min()))
@@ -272,17 +359,25 @@ class TestOnTheZoo:
 class TestEvaluateAlone:
     def test_a_plan_without_a_fit_is_held_against_random_directions_only(self, zoo, fit):
         result = esl.evaluate(
-            fit.plan(coefficient=0.1), zoo["target"], behaviour=fit.test_behaviour, neutral=fit.test_texts,
-            calibration_texts=fit.calibration_texts, n_random=2,
-        )  # fmt: skip
+            fit.plan(coefficient=0.1),
+            zoo["target"],
+            behaviour=fit.test_behaviour,
+            neutral=fit.test_texts,
+            calibration_texts=fit.calibration_texts,
+            n_random=2,
+        )
         assert result.ceiling is None
         assert {r.role for r in result.rows} == {"base", "plan", "control", "floor"}
 
     def test_a_random_direction_is_called_chance(self, zoo, fit):
         result = esl.evaluate(
-            fit.plan(coefficient=0.1).with_random_directions(seed=99), zoo["target"], behaviour=fit.test_behaviour,
-            neutral=fit.test_texts, calibration_texts=fit.calibration_texts, n_random=6,
-        )  # fmt: skip
+            fit.plan(coefficient=0.1).with_random_directions(seed=99),
+            zoo["target"],
+            behaviour=fit.test_behaviour,
+            neutral=fit.test_texts,
+            calibration_texts=fit.calibration_texts,
+            n_random=6,
+        )
         assert result.verdict.startswith("Not distinguishable from chance")
 
     def test_missing_texts_are_asked_for(self, zoo, fit):
@@ -293,7 +388,7 @@ class TestEvaluateAlone:
 class TestVerdicts:
     @staticmethod
     def result(plan: float, floor: list[float], ceiling: float):
-        from expertsteer_lens.evaluation import FLOOR, Evaluation, EvaluationRow
+        from expertsteer_lens.evaluation.run import FLOOR, Evaluation, EvaluationRow
 
         def row(method, role, effect):
             return EvaluationRow(
@@ -316,7 +411,9 @@ class TestVerdicts:
         return Evaluation((*rows, row("native RFM", "ceiling", ceiling)), 0.0, 0.5, 0.1, {})
 
     def test_a_target_that_cannot_express_it_is_said_to_be_so(self):
-        assert self.result(0.9, [0.0, 0.4, -0.4], 0.5).verdict.startswith("The target cannot express this")
+        assert self.result(0.9, [0.0, 0.4, -0.4], 0.5).verdict.startswith(
+            "The target cannot express this"
+        )
 
     def test_success_states_floor_ceiling_and_cost(self):
         text = self.result(1.0, [0.0, 0.1, -0.1], 1.25).verdict
@@ -325,7 +422,9 @@ class TestVerdicts:
         assert "neutral NLL +0.02" in text
 
     def test_no_effect_is_not_sold(self):
-        assert self.result(0.1, [0.0, 0.1, -0.1], 1.25).verdict.startswith("Not distinguishable from chance")
+        assert self.result(0.1, [0.0, 0.1, -0.1], 1.25).verdict.startswith(
+            "Not distinguishable from chance"
+        )
 
 
 class TestBadInput:

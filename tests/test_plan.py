@@ -1,4 +1,5 @@
-"""Steering plans: what they hold, what they refuse, what they do to a model, and what they say if they could not."""
+"""Steering plans: what they hold, what they refuse, what they do to a model, and what they say if
+they could not."""
 
 from __future__ import annotations
 
@@ -11,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertsteer_lens import edits
-from expertsteer_lens.activations import ActivationStore
+from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import (
     ArgumentError,
     ArtifactError,
@@ -23,9 +23,10 @@ from expertsteer_lens.errors import (
     ModelStateError,
     WidthError,
 )
-from expertsteer_lens.gates import Gate
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.interventions import edits
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 D = models.D_MODEL
 HOOK, NEXT = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
@@ -44,7 +45,12 @@ def direction(seed: int = 0, *, unit: bool = True) -> Tensor:
 
 
 def vector(seed: int = 0, **options: Any) -> SteeringVector:
-    fields: dict[str, Any] = {"hook_name": HOOK, "coefficient": 4.0, "relative_to": "unit", **options}
+    fields: dict[str, Any] = {
+        "hook_name": HOOK,
+        "coefficient": 4.0,
+        "relative_to": "unit",
+        **options,
+    }
     return SteeringVector(direction=direction(seed), **fields)
 
 
@@ -65,7 +71,7 @@ def at(name: str, model: Any, ids: Tensor = IDS) -> Tensor:
     return seen[0]
 
 
-# -- data ---------------------------------------------------------------------------------------------------------------
+# -- data -----------------------------------------------------------------------------------------
 
 
 def test_delta_is_coefficient_times_median_norm_times_direction() -> None:
@@ -90,16 +96,40 @@ def test_a_vector_is_a_copy_and_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"direction": 2 * direction()}, ArgumentError, "must be a unit vector, got norm 2; SteeringPlan.from_vectors"),
-        ({"direction": torch.full((D,), torch.nan)}, DataError, f"with {D} values that are NaN or Inf"),
-        ({"direction": torch.ones(2, D)}, DataError, r"must be a finite vector \[d\], got shape \(2, 32\)"),
+        (
+            {"direction": 2 * direction()},
+            ArgumentError,
+            "must be a unit vector, got norm 2; SteeringPlan.from_vectors",
+        ),
+        (
+            {"direction": torch.full((D,), torch.nan)},
+            DataError,
+            f"with {D} values that are NaN or Inf",
+        ),
+        (
+            {"direction": torch.ones(2, D)},
+            DataError,
+            r"must be a finite vector \[d\], got shape \(2, 32\)",
+        ),
         ({"coefficient": float("inf")}, ArgumentError, "coefficient must be a number"),
         ({"coefficient": "0.1"}, ArgumentError, "coefficient must be a number"),
         ({"relative_to": "norm"}, ArgumentError, "relative_to must be one of"),
-        ({"relative_to": "median_norm"}, ArgumentError, "needs median_norm; pass it, or relative_to='unit'"),
-        ({"relative_to": "median_norm", "median_norm": 0.0}, ArgumentError, "median_norm must be a number"),
+        (
+            {"relative_to": "median_norm"},
+            ArgumentError,
+            "needs median_norm; pass it, or relative_to='unit'",
+        ),
+        (
+            {"relative_to": "median_norm", "median_norm": 0.0},
+            ArgumentError,
+            "median_norm must be a number",
+        ),
         ({"edit": "ad"}, ArgumentError, "edit must be one of .*closest: 'add'"),
-        ({"edit": "ablate", "relative_to": "median_norm", "median_norm": 1.0}, ArgumentError, "takes a fraction"),
+        (
+            {"edit": "ablate", "relative_to": "median_norm", "median_norm": 1.0},
+            ArgumentError,
+            "takes a fraction",
+        ),
         (
             {"edit": "rescale", "relative_to": "median_norm", "median_norm": 1.0},
             ArgumentError,
@@ -107,8 +137,16 @@ def test_a_vector_is_a_copy_and_cannot_be_changed() -> None:
         ),
     ],
 )
-def test_a_bad_vector_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
-    fields = {"hook_name": HOOK, "direction": direction(), "coefficient": 1.0, "relative_to": "unit", **change}
+def test_a_bad_vector_is_refused(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    fields = {
+        "hook_name": HOOK,
+        "direction": direction(),
+        "coefficient": 1.0,
+        "relative_to": "unit",
+        **change,
+    }
     with pytest.raises(error, match=words):
         SteeringVector(**fields)
 
@@ -118,7 +156,10 @@ def test_a_bad_vector_is_refused(change: dict[str, Any], error: type[Exception],
     [
         ({"vectors": ()}, "at least one SteeringVector"),
         ({"vectors": (direction(),)}, "from_vectors takes tensors"),
-        ({"vectors": (vector(),), "basis": "centered"}, "basis must be 'raw', 'centred' or None, got 'centered'"),
+        (
+            {"vectors": (vector(),), "basis": "centered"},
+            "basis must be 'raw', 'centred' or None, got 'centered'",
+        ),
         ({"vectors": (vector(),), "positions": "lastprompt"}, "closest: 'last_prompt'"),
     ],
 )
@@ -157,12 +198,37 @@ def test_from_vectors_takes_norms_basis_and_target_from_captured_activations() -
     ("vectors", "options", "error", "words"),
     [
         ({}, {}, ArgumentError, "vectors is empty"),
-        ({HOOK: torch.zeros(D)}, {"relative_to": "unit"}, ArgumentError, "is zero and has no direction"),
-        ({HOOK: torch.ones(2, D)}, {"relative_to": "unit"}, DataError, r"must be a finite tensor \[d\]"),
-        ({HOOK: torch.full((D,), torch.inf)}, {"relative_to": "unit"}, DataError, "must be a finite tensor"),
+        (
+            {HOOK: torch.zeros(D)},
+            {"relative_to": "unit"},
+            ArgumentError,
+            "is zero and has no direction",
+        ),
+        (
+            {HOOK: torch.ones(2, D)},
+            {"relative_to": "unit"},
+            DataError,
+            r"must be a finite tensor \[d\]",
+        ),
+        (
+            {HOOK: torch.full((D,), torch.inf)},
+            {"relative_to": "unit"},
+            DataError,
+            "must be a finite tensor",
+        ),
         ({HOOK: direction()}, {}, ArgumentError, "needs median_norms: a number per hook name"),
-        ({HOOK: direction()}, {"median_norms": {NEXT: 1.0}}, ArgumentError, "median_norms has no entry for"),
-        ({HOOK: direction()}, {"coefficient": {NEXT: 1.0}}, ArgumentError, "coefficient has no entry for"),
+        (
+            {HOOK: direction()},
+            {"median_norms": {NEXT: 1.0}},
+            ArgumentError,
+            "median_norms has no entry for",
+        ),
+        (
+            {HOOK: direction()},
+            {"coefficient": {NEXT: 1.0}},
+            ArgumentError,
+            "coefficient has no entry for",
+        ),
         (
             {HOOK: direction()},
             {"median_norms": ActivationStore({NEXT: torch.ones(2, D)})},
@@ -171,7 +237,9 @@ def test_from_vectors_takes_norms_basis_and_target_from_captured_activations() -
         ),
     ],
 )
-def test_from_vectors_refuses(vectors: Any, options: Any, error: type[Exception], words: str) -> None:
+def test_from_vectors_refuses(
+    vectors: Any, options: Any, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         SteeringPlan.from_vectors(vectors, **options)
 
@@ -188,10 +256,16 @@ def test_with_coefficient_sets_the_largest_and_keeps_the_ratios() -> None:
 
 
 def test_random_directions_change_the_directions_only() -> None:
-    plan = plan_of(vector(), vector(1, hook_name=NEXT, coefficient=-2.0), positions="prompt", basis="centred")
+    plan = plan_of(
+        vector(), vector(1, hook_name=NEXT, coefficient=-2.0), positions="prompt", basis="centred"
+    )
     one, again, other = (plan.with_random_directions(seed=s) for s in (0, 0, 1))
     for before, after in zip(plan.vectors, one.vectors, strict=True):
-        assert (before.hook_name, before.coefficient, before.scale) == (after.hook_name, after.coefficient, after.scale)
+        assert (before.hook_name, before.coefficient, before.scale) == (
+            after.hook_name,
+            after.coefficient,
+            after.scale,
+        )
         assert float(after.direction.norm()) == pytest.approx(1.0, abs=1e-6)
         assert abs(float(after.direction.mean())) < 1e-7  # centred plans stay centred
         assert abs(float(before.direction @ after.direction)) < 0.6
@@ -199,12 +273,18 @@ def test_random_directions_change_the_directions_only() -> None:
     assert torch.equal(one.vectors[0].direction, again.vectors[0].direction)
     assert not torch.allclose(one.vectors[0].direction, other.vectors[0].direction)
     assert not torch.allclose(one.vectors[0].direction, one.vectors[1].direction)
-    assert abs(float(plan_of(basis="raw").with_random_directions(seed=0).vectors[0].direction.mean())) > 1e-3
+    assert (
+        abs(float(plan_of(basis="raw").with_random_directions(seed=0).vectors[0].direction.mean()))
+        > 1e-3
+    )
     assert one.provenance["directions"] == "random, seed 0"
 
 
 def test_shown_as_text_and_as_a_table() -> None:
-    plan = plan_of(vector(coefficient=0.2, relative_to="median_norm", median_norm=31.2), target={"name": "tiny"})
+    plan = plan_of(
+        vector(coefficient=0.2, relative_to="median_norm", median_norm=31.2),
+        target={"name": "tiny"},
+    )
     assert "blocks.1.hook_resid_post: add +0.2×31.2 (median norm), d=32" in repr(plan)
     assert "for tiny" in repr(plan)
     table = plan.to_pandas()
@@ -212,7 +292,7 @@ def test_shown_as_text_and_as_a_table() -> None:
     assert table.loc[0, "scale"] == pytest.approx(6.24)
 
 
-# -- effect -------------------------------------------------------------------------------------------------------------
+# -- effect ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
@@ -220,7 +300,9 @@ def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
     model = model_of()
     plain = run(model)
     for preserve_norm in (False, True):
-        with plan_of(vector(coefficient=0.0, edit=edit, preserve_norm=preserve_norm)).hooks(model) as report:
+        with plan_of(vector(coefficient=0.0, edit=edit, preserve_norm=preserve_norm)).hooks(
+            model
+        ) as report:
             assert torch.equal(run(model), plain)
         assert report.n_edited == {HOOK: 0}
         assert report.n_selected == {HOOK: 12}
@@ -229,7 +311,9 @@ def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
-def test_each_edit_does_what_the_pure_function_does(edit: str, family: str, preserve_norm: bool) -> None:
+def test_each_edit_does_what_the_pure_function_does(
+    edit: str, family: str, preserve_norm: bool
+) -> None:
     """In centred coordinates (gpt2) the edit sees Px, and the mean of x is left alone."""
     model, c = model_of(family), 0.7 if edit in ("ablate", "rescale") else 3.0
     x = at(HOOK, model)
@@ -239,7 +323,9 @@ def test_each_edit_does_what_the_pure_function_does(edit: str, family: str, pres
         "add": lambda: edits.add(base, c * v, preserve_norm=preserve_norm),
         "ablate": lambda: edits.ablate(base, direction(), strength=c, preserve_norm=preserve_norm),
         "clamp": lambda: edits.clamp(base, direction(), low=c, preserve_norm=preserve_norm),
-        "rescale": lambda: edits.rescale(base, direction(), factor=1 + c, preserve_norm=preserve_norm),
+        "rescale": lambda: edits.rescale(
+            base, direction(), factor=1 + c, preserve_norm=preserve_norm
+        ),
     }[edit]()
     plan = plan_of(vector(coefficient=c, edit=edit, preserve_norm=preserve_norm))
     with plan.hooks(model):
@@ -281,7 +367,9 @@ def test_row_coefficients_steer_each_row_by_its_own_strength(edit: str) -> None:
         with plan.with_coefficient(plan.vectors[0].coefficient * factor).hooks(model):
             torch.testing.assert_close(together[row], run(model, ids)[row], atol=2e-5, rtol=0)
     assert report.n_edited == {HOOK: 18}
-    with pytest.raises(ArgumentError, match="row_coefficients has 4 entries, but the batch has 2 rows"):
+    with pytest.raises(
+        ArgumentError, match="row_coefficients has 4 entries, but the batch has 2 rows"
+    ):
         with plan.hooks(model, row_coefficients=factors):
             run(model)
     with pytest.raises(ArgumentError, match="must be a list of finite numbers"):
@@ -315,7 +403,9 @@ def test_fwd_hooks_take_the_mask_of_a_padded_batch() -> None:
         got = model.run_with_hooks(ids, fwd_hooks=plan.fwd_hooks(model, mask), **options)
         wrong = model.run_with_hooks(ids, fwd_hooks=plan.fwd_hooks(model), **options)
     assert torch.equal(got, want)
-    assert not torch.allclose(wrong[0, 2], want[0, 2])  # without the mask the last column is taken for the last token
+    assert not torch.allclose(
+        wrong[0, 2], want[0, 2]
+    )  # without the mask the last column is taken for the last token
 
 
 def test_fwd_hooks_refuse_tensors_without_a_batch_axis() -> None:
@@ -370,7 +460,7 @@ def test_last_run_is_none_before_any_and_belongs_to_one_plan() -> None:
     assert plan.with_coefficient(1.0).last_run is None
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 def enter(plan: SteeringPlan, model: Any = None, **options: Any) -> None:
@@ -384,7 +474,8 @@ def test_a_plan_for_another_model_is_refused_unless_allowed() -> None:
     plan = plan_of(target={"fingerprint": host.fingerprint, "name": host.name})
     enter(plan)
     with pytest.raises(
-        ArtifactError, match=rf"fitted on fingerprint {host.fingerprint} \(tiny-llama\).*{other.fingerprint}"
+        ArtifactError,
+        match=rf"fitted on fingerprint {host.fingerprint} \(tiny-llama\).*{other.fingerprint}",
     ):
         enter(plan, other.model)
     enter(plan, other.model, allow_mismatch=True)
@@ -396,14 +487,21 @@ def test_a_plan_for_another_model_is_refused_unless_allowed() -> None:
 
 def test_a_centred_plan_is_refused_where_centring_changes_the_output() -> None:
     enter(plan_of(basis="centred"), model_of("gpt2"))
-    with pytest.raises(ModelStateError, match="in the centred basis, but the output of 'tiny-llama' changes"):
+    with pytest.raises(
+        ModelStateError, match="in the centred basis, but the output of 'tiny-llama' changes"
+    ):
         enter(plan_of(basis="centred"))
     enter(plan_of(basis="centred"), allow_mismatch=True)
 
 
 def test_the_width_must_be_that_of_the_hook_point() -> None:
-    narrow = SteeringVector(hook_name=HOOK, direction=torch.ones(16) / 4, coefficient=1.0, relative_to="unit")
-    with pytest.raises(WidthError, match=r"'blocks.1.hook_resid_post' has width 16, but 'tiny-llama' has d_model=32"):
+    narrow = SteeringVector(
+        hook_name=HOOK, direction=torch.ones(16) / 4, coefficient=1.0, relative_to="unit"
+    )
+    with pytest.raises(
+        WidthError,
+        match=r"'blocks.1.hook_resid_post' has width 16, but 'tiny-llama' has d_model=32",
+    ):
         enter(plan_of(narrow))
     with pytest.raises(WidthError, match="has width 16, but the activations there have width 48"):
         enter(plan_of(replace(narrow, hook_name="blocks.1.mlp.hook_post")))
@@ -417,7 +515,8 @@ def test_a_block_in_which_the_model_was_not_run_is_an_error() -> None:
 
 def test_a_hook_that_never_fires_is_an_error() -> None:
     with pytest.raises(
-        InterventionError, match=r"\['blocks.2.hook_resid_post'\] never fired in 1 forward passes.*stop_at_layer"
+        InterventionError,
+        match=r"\['blocks.2.hook_resid_post'\] never fired in 1 forward passes.*stop_at_layer",
     ):
         with plan_of(vector(), vector(hook_name=NEXT)).hooks(model_of()):
             run(model_of(), stop_at_layer=2)
@@ -431,9 +530,15 @@ def test_positions_that_select_no_token_are_an_error() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_without_a_mask_is_refused_where_it_matters(side: str) -> None:
     model = model_of()
-    ids = torch.tensor([[1, 4, 7, 0, 0], [1, 5, 9, 20, 7]] if side == "right" else [[0, 0, 1, 4, 7], [1, 5, 9, 20, 7]])
+    ids = torch.tensor(
+        [[1, 4, 7, 0, 0], [1, 5, 9, 20, 7]]
+        if side == "right"
+        else [[0, 0, 1, 4, 7], [1, 5, 9, 20, 7]]
+    )
     mask = (ids != 0).long()
-    with pytest.raises(DataError, match=r"seems to be padded \(pad id 0\) and came without an attention mask"):
+    with pytest.raises(
+        DataError, match=r"seems to be padded \(pad id 0\) and came without an attention mask"
+    ):
         with plan_of(positions="last_prompt").hooks(model):
             run(model, ids)
     with plan_of(positions="last_prompt").hooks(model) as report:
@@ -446,26 +551,36 @@ def test_a_padded_batch_without_a_mask_is_refused_where_it_matters(side: str) ->
 
 def test_a_host_without_traces_says_what_to_use() -> None:
     with pytest.raises(
-        HostError, match=r"apply works inside an nnsight trace; on transformer_lens use `with plan.hooks"
+        HostError,
+        match=r"apply works inside an nnsight trace; on transformer_lens use `with plan.hooks",
     ):
         plan_of().apply(model_of())
 
 
-# -- gates ---------------------------------------------------------------------------------------------------------------
+# -- gates ----------------------------------------------------------------------------------------
 
 
-def gate_between(model: Any, ids: Tensor, *, per: str = "row", hook_name: str | None = None, **options: Any) -> Gate:
-    """A gate that the last token of row 1 opens and that of row 0 does not (or the other way round)."""
+def gate_between(
+    model: Any, ids: Tensor, *, per: str = "row", hook_name: str | None = None, **options: Any
+) -> Gate:
+    """A gate that the last token of row 1 opens and that of row 0 does not (or the other way
+    round)."""
     scores = at(hook_name or HOOK, model, ids)[:, -1] @ direction(7)
     sign = 1.0 if scores[1] > scores[0] else -1.0
     return Gate(
-        direction=sign * direction(7), threshold=float(sign * scores.mean()), per=per, hook_name=hook_name, **options
+        direction=sign * direction(7),
+        threshold=float(sign * scores.mean()),
+        per=per,
+        hook_name=hook_name,
+        **options,
     )
 
 
 @pytest.mark.parametrize("opens", ["above", "below"])
 @pytest.mark.parametrize("where", [None, "blocks.0.hook_resid_post"])
-def test_a_row_gate_steers_the_rows_that_open_it_and_leaves_the_others_bit_equal(where: str | None, opens: str) -> None:
+def test_a_row_gate_steers_the_rows_that_open_it_and_leaves_the_others_bit_equal(
+    where: str | None, opens: str
+) -> None:
     model = model_of()
     gate = gate_between(model, IDS, hook_name=where, opens=opens)
     plain = run(model)
@@ -497,7 +612,13 @@ def test_a_row_gate_decides_once_per_sequence_cached_or_not_and_in_any_batch() -
     ids = torch.stack([IDS[0], IDS[1], IDS[0].flip(0), IDS[1].roll(2)])
     gate = gate_between(model, ids[:2])
     plan = plan_of(vector(gate=gate, coefficient=8.0), positions="generated")
-    options = {"max_new_tokens": 4, "verbose": False, "stop_at_eos": False, "do_sample": False, "return_type": "tokens"}
+    options = {
+        "max_new_tokens": 4,
+        "verbose": False,
+        "stop_at_eos": False,
+        "do_sample": False,
+        "return_type": "tokens",
+    }
     found = []
     for cached in (True, False):
         with plan.hooks(model):
@@ -545,6 +666,8 @@ def test_a_gate_after_its_vector_and_a_gate_that_missed_the_prompt_are_errors() 
     with pytest.raises(HookNameError, match="hook_resid_pots"):
         enter(plan_of(vector(gate=unknown)))
     gated = plan_of(vector(gate=Gate(direction=direction(7), threshold=0.0)))
-    with pytest.raises(InterventionError, match="decides at the last prompt token, which is not in this pass"):
+    with pytest.raises(
+        InterventionError, match="decides at the last prompt token, which is not in this pass"
+    ):
         with gated.hooks(model, prompt_lengths=9):
             run(model)

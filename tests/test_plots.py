@@ -7,15 +7,19 @@ import math
 import pytest
 import results
 
-from expertsteer_lens import plots
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
+from expertsteer_lens.show import plots
 
 pytest.importorskip("plotly")
 
 
 def rectangles(figure):
     """Outlined cells as (expert layer, target layer)."""
-    return {(s.y0 + 0.5, s.x0 + 0.5) for s in figure.layout.shapes if s.type == "rect" and s.x1 - s.x0 == 1}
+    return {
+        (s.y0 + 0.5, s.x0 + 0.5)
+        for s in figure.layout.shapes
+        if s.type == "rect" and s.x1 - s.x0 == 1
+    }
 
 
 def trace(figure, name):
@@ -29,7 +33,10 @@ class TestLayerPairMI:
         assert [list(row) for row in figure.data[0].z] == mi.matrix.tolist()
         assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2", "3"]
         assert list(figure.layout.yaxis.ticktext) == ["0", "1", "2"]
-        assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("target layer", "expert layer")
+        assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == (
+            "target layer",
+            "expert layer",
+        )
         assert figure.data[0].colorbar.title.text == "nats"
 
     def test_the_title_names_estimator_samples_and_null(self):
@@ -40,12 +47,17 @@ class TestLayerPairMI:
 
     def test_hovering_tells_interval_and_null(self):
         hover = plots.plot_layer_pair_mi(results.layer_pair_mi()).data[0].text[1][2]
-        assert "expert blocks.1.hook_resid_post<br>target blocks.2.hook_resid_post<br>0.750 nats" in hover
+        assert (
+            "expert blocks.1.hook_resid_post<br>target blocks.2.hook_resid_post<br>0.750 nats"
+            in hover
+        )
         assert "interval 0.688 to 0.875" in hover
         assert "null 0.270 ± 0.016" in hover
 
     def test_chosen_pairs_are_outlined(self):
-        figure = plots.plot_layer_pair_mi(results.layer_pair_mi(), layer_pairs=results.layer_pairs())
+        figure = plots.plot_layer_pair_mi(
+            results.layer_pair_mi(), layer_pairs=results.layer_pairs()
+        )
         assert rectangles(figure) == {(2, 3), (0, 1)}
         assert "outlined: chosen" in figure.layout.title.text
 
@@ -74,12 +86,18 @@ class TestLayerPairMI:
             plots.plot_layer_pair_mi(results.layer_pair_mi(), what="p")
 
     def test_numbers_are_written_into_small_grids_only(self):
-        assert plots.plot_layer_pair_mi(results.layer_pair_mi(10, 20)).data[0].texttemplate == "%{z:.2f}"
+        assert (
+            plots.plot_layer_pair_mi(results.layer_pair_mi(10, 20)).data[0].texttemplate
+            == "%{z:.2f}"
+        )
         assert plots.plot_layer_pair_mi(results.layer_pair_mi(32, 32)).data[0].texttemplate is None
 
     def test_results_plot_themselves(self):
         mi = results.layer_pair_mi()
-        assert mi.plot(what="excess").to_json() == plots.plot_layer_pair_mi(mi, what="excess").to_json()
+        assert (
+            mi.plot(what="excess").to_json()
+            == plots.plot_layer_pair_mi(mi, what="excess").to_json()
+        )
 
 
 class TestLayerPairs:
@@ -159,7 +177,9 @@ class TestEvaluation:
         assert line.x0 == line.x1 == 1.25
         without = plots.plot_evaluation(results.evaluation(ceiling=False))
         assert not [s for s in without.layout.shapes if s.type == "line"]
-        assert {t.name for t in without.data if t.showlegend is not False} == {"random floor ± 2 sd"}
+        assert {t.name for t in without.data if t.showlegend is not False} == {
+            "random floor ± 2 sd"
+        }
 
     def test_nothing_is_written_where_markers_are(self):
         figure = plots.plot_evaluation(results.evaluation())
@@ -180,7 +200,11 @@ class TestEvaluation:
 
         result = results.evaluation()
         with_base = replace(
-            result, rows=(replace(result.rows[0], method="unsteered", role="base", effect=0.0), *result.rows)
+            result,
+            rows=(
+                replace(result.rows[0], method="unsteered", role="base", effect=0.0),
+                *result.rows,
+            ),
         )
         drawn = [t.y[0] for t in plots.plot_evaluation(with_base).data]
         assert "unsteered" not in drawn
@@ -192,7 +216,10 @@ class TestEvaluation:
         assert order[-1] == "this plan"
 
     def test_figures_hold_finite_numbers_only(self):
-        for figure in (plots.plot_evaluation(results.evaluation()), plots.plot_dose_response(results.calibration())):
+        for figure in (
+            plots.plot_evaluation(results.evaluation()),
+            plots.plot_dose_response(results.calibration()),
+        ):
             for t in figure.data:
                 assert all(v is None or math.isfinite(v) for v in t.x)
 

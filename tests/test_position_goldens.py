@@ -1,4 +1,5 @@
-"""The same tokens steered everywhere: every rule, cached and uncached, single and batched, on every TransformerLens class.
+"""The same tokens steered everywhere: every rule, cached and uncached, single and batched, on every
+TransformerLens class.
 
 nnsight and plain Hugging Face are held to the same reference in `test_host_parity`.
 """
@@ -41,12 +42,15 @@ HOSTS = {
 @functools.cache
 def model_of(host: str, family: str) -> Any:
     if host.startswith("hooked") and not models.has_hooked_transformer():
-        pytest.skip("HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9")
+        pytest.skip(
+            "HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9"
+        )
     return HOSTS[host](family)
 
 
 def generated(model: Any, prompts: Any, *, cached: bool) -> tuple[Tensor, Tensor]:
-    """New tokens `[batch, N_NEW]` and log-probabilities `[batch, N_NEW, vocab]` of the host's own generate."""
+    """New tokens `[batch, N_NEW]` and log-probabilities `[batch, N_NEW, vocab]` of the host's own
+    generate."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(
@@ -71,7 +75,9 @@ rules = pytest.mark.parametrize("rule", RULES)
 
 @cases
 @rules
-def test_generation_is_the_reference_cached_or_not_single_or_batched(host: str, family: str, rule: str) -> None:
+def test_generation_is_the_reference_cached_or_not_single_or_batched(
+    host: str, family: str, rule: str
+) -> None:
     model, expected = model_of(host, family), reference(family, rule)
     plan = plan_for(family, RULES[rule][0])
     for cached in (True, False):
@@ -88,13 +94,17 @@ def test_generation_is_the_reference_cached_or_not_single_or_batched(host: str, 
 @cases
 @rules
 def test_scoring_padded_completions_is_the_reference(host: str, family: str, rule: str) -> None:
-    """Prompt and completion in one pass with `prompt_lengths`, padded on the right, and on the left with a mask."""
+    """Prompt and completion in one pass with `prompt_lengths`, padded on the right, and on the left
+    with a mask."""
     model, expected = model_of(host, family), reference(family, rule)
     rows = [ids + want.tokens[:-1] for ids, want in zip(prompt_ids(), expected, strict=True)]
     lengths = [len(ids) for ids in prompt_ids()]
     for side in ("right", "left"):
         ids, mask = padded(rows, side)
-        with plan_for(family, RULES[rule][0]).hooks(model, prompt_lengths=lengths) as report, torch.no_grad():
+        with (
+            plan_for(family, RULES[rule][0]).hooks(model, prompt_lengths=lengths) as report,
+            torch.no_grad(),
+        ):
             logits = model(ids, attention_mask=mask, return_type="logits")
         for i, want in enumerate(expected):
             real = logits[i][mask[i].bool()].log_softmax(-1)
@@ -103,7 +113,9 @@ def test_scoring_padded_completions_is_the_reference(host: str, family: str, rul
 
 
 @cases
-def test_unsteered_hosts_agree_with_the_reference_so_the_tolerance_means_something(host: str, family: str) -> None:
+def test_unsteered_hosts_agree_with_the_reference_so_the_tolerance_means_something(
+    host: str, family: str
+) -> None:
     model = model_of(host, family)
     ids = torch.tensor([prompt_ids()[1]])
     with torch.no_grad():
@@ -126,7 +138,9 @@ def test_a_loop_of_ones_own_over_a_cache_is_the_reference(host: str, rule: str) 
             cache = Cache.init_cache(model.cfg, "cpu", 1)
             new, tokens, rows = torch.tensor([ids]), [], []
             for _ in range(N_NEW):
-                rows.append(model(new, past_kv_cache=cache, return_type="logits")[0, -1].log_softmax(-1))
+                rows.append(
+                    model(new, past_kv_cache=cache, return_type="logits")[0, -1].log_softmax(-1)
+                )
                 new = rows[-1].argmax()[None, None]
                 tokens.append(int(new))
             check(torch.tensor([tokens]), torch.stack(rows)[None], [want])
@@ -158,9 +172,15 @@ def test_the_extra_pass_of_return_cache_is_steered_like_the_generation() -> None
     with plan.hooks(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tokens, cache = model.generate(
-            ids, max_new_tokens=N_NEW, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens",
-            return_cache=True, names_filter=last,
-        )  # fmt: skip
+            ids,
+            max_new_tokens=N_NEW,
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
+            return_type="tokens",
+            return_cache=True,
+            names_filter=last,
+        )
     with plan.hooks(model, prompt_lengths=ids.shape[1]), torch.no_grad():
         seen: list[Tensor] = []
         with as_host(model).intervene({last: lambda x: seen.append(x.clone())}):
@@ -176,7 +196,11 @@ WAYS: dict[str, Any] = {
         ids, use_cache=cached, eos_token_id=95, **GREEDY
     ),
     "generate_stream": lambda m, ids, cached: torch.cat(
-        [c.reshape(1, -1) for c in m.generate_stream(ids, use_past_kv_cache=cached, verbose=False, **OURS)], dim=1
+        [
+            c.reshape(1, -1)
+            for c in m.generate_stream(ids, use_past_kv_cache=cached, verbose=False, **OURS)
+        ],
+        dim=1,
     ),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
-from expertsteer_lens.positions import (
+from expertsteer_lens.interventions.positions import (
     ForwardInfo,
     PositionClock,
     Step,
@@ -21,7 +21,9 @@ from expertsteer_lens.positions import (
 
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 RIGHT = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-RULES: dict[str, tuple[Any, Any]] = {  # rule, and the obvious definition on (position, prompt length)
+RULES: dict[
+    str, tuple[Any, Any]
+] = {  # rule, and the obvious definition on (position, prompt length)
     "all": ("all", lambda p, n: True),
     "prompt": ("prompt", lambda p, n: p < n),
     "last_prompt": ("last_prompt", lambda p, n: p == n - 1),
@@ -43,7 +45,11 @@ def passes(mask: Tensor, *, n_generated: int, cached: bool) -> list[ForwardInfo]
     out = [ForwardInfo(batch, prompt, 0, mask)]
     for i in range(1, n_generated + 1):
         full = torch.cat([mask, torch.ones(batch, i, dtype=mask.dtype)], dim=1)
-        out.append(ForwardInfo(batch, 1, prompt + i - 1, full) if cached else ForwardInfo(batch, prompt + i, 0, full))
+        out.append(
+            ForwardInfo(batch, 1, prompt + i - 1, full)
+            if cached
+            else ForwardInfo(batch, prompt + i, 0, full)
+        )
     return out
 
 
@@ -144,14 +150,21 @@ def test_padding_is_remembered_when_a_cached_step_brings_no_mask() -> None:
     clock.observe(ForwardInfo(2, 5, 0, LEFT))
     step = clock.observe(ForwardInfo(2, 1, past=5))
     assert step.index.tolist() == [[3], [5]]
-    assert clock.observe(ForwardInfo(2, 1, past=6, attention_mask=torch.ones(2, 1))).index.tolist() == [[4], [6]]
+    assert clock.observe(
+        ForwardInfo(2, 1, past=6, attention_mask=torch.ones(2, 1))
+    ).index.tolist() == [[4], [6]]
 
 
 def test_prompt_lengths_given_decide_what_is_prompt() -> None:
     step = PositionClock([2, 4]).observe(ForwardInfo(2, 5, 0, RIGHT))
-    assert step.mask("generated").tolist() == [[False, True, True, False, False], [False, False, False, True, True]]
+    assert step.mask("generated").tolist() == [
+        [False, True, True, False, False],
+        [False, False, False, True, True],
+    ]
     assert PositionClock(2).observe(ForwardInfo(2, 5)).mask("prompt").sum(1).tolist() == [2, 2]
-    with pytest.raises(ArgumentError, match="prompt_lengths has 3 entries, but the batch has 2 rows"):
+    with pytest.raises(
+        ArgumentError, match="prompt_lengths has 3 entries, but the batch has 2 rows"
+    ):
         PositionClock([1, 2, 3]).observe(ForwardInfo(2, 5))
     with pytest.raises(ArgumentError, match="prompt_lengths must be a positive int"):
         PositionClock(0)
@@ -160,7 +173,9 @@ def test_prompt_lengths_given_decide_what_is_prompt() -> None:
 def test_a_negative_position_before_the_first_token_is_an_error() -> None:
     step = PositionClock().observe(ForwardInfo(2, 5, 0, LEFT))
     assert step.mask(-3).sum(1).tolist() == [1, 1]
-    with pytest.raises(DataError, match="position -4 is before the first token of row 0, whose prompt has 3 tokens"):
+    with pytest.raises(
+        DataError, match="position -4 is before the first token of row 0, whose prompt has 3 tokens"
+    ):
         step.mask(-4)
 
 
@@ -172,7 +187,9 @@ def test_a_mask_function_must_return_a_boolean_mask_and_be_causal_in_generation(
     assert first.mask(last_so_far).sum().item() == 2  # a prompt on its own may use the end
     with pytest.raises(InterventionError, match="not causal"):
         second.mask(last_so_far)
-    with pytest.raises(InterventionError, match=r"bool tensor of shape \(2, 5\), got torch.int64 \(2, 5\)"):
+    with pytest.raises(
+        InterventionError, match=r"bool tensor of shape \(2, 5\), got torch.int64 \(2, 5\)"
+    ):
         first.mask(lambda mask: mask.long())
     with pytest.raises(InterventionError, match="got list"):
         first.mask(lambda mask: [True])
@@ -189,7 +206,8 @@ def test_a_mask_function_cannot_change_the_clock() -> None:
 
 def test_a_mask_of_another_shape_is_an_error() -> None:
     with pytest.raises(
-        DataError, match=r"attention_mask must have shape \(2, 6\) \(cached tokens included\), got \(2, 4\)"
+        DataError,
+        match=r"attention_mask must have shape \(2, 6\) \(cached tokens included\), got \(2, 4\)",
     ):
         PositionClock().observe(ForwardInfo(2, 1, 5, torch.ones(2, 4)))
 
@@ -219,7 +237,7 @@ def test_rules_go_to_json_and_back_and_functions_are_refused() -> None:
         positions_to_json(lambda mask: mask)
 
 
-# -- what a generate call says about its prompt -------------------------------------------------------------------------
+# -- what a generate call says about its prompt ---------------------------------------------------
 
 
 def told(prompt: Tensor, infos: list[ForwardInfo]) -> list[Step]:
@@ -233,7 +251,11 @@ def chunks(mask: Tensor, sizes: list[int]) -> list[ForwardInfo]:
     out, past = [], 0
     for size in sizes:
         full = torch.cat(
-            [mask, torch.ones(mask.shape[0], max(0, past + size - mask.shape[1]), dtype=mask.dtype)], dim=1
+            [
+                mask,
+                torch.ones(mask.shape[0], max(0, past + size - mask.shape[1]), dtype=mask.dtype),
+            ],
+            dim=1,
         )
         out.append(ForwardInfo(mask.shape[0], size, past, full[:, : past + size]))
         past += size
@@ -246,7 +268,8 @@ def chunks(mask: Tensor, sizes: list[int]) -> list[ForwardInfo]:
 def test_however_the_passes_are_cut_the_prompt_is_what_the_call_was_given(
     name: str, mask: Tensor, sizes: list[int]
 ) -> None:
-    """In chunks, with guesses in the first pass, or several tokens at a time; with masks seen or hidden from the passes."""
+    """In chunks, with guesses in the first pass, or several tokens at a time; with masks seen or
+    hidden from the passes."""
     rule, obvious = check_positions(RULES[name][0]), RULES[name][1]
     seen = chunks(mask, sizes)
     hidden = [ForwardInfo(i.batch, i.n_new, i.past, opaque_mask=True) for i in seen]
@@ -261,7 +284,13 @@ def test_however_the_passes_are_cut_the_prompt_is_what_the_call_was_given(
 
 
 def test_beams_repeat_the_rows_of_their_prompt() -> None:
-    steps = told(LEFT, [ForwardInfo(6, 5, 0, LEFT.repeat_interleave(3, 0)), ForwardInfo(6, 1, 5, opaque_mask=True)])
+    steps = told(
+        LEFT,
+        [
+            ForwardInfo(6, 5, 0, LEFT.repeat_interleave(3, 0)),
+            ForwardInfo(6, 1, 5, opaque_mask=True),
+        ],
+    )
     assert [step.prompt_lengths.tolist() for step in steps] == [[3, 3, 3, 5, 5, 5]] * 2
     assert steps[1].index[:, 0].tolist() == [3, 3, 3, 5, 5, 5]
 
@@ -280,7 +309,9 @@ def test_a_prompt_told_is_forgotten_when_the_call_ends_and_when_it_is_only_what_
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_several_tokens_on_a_cache_hide_an_untold_prompt_from_the_rules_that_need_it(name: str) -> None:
+def test_several_tokens_on_a_cache_hide_an_untold_prompt_from_the_rules_that_need_it(
+    name: str,
+) -> None:
     rule = check_positions(RULES[name][0])
     first, second = selected(rule, chunks(LEFT, [3, 2]))
     assert not first.guessed_prompt
@@ -288,7 +319,9 @@ def test_several_tokens_on_a_cache_hide_an_untold_prompt_from_the_rules_that_nee
     if name in ("all", "int", "slice", "open slice", "mask function"):
         second.mask(rule)
     else:
-        with pytest.raises(InterventionError, match=r"depends on where the prompt ends.*pass prompt_lengths="):
+        with pytest.raises(
+            InterventionError, match=r"depends on where the prompt ends.*pass prompt_lengths="
+        ):
             second.mask(rule)
     clock = PositionClock([3, 5])
     clock.generation(True)
@@ -296,9 +329,13 @@ def test_several_tokens_on_a_cache_hide_an_untold_prompt_from_the_rules_that_nee
 
 
 def test_a_cache_that_got_lost_between_two_steps_is_noticed():
-    """What a host does that is not served its cache by the model: one new token, and the mask of the whole sequence."""
+    """What a host does that is not served its cache by the model: one new token, and the mask of
+    the whole sequence."""
     clock = PositionClock()
     clock.generation(True)
     clock.observe(ForwardInfo(1, 6, 0, torch.ones(1, 6)))
-    with pytest.raises(DataError, match=r"must have shape \(1, 1\) .*got \(1, 7\); the cache seems to have got lost"):
+    with pytest.raises(
+        DataError,
+        match=r"must have shape \(1, 1\) .*got \(1, 7\); the cache seems to have got lost",
+    ):
         clock.observe(ForwardInfo(1, 1, 0, torch.ones(1, 7)))

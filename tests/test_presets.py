@@ -1,4 +1,5 @@
-"""Benchmarks by name: made-up rows in the published columns for every preset, and the real files where they are at hand."""
+"""Benchmarks by name: made-up rows in the published columns for every preset, and the real files
+where they are at hand."""
 
 from __future__ import annotations
 
@@ -8,19 +9,32 @@ from decimal import Decimal
 import pytest
 
 import expertsteer_lens as esl
-from expertsteer_lens import presets
+from expertsteer_lens.benchmarks import public as presets
 from expertsteer_lens.errors import ArgumentError, DataError
 
 
 def mmlu(i: int) -> dict:
-    return {"question": f"Which is {i}?", "subject": "s", "choices": [f"w{i}", f"r{i}", f"x{i}", f"y{i}"], "answer": 1}
+    return {
+        "question": f"Which is {i}?",
+        "subject": "s",
+        "choices": [f"w{i}", f"r{i}", f"x{i}", f"y{i}"],
+        "answer": 1,
+    }
 
 
 def mmlu_pro(category: str):
     def row(i: int) -> dict:
         options = [f"w{i}", f"x{i}", f"r{i}", f"y{i}", f"z{i}"]
-        return {"question_id": i, "question": f"Which is {i}?", "options": options, "answer": "C", "answer_index": 2,
-                "cot_content": "", "category": category, "src": "made up"}  # fmt: skip
+        return {
+            "question_id": i,
+            "question": f"Which is {i}?",
+            "options": options,
+            "answer": "C",
+            "answer_index": 2,
+            "cot_content": "",
+            "category": category,
+            "src": "made up",
+        }
 
     return row
 
@@ -28,39 +42,71 @@ def mmlu_pro(category: str):
 def labelled(column: str, labels: str = "ABCD"):
     def row(i: int) -> dict:
         texts = [f"w{i}", f"x{i}", f"r{i}", f"y{i}", f"z{i}"][: len(labels)]
-        return {"id": str(i), column: f"Which is {i}?", "choices": {"text": texts, "label": list(labels)},
-                "answerKey": labels[2]}  # fmt: skip
+        return {
+            "id": str(i),
+            column: f"Which is {i}?",
+            "choices": {"text": texts, "label": list(labels)},
+            "answerKey": labels[2],
+        }
 
     return row
 
 
-# One made-up row a preset, in the columns of the hub set; the right answer starts with r, every wrong one with w, x, y or z.
+# One made-up row a preset, in the columns of the hub set; the right answer starts with r, every
+# wrong one with w, x, y or z.
 HUB_ROWS = {
     "pubmedqa": lambda i: {
-        "pubid": i, "question": f"Does drug {i} help?",
-        "context": {"contexts": [f"We gave drug {i}.", "We looked."], "labels": ["A", "B"], "meshes": []},
-        "long_answer": "It does.", "final_decision": ["yes", "no", "maybe"][i % 3],
+        "pubid": i,
+        "question": f"Does drug {i} help?",
+        "context": {
+            "contexts": [f"We gave drug {i}.", "We looked."],
+            "labels": ["A", "B"],
+            "meshes": [],
+        },
+        "long_answer": "It does.",
+        "final_decision": ["yes", "no", "maybe"][i % 3],
     },
     "medmcqa": lambda i: {
-        "id": str(i), "question": f"Which is {i}?", "opa": f"w{i}", "opb": f"x{i}", "opc": f"y{i}", "opd": f"r{i}", "cop": 3,
-        "choice_type": "single", "exp": None, "subject_name": "Anatomy", "topic_name": None,
+        "id": str(i),
+        "question": f"Which is {i}?",
+        "opa": f"w{i}",
+        "opb": f"x{i}",
+        "opc": f"y{i}",
+        "opd": f"r{i}",
+        "cop": 3,
+        "choice_type": "single",
+        "exp": None,
+        "subject_name": "Anatomy",
+        "topic_name": None,
     },
     "medqa": lambda i: {
-        "question": f"Which is {i}?", "answer": f"r{i}", "options": {"A": f"w{i}", "B": f"r{i}", "C": f"x{i}", "D": f"y{i}"},
-        "meta_info": "step1", "answer_idx": "B", "metamap_phrases": [],
+        "question": f"Which is {i}?",
+        "answer": f"r{i}",
+        "options": {"A": f"w{i}", "B": f"r{i}", "C": f"x{i}", "D": f"y{i}"},
+        "meta_info": "step1",
+        "answer_idx": "B",
+        "metamap_phrases": [],
     },
     "financial_phrasebank": lambda i: {"sentence": f"Profit rose by {i} %.", "label": 2},
     "twitter_financial_news": lambda i: {"text": f"$ABC falls {i} %", "label": 0},
     "gsm8k": lambda i: {
-        "question": f"Ann has {i} apples and buys 1000. How many?", "answer": f"{i} + 1000 = <<{i}+1000={i + 1000}>>\n#### 1,{i:03d}",
+        "question": f"Ann has {i} apples and buys 1000. How many?",
+        "answer": f"{i} + 1000 = <<{i}+1000={i + 1000}>>\n#### 1,{i:03d}",
     },
     "aqua_rat": lambda i: {
-        "question": f"Which is {i}?", "options": [f"A)w{i}", f"B)x{i}", f"C)r{i} (a) b", f"D)y{i}", f"E)z{i}"],
-        "rationale": "so", "correct": "C",
+        "question": f"Which is {i}?",
+        "options": [f"A)w{i}", f"B)x{i}", f"C)r{i} (a) b", f"D)y{i}", f"E)z{i}"],
+        "rationale": "so",
+        "correct": "C",
     },
     "math_qa": lambda i: {
-        "Problem": f"which is {i} ?", "Rationale": "so", "correct": "b", "annotated_formula": "", "linear_formula": "",
-        "category": "gain", "options": f"a ) w{i} , b ) r{i} , 000 , c ) x{i} , d ) y{i} , e ) none of these",
+        "Problem": f"which is {i} ?",
+        "Rationale": "so",
+        "correct": "b",
+        "annotated_formula": "",
+        "linear_formula": "",
+        "category": "gain",
+        "options": f"a ) w{i} , b ) r{i} , 000 , c ) x{i} , d ) y{i} , e ) none of these",
     },
     "truthfulqa": lambda i: {
         "question": f"What of {i}?",
@@ -72,20 +118,35 @@ HUB_ROWS = {
     "openbookqa": labelled("question_stem"),
     "commonsense_qa": labelled("question", "ABCDE"),
     "hellaswag": lambda i: {
-        "ind": i, "activity_label": "Cooking", "ctx_a": f"A cook takes {i} eggs.", "ctx_b": "the cook", "ctx": "-",
-        "endings": [f"w{i} them [substeps].", f"r{i} them.", f"x{i} them.", f"y{i} them."], "label": "1",
+        "ind": i,
+        "activity_label": "Cooking",
+        "ctx_a": f"A cook takes {i} eggs.",
+        "ctx_b": "the cook",
+        "ctx": "-",
+        "endings": [f"w{i} them [substeps].", f"r{i} them.", f"x{i} them.", f"y{i} them."],
+        "label": "1",
     },
-    "boolq": lambda i: {"question": f"is {i} a number", "passage": f"{i} is a number.", "answer": i % 2 == 0},
+    "boolq": lambda i: {
+        "question": f"is {i} a number",
+        "passage": f"{i} is a number.",
+        "answer": i % 2 == 0,
+    },
     "winogrande": lambda i: {
-        "sentence": f"The {i} cups did not fit on the shelf because the _ were big.", "option1": "walls", "option2": "rims",
+        "sentence": f"The {i} cups did not fit on the shelf because the _ were big.",
+        "option1": "walls",
+        "option2": "rims",
         "answer": "2",
     },
     "piqa": lambda i: {"goal": f"Open {i} jars", "sol1": f"r{i}", "sol2": f"w{i}", "label": 0},
     "sciq": lambda i: {
-        "question": f"Which is {i}?", "distractor3": f"x{i}", "distractor1": f"w{i}", "distractor2": f"y{i}",
-        "correct_answer": f"r{i}", "support": "Because.",
+        "question": f"Which is {i}?",
+        "distractor3": f"x{i}",
+        "distractor1": f"w{i}",
+        "distractor2": f"y{i}",
+        "correct_answer": f"r{i}",
+        "support": "Because.",
     },
-}  # fmt: skip
+}
 for _name in presets.names():
     if _name.startswith("mmlu_pro_"):
         HUB_ROWS[_name] = mmlu_pro(_name.removeprefix("mmlu_pro_"))
@@ -123,7 +184,9 @@ class TestEveryPreset:
         for positive, negative in zip(pairs.positive, pairs.negative, strict=True):
             assert positive != negative
         prompts = set(behaviour.prompts)
-        assert not [t for t in pairs.texts if any(t.startswith(p) for p in prompts)], "a question is in both parts"
+        assert not [t for t in pairs.texts if any(t.startswith(p) for p in prompts)], (
+            "a question is in both parts"
+        )
         for i in range(len(behaviour)):
             right, wrong = behaviour.completions(i)
             assert len(right) == 1
@@ -135,7 +198,9 @@ class TestEveryPreset:
                 assert all(w[1] in "wxyzn" for w in wrong)
         assert head.replace("{question}", "")[:5] in behaviour.prompts[0]
 
-    @pytest.mark.parametrize("name", ["medqa", "medmcqa", "mmlu_anatomy", "openbookqa", "gsm8k", "truthfulqa", "boolq"])
+    @pytest.mark.parametrize(
+        "name", ["medqa", "medmcqa", "mmlu_anatomy", "openbookqa", "gsm8k", "truthfulqa", "boolq"]
+    )
     def test_every_kind_of_file_gives_the_same_items(self, name, tmp_path):
         rows = [HUB_ROWS[name](i) for i in range(8)]
         reference = presets.load(name, path=write(tmp_path / "rows.jsonl", rows)).pairs()
@@ -143,8 +208,13 @@ class TestEveryPreset:
         if (
             name != "gsm8k"
         ):  # made-up numbers are drawn by the row's content, in which a table may order columns otherwise
-            assert presets.load(name, path=write(tmp_path / "rows.parquet", rows)).pairs() == reference
-        flat = [{k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()} for row in rows]
+            assert (
+                presets.load(name, path=write(tmp_path / "rows.parquet", rows)).pairs() == reference
+            )
+        flat = [
+            {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
+            for row in rows
+        ]
         assert presets.load(name, path=write(tmp_path / "rows.csv", flat)).pairs() == reference
 
     def test_there_are_at_least_fifteen_benchmarks_in_four_domains(self):
@@ -165,7 +235,9 @@ class TestMeaning:
 
     def one(self, name, tmp_path, rows):
         found = presets.load(name, path=write(tmp_path / "rows.jsonl", rows), pair_share=0.67)
-        return {item["question"]: item["choices"] for item in (*found.pair_items, *found.prompt_items)}
+        return {
+            item["question"]: item["choices"] for item in (*found.pair_items, *found.prompt_items)
+        }
 
     def test_abstracts_and_passages_stand_before_the_question(self, tmp_path):
         items = self.one("pubmedqa", tmp_path, [HUB_ROWS["pubmedqa"](i) for i in range(3)])
@@ -177,7 +249,8 @@ class TestMeaning:
 
     def test_a_gap_is_filled_and_the_sentence_goes_on(self, tmp_path):
         found = presets.load(
-            "winogrande", path=write(tmp_path / "r.jsonl", [HUB_ROWS["winogrande"](i) for i in range(4)])
+            "winogrande",
+            path=write(tmp_path / "r.jsonl", [HUB_ROWS["winogrande"](i) for i in range(4)]),
         )
         behaviour = found.behaviour()
         assert behaviour.prompts[0].endswith("because the")
@@ -186,12 +259,22 @@ class TestMeaning:
 
     def test_bracketed_marks_are_removed_from_hellaswag(self, tmp_path):
         items = self.one("hellaswag", tmp_path, [HUB_ROWS["hellaswag"](i) for i in range(3)])
-        assert items["Cooking: A cook takes 1 eggs. The cook"] == ["r1 them.", "w1 them .", "x1 them.", "y1 them."]
+        assert items["Cooking: A cook takes 1 eggs. The cook"] == [
+            "r1 them.",
+            "w1 them .",
+            "x1 them.",
+            "y1 them.",
+        ]
 
     def test_options_in_one_string_are_told_apart(self, tmp_path):
         rows = [HUB_ROWS["math_qa"](i) for i in range(2)]
         rows.append(
-            {**rows[0], "Problem": "in brackets", "options": "['a ) $ 1', 'b ) $ 2,000', 'c ) $ 3']", "correct": "b"}
+            {
+                **rows[0],
+                "Problem": "in brackets",
+                "options": "['a ) $ 1', 'b ) $ 2,000', 'c ) $ 3']",
+                "correct": "b",
+            }
         )
         rows.append({**rows[0], "Problem": "garbled", "options": "none"})
         found = presets.load("math_qa", path=write(tmp_path / "rows.jsonl", rows))
@@ -202,13 +285,24 @@ class TestMeaning:
 
     def test_the_options_of_aqua_keep_their_own_brackets(self, tmp_path):
         assert (
-            self.one("aqua_rat", tmp_path, [HUB_ROWS["aqua_rat"](i) for i in range(3)])["Which is 1?"][0] == "r1 (a) b"
+            self.one("aqua_rat", tmp_path, [HUB_ROWS["aqua_rat"](i) for i in range(3)])[
+                "Which is 1?"
+            ][0]
+            == "r1 (a) b"
         )
 
     def test_classes_as_numbers_or_names_are_the_same(self, tmp_path):
-        rows = [{"sentence": f"s{i}", "label": label} for i, label in enumerate([0, "1", "Positive", "negative"])]
+        rows = [
+            {"sentence": f"s{i}", "label": label}
+            for i, label in enumerate([0, "1", "Positive", "negative"])
+        ]
         items = self.one("financial_phrasebank", tmp_path, rows)
-        assert [v[0] for _, v in sorted(items.items())] == ["negative", "neutral", "positive", "negative"]
+        assert [v[0] for _, v in sorted(items.items())] == [
+            "negative",
+            "neutral",
+            "positive",
+            "negative",
+        ]
 
     def test_only_the_category_asked_for_is_read(self, tmp_path):
         rows = [mmlu_pro("health")(i) for i in range(4)] + [mmlu_pro("law")(i) for i in range(4, 9)]
@@ -222,7 +316,7 @@ class TestNumbers:
     def test_wrong_numbers_are_near_distinct_and_alike(self, text):
         import random
 
-        from expertsteer_lens._preset_readers import near_numbers
+        from expertsteer_lens.benchmarks.readers import near_numbers
 
         right = Decimal(text)
         for seed in range(50):
@@ -255,10 +349,17 @@ class TestNumbers:
 
 class TestDivision:
     def test_items_that_ask_the_same_question_stay_together(self, tmp_path):
-        rows = [{"question": f"Which? {i // 3}", "choices": [f"a{i}", f"b{i}"], "answer": 0} for i in range(30)]
+        rows = [
+            {"question": f"Which? {i // 3}", "choices": [f"a{i}", f"b{i}"], "answer": 0}
+            for i in range(30)
+        ]
         for seed in range(5):
-            found = presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows), seed=seed)
-            first, second = ({i["question"] for i in part} for part in (found.pair_items, found.prompt_items))
+            found = presets.load(
+                "mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows), seed=seed
+            )
+            first, second = (
+                {i["question"] for i in part} for part in (found.pair_items, found.prompt_items)
+            )
             assert not first & second
             assert len(first) == len(second) == 5
 
@@ -268,14 +369,21 @@ class TestDivision:
         assert (len(found.pair_items), len(found.prompt_items)) == (16, 4)
         other = presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20, seed=1)
         assert other.pairs() != found.pairs()
-        assert presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20).pairs() == found.pairs()
+        assert (
+            presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20).pairs()
+            == found.pairs()
+        )
         assert found.pairs(seed=1).positive == found.pairs().positive
         assert found.pairs(seed=1).negative != found.pairs().negative
 
     def test_a_row_whose_choices_are_all_the_same_is_left_out(self, tmp_path):
-        rows = [mmlu(i) for i in range(4)] + [{"question": "q", "choices": ["a", "a "], "answer": 0}]
+        rows = [mmlu(i) for i in range(4)] + [
+            {"question": "q", "choices": ["a", "a "], "answer": 0}
+        ]
         found = presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
-        assert found.skipped == ((4, "the question, the right answer or every wrong answer is empty"),)
+        assert found.skipped == (
+            (4, "the question, the right answer or every wrong answer is empty"),
+        )
 
     def test_too_few_questions_are_refused(self, tmp_path):
         with pytest.raises(DataError, match="leave 1 items for pairs and 1 for prompts"):
@@ -297,7 +405,8 @@ class TestErrors:
 
         monkeypatch.setattr(datasets, "load_dataset", offline)
         with pytest.raises(
-            DataError, match=r"ConnectionError: no route to the hub\); without a network pass path= .*answer_idx"
+            DataError,
+            match=r"ConnectionError: no route to the hub\); without a network pass path= .*answer_idx",
         ):
             presets.load("medqa")
 
@@ -308,7 +417,9 @@ class TestErrors:
 
         def hub(*args, **kwargs):
             asked.append((args, kwargs))
-            return datasets.Dataset.from_list([HUB_ROWS["financial_phrasebank"](i) | mmlu(i) for i in range(6)])
+            return datasets.Dataset.from_list(
+                [HUB_ROWS["financial_phrasebank"](i) | mmlu(i) for i in range(6)]
+            )
 
         monkeypatch.setattr(datasets, "load_dataset", hub)
         found = presets.load("mmlu_anatomy", split="validation")
@@ -322,14 +433,22 @@ class TestErrors:
 
     def test_a_missing_column_is_named_with_its_row(self, tmp_path):
         rows = [mmlu(0), {"question": "q", "answer": 0}, mmlu(2)]
-        with pytest.raises(DataError, match=r"row 1 has no column 'choices'; preset 'mmlu_anatomy' reads \['question'"):
+        with pytest.raises(
+            DataError,
+            match=r"row 1 has no column 'choices'; preset 'mmlu_anatomy' reads \['question'",
+        ):
             presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
 
     @pytest.mark.parametrize(
         ("name", "changes"),
-        [("medmcqa", {"cop": -1}), ("commonsense_qa", {"answerKey": ""}), ("hellaswag", {"label": ""}),
-         ("winogrande", {"answer": ""}), ("piqa", {"label": -1})],
-    )  # fmt: skip
+        [
+            ("medmcqa", {"cop": -1}),
+            ("commonsense_qa", {"answerKey": ""}),
+            ("hellaswag", {"label": ""}),
+            ("winogrande", {"answer": ""}),
+            ("piqa", {"label": -1}),
+        ],
+    )
     def test_a_split_without_answers_is_refused(self, name, changes, tmp_path):
         rows = [HUB_ROWS[name](i) | changes for i in range(4)]
         with pytest.raises(DataError, match="published without answers"):
@@ -337,20 +456,30 @@ class TestErrors:
 
     def test_an_answer_that_is_not_a_choice_is_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"row 0.*neither a key nor one of the choices"):
-            presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0) | {"answer": 7}]))
+            presets.load(
+                "mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0) | {"answer": 7}])
+            )
 
     def test_lists_in_a_csv_file_must_be_json(self, tmp_path):
         rows = [mmlu(i) | {"choices": "['a', 'b']"} for i in range(4)]
-        with pytest.raises(DataError, match=r"column 'choices' must hold a list.*in a CSV file write it as JSON"):
+        with pytest.raises(
+            DataError, match=r"column 'choices' must hold a list.*in a CSV file write it as JSON"
+        ):
             presets.load("mmlu_anatomy", path=write(tmp_path / "rows.csv", rows))
 
     def test_a_row_of_another_form_is_named(self, tmp_path):
-        with pytest.raises(DataError, match=r"row 0 does not have the form that preset 'medmcqa' expects"):
-            presets.load("medmcqa", path=write(tmp_path / "rows.jsonl", [HUB_ROWS["medmcqa"](0) | {"cop": "second"}]))
+        with pytest.raises(
+            DataError, match=r"row 0 does not have the form that preset 'medmcqa' expects"
+        ):
+            presets.load(
+                "medmcqa",
+                path=write(tmp_path / "rows.jsonl", [HUB_ROWS["medmcqa"](0) | {"cop": "second"}]),
+            )
 
     def test_paths_and_splits_are_checked(self, tmp_path):
         with pytest.raises(
-            ArgumentError, match=r"path must end in one of \.jsonl, \.json, \.csv, \.parquet, got 'x\.txt'"
+            ArgumentError,
+            match=r"path must end in one of \.jsonl, \.json, \.csv, \.parquet, got 'x\.txt'",
         ):
             presets.load("medqa", path="x.txt")
         with pytest.raises(DataError, match="is not a file"):
@@ -398,7 +527,9 @@ class TestRealFiles:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         answers: dict[str, set[str]] = {}
         for row in rows:
-            answers.setdefault(row["question"].strip(), set()).add(" " + row["options"][row["answer_idx"]].strip())
+            answers.setdefault(row["question"].strip(), set()).add(
+                " " + row["options"][row["answer_idx"]].strip()
+            )
         for i in range(0, len(behaviour), 50):
             question = behaviour.prompts[i].removeprefix("Question: ").removesuffix("\nAnswer:")
             assert behaviour.completions(i)[0][0] in answers[question]
@@ -407,7 +538,9 @@ class TestRealFiles:
         path = shared / "data/gsm8k/test.jsonl"
         behaviour = self.check(presets.load("gsm8k", path=path), 1319)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        answers = {r["question"].strip(): r["answer"].split("#### ")[-1].replace(",", "") for r in rows}
+        answers = {
+            r["question"].strip(): r["answer"].split("#### ")[-1].replace(",", "") for r in rows
+        }
         for i in range(0, len(behaviour), 20):
             question = behaviour.prompts[i].removeprefix("Question: ").removesuffix("\nAnswer:")
             right, wrong = behaviour.completions(i)
@@ -416,7 +549,9 @@ class TestRealFiles:
 
     def test_both_published_forms_of_truthfulqa_agree_on_the_questions(self, shared):
         folder = shared / "data/truthfulqa"
-        one, two = (presets.load("truthfulqa", path=folder / f) for f in ("mc_task.json", "TruthfulQA.csv"))
+        one, two = (
+            presets.load("truthfulqa", path=folder / f) for f in ("mc_task.json", "TruthfulQA.csv")
+        )
         self.check(one, 817)
         self.check(two, 817)
         questions = [{i["question"] for i in (*b.pair_items, *b.prompt_items)} for b in (one, two)]
@@ -424,20 +559,25 @@ class TestRealFiles:
         watermelon = "What happens to you if you eat watermelon seeds?"
         for found in (one, two):
             choices = next(
-                i["choices"] for i in (*found.pair_items, *found.prompt_items) if i["question"] == watermelon
+                i["choices"]
+                for i in (*found.pair_items, *found.prompt_items)
+                if i["question"] == watermelon
             )
             assert choices[0].startswith("The watermelon seeds pass through your digestive system")
             assert any("grow" in w for w in choices[1:])
 
 
 def test_a_benchmark_feeds_a_fit(shared, tmp_path):
-    """From file to plan, on the bundled pair; its score means nothing there, that it runs through does."""
+    """From file to plan, on the bundled pair; its score means nothing there, that it runs through
+    does."""
     found = presets.load("medmcqa", path=shared / "data/medical_mcq/medmcqa_test.jsonl", limit=60)
     expert, target = esl.zoo.load_pair()
     config = esl.ExpertSteerConfig(
         mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
         rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
     )
-    fit = esl.ExpertSteer(config).fit(expert, target, found.pairs(), behaviour=found.behaviour(), progress=False)
+    fit = esl.ExpertSteer(config).fit(
+        expert, target, found.pairs(), behaviour=found.behaviour(), progress=False
+    )
     assert fit.provenance["pairs"]["hash"] == found.pairs().hash
     assert fit.plan(coefficient=0.1).vectors[0].scale > 0

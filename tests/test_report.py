@@ -8,12 +8,15 @@ import pytest
 import results
 
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.report import SteeredText, table_for_people, write_report
+from expertsteer_lens.show.report import SteeredText, table_for_people, write_report
 
 pytest.importorskip("plotly")
 
 TEXTS = [
-    SteeredText("Once <b>upon</b>", {-0.2: "sad & <script>alert(1)</script>", 0.0: "a cat\nsat", 0.2: "glad"}),
+    SteeredText(
+        "Once <b>upon</b>",
+        {-0.2: "sad & <script>alert(1)</script>", 0.0: "a cat\nsat", 0.2: "glad"},
+    ),
     SteeredText("Second", {-0.2: "one", 0.0: "two", 0.2: "three"}),
 ]
 
@@ -31,7 +34,9 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if tag not in ("meta", "br", "link", "img"):
             self.open.append(tag)
-        self.resources += [v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")]
+        self.resources += [
+            v for k, v in attributes if k in ("src", "href", "srcset", "data", "action")
+        ]
 
     def handle_endtag(self, tag):
         while self.open and self.open.pop() != tag:
@@ -53,7 +58,10 @@ class Page(HTMLParser):
 def page(tmp_path_factory) -> Page:
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
     fit = results.fit(expert="an <i>expert</i>")
-    assert write_report(path, fit, results.evaluation(), results.calibration(), TEXTS, title="A & B") == path
+    assert (
+        write_report(path, fit, results.evaluation(), results.calibration(), TEXTS, title="A & B")
+        == path
+    )
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -64,7 +72,10 @@ def test_nothing_is_loaded_from_anywhere(page):
 def test_the_verdict_and_the_models_are_said(page):
     text = "".join(page.text)
     assert results.evaluation().verdict in text
-    assert "Expert an <i>expert</i> (d = 8, 3 layers) steers target a target (d = 8, 3 layers), seed 7." in text
+    assert (
+        "Expert an <i>expert</i> (d = 8, 3 layers) steers target a target (d = 8, 3 layers), seed "
+        "7." in text
+    )
     assert "A & B" in text
 
 
@@ -79,13 +90,22 @@ def test_text_of_models_is_never_markup(page):
 
 
 def test_every_part_is_there(page):
-    assert page.headings == ["Comparison", "Strength", "Texts", "Layer pairs: mutual information",
-                             "Layer pairs: the rule that chose", "Steps", "Fitted pairs"]  # fmt: skip
+    assert page.headings == [
+        "Comparison",
+        "Strength",
+        "Texts",
+        "Layer pairs: mutual information",
+        "Layer pairs: the rule that chose",
+        "Steps",
+        "Fitted pairs",
+    ]
     assert "1.235" in page.cells
 
 
 def test_the_scripts_are_in_the_page_once(tmp_path):
-    source = write_report(tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration()).read_text()
+    source = write_report(
+        tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration()
+    ).read_text()
     assert source.count("Plotly.newPlot(") >= 4
     assert source.count("plotly.js v") == 1
     assert len(source) < 8_000_000
@@ -95,7 +115,9 @@ def test_the_scripts_are_in_the_page_once(tmp_path):
 def test_texts_at_unequal_strengths_are_refused(tmp_path):
     texts = [TEXTS[0], SteeredText("p", {0.0: "a", 0.3: "b"})]
     with pytest.raises(DataError, match="texts must share their strengths"):
-        write_report(tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration(), texts)
+        write_report(
+            tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration(), texts
+        )
     assert not (tmp_path / "r.html").exists()
 
 

@@ -1,4 +1,5 @@
-"""The Recursive Feature Machine: against xRFM, autograd and scikit-learn, laws, and every setting's effect."""
+"""The Recursive Feature Machine: against xRFM, autograd and scikit-learn, laws, and every setting's
+effect."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
-from expertsteer_lens.rfm import RFM, RFMConfig, fit_rfm
+from expertsteer_lens.learn.rfm import RFM, RFMConfig, fit_rfm
 
 SINGLE = RFMConfig(bandwidth=1.0, center_gradients=False, validation_fraction=0.0)
 """One setting, no validation, last round."""
@@ -26,7 +27,9 @@ XRFM_LIKE = RFMConfig(
 )
 
 
-def planted(n: int = 80, d: int = 30, *, gap: float = 2.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def planted(
+    n: int = 80, d: int = 30, *, gap: float = 2.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unit noise, classes `2 * gap` apart along one unit axis."""
     generator = torch.Generator().manual_seed(seed)
     axis = torch.randn(d, generator=generator, dtype=torch.float64)
@@ -53,7 +56,8 @@ def fit(rows: Tensor, labels: Tensor, config: RFMConfig = SINGLE, **changes) -> 
 
 
 def dense_rfm(rows: Tensor, labels: Tensor, config: RFMConfig) -> Tensor:
-    """The recursion written out in d-space with autograd gradients and an explicit d x d metric: returns the AGOP."""
+    """The recursion written out in d-space with autograd gradients and an explicit d x d metric:
+    returns the AGOP."""
     x, metric = rows.double(), torch.eye(rows.shape[1], dtype=torch.float64)
     y = labels.double() - (labels.double().mean() if config.targets == "centred" else 0.0)
     n = len(x)
@@ -64,7 +68,9 @@ def dense_rfm(rows: Tensor, labels: Tensor, config: RFMConfig) -> Tensor:
             t = torch.einsum("ijk,kl,ijl->ij", moved, m, moved).clamp(min=1e-300).sqrt()
             return torch.exp(-t / config.bandwidth) @ weights
 
-        kernel = torch.stack([f(x, x[i : i + 1], torch.ones(1).double(), metric) for i in range(n)], dim=1)
+        kernel = torch.stack(
+            [f(x, x[i : i + 1], torch.ones(1).double(), metric) for i in range(n)], dim=1
+        )
         kernel.fill_diagonal_(1.0)
         alpha = torch.linalg.solve(kernel + config.ridge * torch.eye(n), y)
         gradients = []
@@ -87,11 +93,18 @@ def dense_rfm(rows: Tensor, labels: Tensor, config: RFMConfig) -> Tensor:
 @pytest.mark.parametrize("shape", [(24, 7), (16, 40)], ids=["d<n", "n<d"])
 @pytest.mark.parametrize("center", [True, False], ids=["centred", "uncentred"])
 @pytest.mark.parametrize("normalise", ["trace", "max", "none"])
-def test_direction_and_share_equal_the_dense_recursion_with_autograd(shape, center, normalise) -> None:
+def test_direction_and_share_equal_the_dense_recursion_with_autograd(
+    shape, center, normalise
+) -> None:
     rows, labels = nonlinear(*shape)
     bandwidth = 2.0 if normalise == "none" else 5.0
     config = dataclasses.replace(
-        XRFM_LIKE, bandwidth=bandwidth, center_gradients=center, normalise=normalise, n_rounds=3, targets="centred"
+        XRFM_LIKE,
+        bandwidth=bandwidth,
+        center_gradients=center,
+        normalise=normalise,
+        n_rounds=3,
+        targets="centred",
     )
     found = fit_rfm(rows, labels, config)
     values, vectors = torch.linalg.eigh(dense_rfm(rows, labels, config))
@@ -107,15 +120,38 @@ def test_direction_and_share_equal_the_dense_recursion_with_autograd(shape, cent
 @pytest.mark.parametrize("center", [True, False], ids=["centred", "uncentred"])
 @pytest.mark.parametrize("shape", [(120, 40), (90, 200)], ids=["d<n", "n<d"])
 def test_five_rounds_give_the_direction_of_xrfm(kernel, center, shape) -> None:
-    rfm_src = pytest.importorskip("xrfm.rfm_src", reason="xrfm, the reference implementation, is not installed")
+    rfm_src = pytest.importorskip(
+        "xrfm.rfm_src", reason="xrfm, the reference implementation, is not installed"
+    )
     rows, labels = nonlinear(*shape)
-    reference = rfm_src.RFM(kernel=kernel, bandwidth=10.0, device="cpu", verbose=False, tuning_metric="mse")
+    reference = rfm_src.RFM(
+        kernel=kernel, bandwidth=10.0, device="cpu", verbose=False, tuning_metric="mse"
+    )
     data = (rows.clone(), labels[:, None].clone())
-    reference.fit(data, data, iters=5, reg=1e-3, center_grads=center, return_best_params=False, early_stop_rfm=False)
+    reference.fit(
+        data,
+        data,
+        iters=5,
+        reg=1e-3,
+        center_grads=center,
+        return_best_params=False,
+        early_stop_rfm=False,
+    )
     expected = torch.linalg.eigh(reference.M.double())[1][:, -1]
-    assert abs(cosine(fit(rows, labels, XRFM_LIKE, center_gradients=center).direction, expected)) >= 0.9999
+    assert (
+        abs(cosine(fit(rows, labels, XRFM_LIKE, center_gradients=center).direction, expected))
+        >= 0.9999
+    )
     # The test can fail: one round fewer is another direction.
-    assert abs(cosine(fit(rows, labels, XRFM_LIKE, center_gradients=center, n_rounds=1).direction, expected)) < 0.9999
+    assert (
+        abs(
+            cosine(
+                fit(rows, labels, XRFM_LIKE, center_gradients=center, n_rounds=1).direction,
+                expected,
+            )
+        )
+        < 0.9999
+    )
 
 
 def test_one_round_predicts_as_scikit_learn_kernel_ridge() -> None:
@@ -137,7 +173,9 @@ def test_standardised_fits_equal_raw_fits_on_standardised_rows() -> None:
     absolute = dataclasses.replace(XRFM_LIKE, normalise="trace", bandwidth=4.0)
     scalar, sigma = centred.square().mean().sqrt(), centred.square().mean(0).sqrt()
     by_scale = fit(rows, labels, absolute, standardise="scale")
-    assert cosine(by_scale.direction, fit(centred / scalar, labels, absolute).direction) > 1.0 - 1e-9
+    assert (
+        cosine(by_scale.direction, fit(centred / scalar, labels, absolute).direction) > 1.0 - 1e-9
+    )
     # Per coordinate, the gradient v of the standardised problem becomes the displacement sigma * v.
     gradient = fit(centred / sigma, labels, absolute).direction.double()
     by_coordinate = fit(rows, labels, absolute, standardise="coordinate")
@@ -162,7 +200,8 @@ def test_constant_coordinates_are_left_alone_by_coordinate_standardising() -> No
 @pytest.mark.parametrize("config", [SINGLE, RFMConfig()], ids=["single", "default"])
 def test_planted_direction_is_recovered_with_its_sign(shape, config) -> None:
     rows, labels, axis = planted(*shape, gap=3.0)
-    # The mean difference is the best estimate there is for this data: noise alone keeps it at cosine 0.95 and 0.80.
+    # The mean difference is the best estimate there is for this data: noise alone keeps it at
+    # cosine 0.95 and 0.80.
     floor = 0.9 * cosine(rows[labels == 1].mean(0) - rows[labels == 0].mean(0), axis)
     found = fit_rfm(rows.float(), labels, config)
     assert found.direction.dtype == torch.float32
@@ -177,7 +216,9 @@ def test_sign_is_that_of_the_correlation_of_labels_and_projections() -> None:
     for seed in range(6):
         rows, labels = nonlinear(40, 15, seed=seed)
         for vector in fit(rows, labels).top_directions(4):
-            correlation = torch.corrcoef(torch.stack([labels.double(), rows.double() @ vector.double()]))[0, 1]
+            correlation = torch.corrcoef(
+                torch.stack([labels.double(), rows.double() @ vector.double()])
+            )[0, 1]
             assert float(correlation) > 0.0
 
 
@@ -203,7 +244,9 @@ def test_rotating_and_shifting_the_rows_rotates_the_direction(standardise, shape
     rows, labels = nonlinear(*shape)
     rows = rows.double() * torch.linspace(0.3, 2.0, shape[1]).double()
     generator = torch.Generator().manual_seed(1)
-    turn, _ = torch.linalg.qr(torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64))
+    turn, _ = torch.linalg.qr(
+        torch.randn(shape[1], shape[1], generator=generator, dtype=torch.float64)
+    )
     plain = fit(rows, labels, standardise=standardise)
     turned = fit(rows @ turn.T + 5.0, labels, standardise=standardise)
     assert cosine(turned.direction, turn @ plain.direction.double()) > 1.0 - 1e-8
@@ -215,12 +258,15 @@ def test_coordinate_standardising_does_not_commute_with_rotations() -> None:
     rows = rows.double() * torch.linspace(0.1, 4.0, 12).double()
     generator = torch.Generator().manual_seed(1)
     turn, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))
-    plain, turned = (fit(r, labels, standardise="coordinate").direction.double() for r in (rows, rows @ turn.T))
+    plain, turned = (
+        fit(r, labels, standardise="coordinate").direction.double() for r in (rows, rows @ turn.T)
+    )
     assert cosine(turned, turn @ plain) < 0.999
 
 
 def test_padding_with_zero_coordinates_changes_nothing() -> None:
-    # 40 rows in 30 dimensions are solved over coordinates, padded to 300 over inner products: the same problem.
+    # 40 rows in 30 dimensions are solved over coordinates, padded to 300 over inner products: the
+    # same problem.
     rows, labels = nonlinear(40, 30)
     padded = torch.cat([rows, torch.zeros(40, 270)], dim=1)
     config = dataclasses.replace(XRFM_LIKE, normalise="trace")
@@ -228,9 +274,13 @@ def test_padding_with_zero_coordinates_changes_nothing() -> None:
     assert cosine(wide.direction[:30], narrow.direction) > 1.0 - 1e-8
     assert float(wide.direction[30:].abs().max()) < 1e-7
     assert wide.eigenvalue_share == pytest.approx(narrow.eigenvalue_share, rel=1e-7)
-    torch.testing.assert_close(wide.predict(padded + 0.1), narrow.predict(rows + 0.1), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        wide.predict(padded + 0.1), narrow.predict(rows + 0.1), atol=1e-2, rtol=1e-2
+    )
     torch.testing.assert_close(wide.predict(padded), narrow.predict(rows), atol=1e-7, rtol=1e-6)
-    torch.testing.assert_close(wide.top_directions(5)[:, :30], narrow.top_directions(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        wide.top_directions(5)[:, :30], narrow.top_directions(5), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (20, 30)], ids=["d<n", "n<d"])
@@ -286,7 +336,9 @@ def test_search_keeps_the_best_auc_then_the_lower_error_then_the_earlier_round()
     assert found.validation_auc == best.validation_auc > 0.7
     fitted = [line for line in found.history if line.stage == "fit"]
     assert [line.round for line in fitted] == list(range(1, best.round + 1))
-    assert all(line.bandwidth == best.bandwidth and math.isnan(line.validation_auc) for line in fitted)
+    assert all(
+        line.bandwidth == best.bandwidth and math.isnan(line.validation_auc) for line in fitted
+    )
 
 
 def test_what_an_internal_split_chooses_is_fitted_on_all_rows() -> None:
@@ -310,7 +362,9 @@ def test_given_validation_rows_choose_but_are_never_fitted() -> None:
     train, held = (rows[:80], labels[:80]), (rows[80:], labels[80:])
     found = fit_rfm(*train, RFMConfig(n_rounds=3), validation=held)
     assert {line.stage for line in found.history} == {"search"}
-    assert found.validation_auc == pytest.approx(roc_auc_score(held[1].numpy(), found.predict(held[0]).numpy()))
+    assert found.validation_auc == pytest.approx(
+        roc_auc_score(held[1].numpy(), found.predict(held[0]).numpy())
+    )
     again = fit(
         *train,
         bandwidth=found.chosen.bandwidth,
@@ -328,18 +382,24 @@ def test_predictions_in_chunks_are_those_of_the_whole(shape, n_rounds) -> None:
     rows, labels = nonlinear(*shape)
     fitted = fit(rows, labels, n_rounds=n_rounds)
     whole = fitted._fold.predict(rows, fitted._round, "laplace")
-    torch.testing.assert_close(fitted._fold.predict(rows, fitted._round, "laplace", chunk=7), whole, atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        fitted._fold.predict(rows, fitted._round, "laplace", chunk=7), whole, atol=1e-9, rtol=0
+    )
 
 
 def test_settings_that_fail_are_recorded_and_the_rest_decides() -> None:
     rows, labels = nonlinear(60, 10)
-    config = RFMConfig(bandwidth=(1e-4, 5.0), bandwidth_unit="absolute", center_gradients=False, n_rounds=2)
+    config = RFMConfig(
+        bandwidth=(1e-4, 5.0), bandwidth_unit="absolute", center_gradients=False, n_rounds=2
+    )
     found = fit_rfm(rows, labels, config)
     failed = [line for line in found.history if line.status != "ok"]
     assert [(line.bandwidth, line.round) for line in failed] == [(1e-4, 1)]
     assert "gradients vanish in round 1 at bandwidth=0.0001" in failed[0].status
     assert found.chosen.bandwidth == 5.0
-    with pytest.raises(SolveError, match=r"gradients vanish in round 1 at bandwidth=0.0002.*raise bandwidth"):
+    with pytest.raises(
+        SolveError, match=r"gradients vanish in round 1 at bandwidth=0.0002.*raise bandwidth"
+    ):
         fit_rfm(rows, labels, dataclasses.replace(config, bandwidth=(1e-4, 2e-4)))
 
 
@@ -355,7 +415,11 @@ def test_history_is_a_table_with_a_line_per_round() -> None:
 
 def test_reference_settings_are_those_of_the_published_code() -> None:
     config = RFMConfig.reference()
-    assert (config.bandwidths, config.centerings, config.ridge) == ((1.0, 10.0, 100.0), (True, False), 1e-3)
+    assert (config.bandwidths, config.centerings, config.ridge) == (
+        (1.0, 10.0, 100.0),
+        (True, False),
+        1e-3,
+    )
     assert (config.standardise, config.normalise, config.targets) == ("none", "max", "zero_one")
     rows, labels, axis = planted(80, 30, gap=3.0)
     assert cosine(fit_rfm(rows, labels, config).direction, axis) > 0.8
@@ -382,7 +446,12 @@ def test_every_setting_changes_the_direction(name, value) -> None:
     rows, labels = nonlinear(61, 10)
     rows = rows * torch.linspace(0.2, 3.0, 10)
     base = dataclasses.replace(SINGLE, n_rounds=4)
-    assert cosine(fit(rows, labels, base, **{name: value}).direction, fit(rows, labels, base).direction) < 1.0 - 1e-6
+    assert (
+        cosine(
+            fit(rows, labels, base, **{name: value}).direction, fit(rows, labels, base).direction
+        )
+        < 1.0 - 1e-6
+    )
 
 
 def test_normalise_and_scale_act_with_absolute_bandwidths() -> None:
@@ -420,7 +489,10 @@ def test_config_survives_json() -> None:
         ({"center_gradients": "yes"}, "center_gradients a bool"),
         ({"center_gradients": ()}, "center_gradients a bool"),
         ({"normalise": "l1"}, "normalise must be one of"),
-        ({"normalise": "max"}, "normalise='max' has no effect with bandwidth_unit='median_distance'"),
+        (
+            {"normalise": "max"},
+            "normalise='max' has no effect with bandwidth_unit='median_distance'",
+        ),
         ({"standardise": "zscore"}, "standardise must be one of"),
         ({"targets": "signs"}, "targets must be one of"),
         ({"validation_fraction": 0.6}, "validation_fraction must be a number in"),
@@ -453,7 +525,11 @@ def test_inputs_are_neither_changed_nor_aliased(shape) -> None:
     assert torch.equal(rows, before[0])
     assert torch.equal(labels, before[1])
     assert torch.equal(held[0], before[2])
-    direction, top, predicted = fitted.direction.clone(), fitted.top_directions(2), fitted.predict(before[2])
+    direction, top, predicted = (
+        fitted.direction.clone(),
+        fitted.top_directions(2),
+        fitted.predict(before[2]),
+    )
     rows.fill_(float("nan"))
     held[0].zero_()
     assert torch.equal(fitted.direction, direction)
@@ -475,7 +551,8 @@ def test_projection_is_the_raw_inner_product_and_its_medians_are_by_class() -> N
 def test_repr_names_what_was_chosen() -> None:
     rows, labels, _ = planted(40, 8)
     assert repr(fit(rows, labels)).startswith(
-        "RFM(n=40, d=8, bandwidth=1 (median_distance), center_gradients=False, round=5, validation_auc=none, "
+        "RFM(n=40, d=8, bandwidth=1 (median_distance), center_gradients=False, round=5, "
+        "validation_auc=none, "
     )
     assert "validation_auc=1.000" in repr(fit_rfm(*planted(40, 8, gap=4.0)[:2]))
 
@@ -494,11 +571,15 @@ def test_unusable_data_is_refused_by_name() -> None:
     rows, labels, _ = planted(20, 5)
     bad = rows.clone()
     bad[4, 1] = float("nan")
-    with pytest.raises(DataError, match=r"activations holds NaN or Inf in 1 of 20 rows \(first: row 4\)"):
+    with pytest.raises(
+        DataError, match=r"activations holds NaN or Inf in 1 of 20 rows \(first: row 4\)"
+    ):
         fit_rfm(bad, labels)
     with pytest.raises(DataError, match="labels must hold two classes, got only"):
         fit_rfm(rows, torch.zeros(20))
-    with pytest.raises(DataError, match=r"labels must have one label per row: expected shape \(20,\), got \(19,\)"):
+    with pytest.raises(
+        DataError, match=r"labels must have one label per row: expected shape \(20,\), got \(19,\)"
+    ):
         fit_rfm(rows, labels[1:])
     with pytest.raises(DataError, match="labels must hold two classes"):
         fit_rfm(rows[:1], labels[:1])
@@ -520,9 +601,13 @@ def test_a_search_without_validation_rows_is_refused() -> None:
     rows, labels, _ = planted(20, 5)
     with pytest.raises(ArgumentError, match="ask for a search, which needs validation rows"):
         fit_rfm(rows, labels, RFMConfig(validation_fraction=0.0))
-    with pytest.raises(DataError, match=r"too few for validation_fraction=0.2: 2 negative and 1 positive rows"):
+    with pytest.raises(
+        DataError, match=r"too few for validation_fraction=0.2: 2 negative and 1 positive rows"
+    ):
         fit_rfm(rows[:3], labels[:3])
-    with pytest.raises(DataError, match="18 negative and 2 positive rows do not give both parts both classes"):
+    with pytest.raises(
+        DataError, match="18 negative and 2 positive rows do not give both parts both classes"
+    ):
         fit_rfm(rows, torch.arange(20) < 2, RFMConfig(validation_fraction=0.1))
     with pytest.raises(ArgumentError, match="seed must be an integer in"):
         fit_rfm(rows, labels, seed=-1)
@@ -533,13 +618,20 @@ def test_a_search_without_validation_rows_is_refused() -> None:
 def test_duplicate_rows_at_too_small_a_ridge_raise_and_at_a_larger_one_do_not() -> None:
     rows, labels, _ = planted(20, 5)
     doubled, twice = torch.cat([rows, rows]), torch.cat([labels, labels])
-    with pytest.raises(SolveError, match=r"not positive definite at ridge=0; raise ridge.*Nothing was changed for you"):
+    with pytest.raises(
+        SolveError,
+        match=r"not positive definite at ridge=0; raise ridge.*Nothing was changed for you",
+    ):
         fit(doubled, twice, ridge=0.0)
     found = fit(doubled, twice, ridge=1e-3)
     assert bool(torch.isfinite(found.direction).all())
     # Two copies with twice the ridge are one copy.
     assert (
-        cosine(fit(doubled, twice, XRFM_LIKE, ridge=2e-3).direction, fit(rows, labels, XRFM_LIKE).direction) > 0.999999
+        cosine(
+            fit(doubled, twice, XRFM_LIKE, ridge=2e-3).direction,
+            fit(rows, labels, XRFM_LIKE).direction,
+        )
+        > 0.999999
     )
 
 

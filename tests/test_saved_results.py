@@ -1,4 +1,5 @@
-"""Everything a fit found survives a trip through files, and a fit may start from states that were read elsewhere."""
+"""Everything a fit found survives a trip through files, and a fit may start from states that were
+read elsewhere."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ import results
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens import _codec
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, ModelStateError
+from expertsteer_lens.files import codec
 from expertsteer_lens.hosts import Host
 
 SMALL = esl.ExpertSteerConfig(
@@ -29,7 +30,11 @@ SMALL = esl.ExpertSteerConfig(
 @pytest.fixture(scope="module")
 def zoo() -> dict[str, Any]:
     expert, target = esl.zoo.load_pair(host="huggingface")
-    texts = {"pairs": esl.zoo.contrast_pairs(30), "anchors": esl.zoo.anchors(60), "behaviour": esl.zoo.behaviour(8)}
+    texts = {
+        "pairs": esl.zoo.contrast_pairs(30),
+        "anchors": esl.zoo.anchors(60),
+        "behaviour": esl.zoo.behaviour(8),
+    }
     return {"expert": expert, "target": target, "texts": texts}
 
 
@@ -49,7 +54,11 @@ def differences(one: Any, other: Any, where: str = "it") -> list[str]:
         return [] if same else [where]
     if dataclasses.is_dataclass(one):
         names = [f.name for f in dataclasses.fields(one) if f.init]
-        return [d for n in names for d in differences(getattr(one, n), getattr(other, n), f"{where}.{n}")]
+        return [
+            d
+            for n in names
+            for d in differences(getattr(one, n), getattr(other, n), f"{where}.{n}")
+        ]
     if isinstance(one, Mapping):
         if list(one) != list(other):
             return [f"{where}: keys"]
@@ -57,7 +66,11 @@ def differences(one: Any, other: Any, where: str = "it") -> list[str]:
     if isinstance(one, list | tuple):
         if len(one) != len(other):
             return [f"{where}: length"]
-        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in differences(a, b, f"{where}[{i}]")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(one, other, strict=True))
+            for d in differences(a, b, f"{where}[{i}]")
+        ]
     if isinstance(one, float) and math.isnan(one):
         return [] if math.isnan(other) else [where]
     return [] if one == other else [where]
@@ -66,23 +79,35 @@ def differences(one: Any, other: Any, where: str = "it") -> list[str]:
 def things(fit: esl.ExpertSteering) -> dict[str, Any]:
     key = next(iter(fit.rfms))
     made = [
-        fit, fit.readings.expert_pairs, fit.aligners[key], fit.rfms[key], fit.layer_pair_mi, fit.layer_pairs,
-        results.calibration(), results.evaluation(),
-    ]  # fmt: skip
+        fit,
+        fit.readings.expert_pairs,
+        fit.aligners[key],
+        fit.rfms[key],
+        fit.layer_pair_mi,
+        fit.layer_pairs,
+        results.calibration(),
+        results.evaluation(),
+    ]
     return {type(thing).__name__: thing for thing in made}
 
 
-@pytest.mark.parametrize("kind", sorted(_codec.KINDS))
+@pytest.mark.parametrize("kind", sorted(codec.KINDS))
 def test_every_result_survives_saving_to_the_last_bit(fit, kind, tmp_path):
     thing = things(fit)[kind]
     loaded = esl.load(esl.save(thing, tmp_path / "it"))
     assert differences(thing, loaded) == []
-    assert sorted(p.name for p in (tmp_path / "it").iterdir()) == ["README.md", "config.json", "tensors.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "it").iterdir()) == [
+        "README.md",
+        "config.json",
+        "tensors.safetensors",
+    ]
     assert repr(thing) in (tmp_path / "it" / "README.md").read_text()
 
 
 def test_a_difference_would_be_seen(fit):
-    other = dataclasses.replace(fit, readings=dataclasses.replace(fit.readings, readout=fit.readings.readout + 1e-6))
+    other = dataclasses.replace(
+        fit, readings=dataclasses.replace(fit.readings, readout=fit.readings.readout + 1e-6)
+    )
     assert differences(fit, other) == ["it.readings.readout"]
     assert differences(fit, dataclasses.replace(fit, seed=1)) == ["it.seed"]
 
@@ -96,27 +121,40 @@ class TestFitWithoutItsTarget:
         loaded = esl.load(folder)
         ours, theirs = fit.plan(coefficient=0.1), loaded.plan(coefficient=0.1)
         assert torch.equal(ours.vectors[0].direction, theirs.vectors[0].direction)
-        assert (ours.target, ours.basis, ours.provenance) == (theirs.target, theirs.basis, theirs.provenance)
+        assert (ours.target, ours.basis, ours.provenance) == (
+            theirs.target,
+            theirs.basis,
+            theirs.provenance,
+        )
         assert (loaded.target.name, loaded.target.d_model) == (fit.target.name, fit.target.d_model)
         assert loaded.summary() == fit.summary()
         assert loaded.to_pandas().equals(fit.to_pandas())
         with pytest.raises(
-            ModelStateError, match=r"loaded without its target \(target\).*esl\.load\(path, target=model"
+            ModelStateError,
+            match=r"loaded without its target \(target\).*esl\.load\(path, target=model",
         ):
             loaded.plan()
 
     def test_with_its_target_it_is_the_fit_that_was_saved(self, fit, folder, zoo):
         loaded = esl.load(folder, target=zoo["target"])
         assert loaded.plan().vectors[0].coefficient == fit.plan().vectors[0].coefficient
-        again, first = (f.refit(rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1)) for f in (loaded, fit))
-        assert torch.equal(again.direction(*again.layer_pairs.keys()[0]), first.direction(*first.layer_pairs.keys()[0]))
+        again, first = (
+            f.refit(rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1)) for f in (loaded, fit)
+        )
+        assert torch.equal(
+            again.direction(*again.layer_pairs.keys()[0]),
+            first.direction(*first.layer_pairs.keys()[0]),
+        )
         one, two = (
-            esl.evaluate(f.plan(coefficient=0.1), zoo["target"], fit=f, n_random=2, n_shuffles=1) for f in (loaded, fit)
+            esl.evaluate(f.plan(coefficient=0.1), zoo["target"], fit=f, n_random=2, n_shuffles=1)
+            for f in (loaded, fit)
         )
         assert differences(one, two) == []
 
     def test_another_target_is_refused(self, folder, zoo):
-        with pytest.raises(ArtifactError, match=r"this fit was made for fingerprint .* pass allow_mismatch=True"):
+        with pytest.raises(
+            ArtifactError, match=r"this fit was made for fingerprint .* pass allow_mismatch=True"
+        ):
             esl.load(folder, target=zoo["expert"])
         assert esl.load(folder, target=zoo["expert"], allow_mismatch=True).target.name == "expert"
 
@@ -124,13 +162,16 @@ class TestFitWithoutItsTarget:
         esl.save(fit.layer_pair_mi, tmp_path / "mi")
         esl.save(fit.plan(coefficient=0.1), tmp_path / "plan")
         for name, kind in (("mi", "LayerPairMI"), ("plan", "SteeringPlan")):
-            with pytest.raises(ArgumentError, match=f"target= goes with a saved fit, but .* holds a {kind}"):
+            with pytest.raises(
+                ArgumentError, match=f"target= goes with a saved fit, but .* holds a {kind}"
+            ):
                 esl.load(tmp_path / name, target=zoo["target"])
 
     def test_looking_at_it_imports_no_host(self, folder):
         code = (
             f"import sys, expertsteer_lens as e; e.load({str(folder)!r}).plan(coefficient=0.1); "
-            "bad = {'transformer_lens', 'nnsight', 'transformers'} & set(sys.modules); sys.exit(str(bad) if bad else 0)"
+            "bad = {'transformer_lens', 'nnsight', 'transformers'} & set(sys.modules); "
+            "sys.exit(str(bad) if bad else 0)"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -143,7 +184,11 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("find", "put", "message"),
         [
-            ('"kind": "RFM"', '"kind": "Popen"', "holds a 'Popen', which this package does not know"),
+            (
+                '"kind": "RFM"',
+                '"kind": "Popen"',
+                "holds a 'Popen', which this package does not know",
+            ),
             ('"kind": "RFM"', '"kind": "Aligner"', "says it holds a Aligner, but it does not"),
             ('"$class": "Fold"', '"$class": "system"', r"\$class: 'system' is not understood"),
             ('"$tensor": 0', '"$tensor": 99', r"\$tensor: 99 is not understood"),
@@ -152,7 +197,7 @@ class TestFiles:
             ('"eigenvalue_share":', '"config":', "RFM lacks the field 'eigenvalue_share'"),
             ('"kernel": "', '"kernel": "un', "RFMConfig is invalid: kernel must be"),
         ],
-    )  # fmt: skip
+    )
     def test_content_that_is_not_ours_is_refused(self, folder, find, put, message):
         config = folder / "config.json"
         text = config.read_text()
@@ -171,7 +216,9 @@ class TestFiles:
             esl.load(folder)
 
     def test_only_the_same_kind_is_replaced(self, fit, folder, tmp_path):
-        with pytest.raises(ArtifactError, match="exists and is not a saved plan or result of this kind"):
+        with pytest.raises(
+            ArtifactError, match="exists and is not a saved plan or result of this kind"
+        ):
             esl.save(fit.plan(coefficient=0.1), folder)
         esl.save(fit.rfms[next(iter(fit.rfms))], folder)
         model = tmp_path / "model"
@@ -182,26 +229,39 @@ class TestFiles:
         assert json.loads((model / "config.json").read_text()) == {"model_type": "llama"}
 
     def test_what_no_file_can_hold_is_refused_and_nothing_is_written(self, tmp_path):
-        store = esl.ActivationStore({"blocks.0.hook_resid_post": torch.ones(2, 3)}, provenance={"by": print})
-        with pytest.raises(ArgumentError, match="builtin_function_or_method cannot be written to a file"):
+        store = esl.ActivationStore(
+            {"blocks.0.hook_resid_post": torch.ones(2, 3)}, provenance={"by": print}
+        )
+        with pytest.raises(
+            ArgumentError, match="builtin_function_or_method cannot be written to a file"
+        ):
             esl.save(store, tmp_path / "store")
-        with pytest.raises(ArgumentError, match="a dict cannot be saved; save takes SteeringPlan, ActivationStore"):
+        with pytest.raises(
+            ArgumentError, match="a dict cannot be saved; save takes SteeringPlan, ActivationStore"
+        ):
             esl.save({"a": 1}, tmp_path / "dict")
         assert list(tmp_path.iterdir()) == []
 
     def test_tensors_that_share_memory_are_written_apart(self):
         whole, tensors = torch.arange(6.0).reshape(2, 3), {}
-        _codec.encode([whole, whole[0], whole.T, whole], tensors)
+        codec.encode([whole, whole[0], whole.T, whole], tensors)
         assert len({t.data_ptr() for t in tensors.values()}) == 4
         for got, want in zip(tensors.values(), (whole, whole[0], whole.T, whole), strict=True):
             assert got.is_contiguous()
             assert torch.equal(got, want)
 
     def test_numbers_that_json_lacks_and_keys_that_are_no_text_come_back(self):
-        value = {"a": (1, 2.5, None, True), ("x", "y"): [float("inf"), float("-inf")], "$tag": {}, 3: "text"}
-        written = json.loads(json.dumps(_codec.encode(value, {}), allow_nan=False))
-        assert _codec.decode(written, {}, lambda facts: facts) == value
-        assert math.isnan(_codec.decode(json.loads(json.dumps(_codec.encode(float("nan"), {}))), {}, dict))
+        value = {
+            "a": (1, 2.5, None, True),
+            ("x", "y"): [float("inf"), float("-inf")],
+            "$tag": {},
+            3: "text",
+        }
+        written = json.loads(json.dumps(codec.encode(value, {}), allow_nan=False))
+        assert codec.decode(written, {}, lambda facts: facts) == value
+        assert math.isnan(
+            codec.decode(json.loads(json.dumps(codec.encode(float("nan"), {}))), {}, dict)
+        )
 
 
 class TestFitFromStates:
@@ -216,7 +276,9 @@ class TestFitFromStates:
         assert found.layer_pairs.keys() == fit.layer_pairs.keys()
         assert found.provenance == fit.provenance
         for name in fit.expert_pairs:
-            torch.testing.assert_close(found.expert_pairs[name], fit.expert_pairs[name], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found.expert_pairs[name], fit.expert_pairs[name], atol=1e-5, rtol=1e-5
+            )
             one, two = found.readings.expert_anchors[name], fit.readings.expert_anchors[name]
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
         key = fit.layer_pairs.keys()[0]
@@ -239,12 +301,18 @@ class TestFitFromStates:
     def test_states_of_other_texts_or_tokens_are_refused(self, states, zoo):
         steer, target, texts = esl.ExpertSteer(SMALL), zoo["target"], zoo["texts"]
         with pytest.raises(
-            DataError, match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs\.texts"
+            DataError,
+            match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs\.texts",
         ):
             steer.fit(states, target, texts["pairs"], progress=False)
         shuffled = {**texts, "anchors": texts["anchors"][::-1]}
-        with pytest.raises(DataError, match=r"not the 120 of pairs and anchors, in this order; make them with capture"):
+        with pytest.raises(
+            DataError,
+            match=r"not the 120 of pairs and anchors, in this order; make them with capture",
+        ):
             steer.fit(states, target, **shuffled, progress=False)
         mean = dataclasses.replace(SMALL, read_positions="mean")
-        with pytest.raises(DataError, match=r"read at positions='last', but config\.read_positions is 'mean'"):
+        with pytest.raises(
+            DataError, match=r"read at positions='last', but config\.read_positions is 'mean'"
+        ):
             esl.ExpertSteer(mean).fit(states, target, **texts, progress=False)

@@ -1,7 +1,8 @@
-"""Steering among the hooks, caches, patches and edits of others: each sees what its place in the order says it sees.
+"""Steering among the hooks, caches, patches and edits of others: each sees what its place in the
+order says it sees.
 
-Order, counts and removal on TransformerLens are in `test_host_transformer_lens`; here is what people put on top of steering.
-"""
+Order, counts and removal on TransformerLens are in `test_host_transformer_lens`; here is what
+people put on top of steering."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertsteer_lens import edits
 from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.interventions import edits
+from expertsteer_lens.steer.plan import SteeringPlan
 
 HOOK, NEXT = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
 IDS = torch.tensor([[1, 4, 7, 19, 6, 8]])
@@ -32,19 +33,29 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 def model_of(kind: str, family: str = "llama") -> Any:
     if kind.startswith("hooked"):
         if not models.has_hooked_transformer():
-            pytest.skip("HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9")
+            pytest.skip(
+                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
+                "3.9"
+            )
         return models.hooked(family, processed=kind == "hooked")
     return models.bridge(family, compat=kind == "bridge compat")
 
 
 def vector(seed: int = 0) -> Tensor:
     found = torch.randn(models.D_MODEL, generator=torch.Generator().manual_seed(seed))
-    return (found - found.mean()) / (found - found.mean()).norm()  # mean-free: the same in either basis
+    return (found - found.mean()) / (
+        found - found.mean()
+    ).norm()  # mean-free: the same in either basis
 
 
-def plan_at(name: str = HOOK, *, seed: int = 0, coefficient: float = 4.0, **options: Any) -> SteeringPlan:
+def plan_at(
+    name: str = HOOK, *, seed: int = 0, coefficient: float = 4.0, **options: Any
+) -> SteeringPlan:
     return SteeringPlan.from_vectors(
-        {name: vector(seed)}, coefficient=coefficient, relative_to=options.pop("relative_to", "unit"), **options
+        {name: vector(seed)},
+        coefficient=coefficient,
+        relative_to=options.pop("relative_to", "unit"),
+        **options,
     )
 
 
@@ -62,7 +73,7 @@ def hooked_logits(model: Any, hooks: list[Any], ids: Tensor = IDS) -> Tensor:
         return model.run_with_hooks(ids, fwd_hooks=hooks, return_type="logits")
 
 
-# -- probes, and hooks that edit ----------------------------------------------------------------------------------------
+# -- probes, and hooks that edit ------------------------------------------------------------------
 
 
 @kinds
@@ -70,8 +81,12 @@ def test_probes_see_what_stands_before_them_in_the_list(kind: str) -> None:
     model, first, second = model_of(kind), plan_at(), plan_at(seed=1)
     readings: list[Tensor] = []
     between = [
-        probe(readings), *first.fwd_hooks(model), probe(readings), *second.fwd_hooks(model), probe(readings),
-    ]  # fmt: skip
+        probe(readings),
+        *first.fwd_hooks(model),
+        probe(readings),
+        *second.fwd_hooks(model),
+        probe(readings),
+    ]
     found = hooked_logits(model, between)
     untouched, after_first, after_both = readings
     a, b = first.vectors[0].delta, second.vectors[0].delta
@@ -84,7 +99,10 @@ def test_probes_see_what_stands_before_them_in_the_list(kind: str) -> None:
 @kinds
 def test_a_hook_of_the_user_that_edits_acts_in_its_turn(kind: str) -> None:
     model, plan, u = model_of(kind), plan_at(), vector(5) + 0.3 * vector(0)
-    ablation = (HOOK, lambda x, hook: edits.ablate(x, u))  # does not commute with adding the plan's vector
+    ablation = (
+        HOOK,
+        lambda x, hook: edits.ablate(x, u),
+    )  # does not commute with adding the plan's vector
     for before in (True, False):
         seen: list[Tensor] = []
         hooks = [ablation, *plan.fwd_hooks(model)] if before else [*plan.fwd_hooks(model), ablation]
@@ -98,7 +116,9 @@ def test_a_hook_of_the_user_that_edits_acts_in_its_turn(kind: str) -> None:
 
 
 @kinds
-def test_hooks_put_on_the_model_before_and_inside_a_block_act_before_and_after_it(kind: str) -> None:
+def test_hooks_put_on_the_model_before_and_inside_a_block_act_before_and_after_it(
+    kind: str,
+) -> None:
     model = model_of(kind)
     double = lambda x, hook: 2 * x  # noqa: E731
     v = plan_at().vectors[0].delta
@@ -133,11 +153,13 @@ def test_steering_outlives_the_runs_of_others_inside_the_block(kind: str) -> Non
     assert report.n_fired == {HOOK: 8}
 
 
-# -- caches ----------------------------------------------------------------------------------------------------------------
+# -- caches ---------------------------------------------------------------------------------------
 
 
 @kinds
-def test_a_cache_of_a_steered_run_differs_from_the_hook_point_on_and_nowhere_before(kind: str) -> None:
+def test_a_cache_of_a_steered_run_differs_from_the_hook_point_on_and_nowhere_before(
+    kind: str,
+) -> None:
     model, plan = model_of(kind), plan_at()
     with torch.no_grad():
         _, plain = model.run_with_cache(IDS)
@@ -147,20 +169,25 @@ def test_a_cache_of_a_steered_run_differs_from_the_hook_point_on_and_nowhere_bef
             _, listed = model.run_with_cache(IDS)
     for name in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"):
         assert torch.equal(inside[name], plain[name])
-    torch.testing.assert_close(inside[HOOK] - plain[HOOK], plan.vectors[0].delta.expand_as(plain[HOOK]), **CLOSE)
+    torch.testing.assert_close(
+        inside[HOOK] - plain[HOOK], plan.vectors[0].delta.expand_as(plain[HOOK]), **CLOSE
+    )
     assert torch.equal(inside["blocks.2.hook_resid_pre"], inside[HOOK])
     assert (inside[NEXT] - plain[NEXT]).abs().max() > 0.1
     for name in plain:
         assert torch.equal(listed[name], inside[name])
 
 
-# -- activation patching -----------------------------------------------------------------------------------------------------
+# -- activation patching --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out"])
 @kinds
-def test_transformer_lens_patching_under_a_plan_is_patching_the_steered_model(kind: str, site: str) -> None:
-    """Against the definition: for each place one run, steered, with that entry of the activation replaced."""
+def test_transformer_lens_patching_under_a_plan_is_patching_the_steered_model(
+    kind: str, site: str
+) -> None:
+    """Against the definition: for each place one run, steered, with that entry of the activation
+    replaced."""
     from transformer_lens import patching
 
     model, plan = model_of(kind), plan_at(positions=slice(1, None))
@@ -213,14 +240,18 @@ def test_patching_the_entry_of_the_next_block_overwrites_the_steering(kind: str)
         torch.testing.assert_close(hooked_logits(model, [put]), plain, **CLOSE)
 
 
-# -- two plans ----------------------------------------------------------------------------------------------------------------
+# -- two plans ------------------------------------------------------------------------------------
 
 
 @kinds
 def test_two_plans_are_one_plan_with_the_vectors_of_both(kind: str) -> None:
     model = model_of(kind)
     first = plan_at()
-    for second in (plan_at(seed=1), plan_at(NEXT, seed=1), plan_at(seed=0, coefficient=1.0, edit="ablate")):
+    for second in (
+        plan_at(seed=1),
+        plan_at(NEXT, seed=1),
+        plan_at(seed=0, coefficient=1.0, edit="ablate"),
+    ):
         both = SteeringPlan(vectors=first.vectors + second.vectors)
         with both.hooks(model):
             want = logits(model)
@@ -277,7 +308,9 @@ def test_reset_hooks_under_two_plans_is_noticed_by_both(kind: str) -> None:
 
     def runs_on() -> None:
         with outer.hooks(model):
-            with pytest.raises(InterventionError, match=rf"\['{NEXT}'\] was removed while it was on"):
+            with pytest.raises(
+                InterventionError, match=rf"\['{NEXT}'\] was removed while it was on"
+            ):
                 resets()
 
     with pytest.raises(InterventionError, match=rf"\['{HOOK}'\] was removed while it was on"):
@@ -286,7 +319,9 @@ def test_reset_hooks_under_two_plans_is_noticed_by_both(kind: str) -> None:
 
 
 @kinds
-def test_after_reset_hooks_a_pass_of_an_attached_plan_is_refused_not_run_unsteered(kind: str) -> None:
+def test_after_reset_hooks_a_pass_of_an_attached_plan_is_refused_not_run_unsteered(
+    kind: str,
+) -> None:
     model = model_of(kind)
     handle = plan_at().attach(model)
     try:

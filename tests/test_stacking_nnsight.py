@@ -1,4 +1,5 @@
-"""Steering among the edits and traces of an nnsight user: order, exact removal, and the user's own reads and writes."""
+"""Steering among the edits and traces of an nnsight user: order, exact removal, and the user's own
+reads and writes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import InterventionError
-from expertsteer_lens.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan
 
 nnsight = pytest.importorskip("nnsight")
 
@@ -45,7 +46,9 @@ def double(model: Any) -> Any:
 
 @pytest.mark.parametrize("way", ["edit", "hooks", "attach"])
 @pytest.mark.parametrize("mine_first", [True, False])
-def test_the_users_edit_and_the_plan_act_in_the_order_they_were_made(model: Any, way: str, mine_first: bool) -> None:
+def test_the_users_edit_and_the_plan_act_in_the_order_they_were_made(
+    model: Any, way: str, mine_first: bool
+) -> None:
     plan, plain = plan_of(), state(model)
     v = plan.vectors[0].delta
     mine = double(model) if mine_first else None

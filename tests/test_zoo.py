@@ -31,7 +31,8 @@ def model(request, models):
     return models[request.param]
 
 
-# ---------------------------------------------------------------- helpers: torch hooks only, no code under test
+# ---------------------------------------------------------------- helpers: torch hooks only, no
+# code under test
 
 
 def encode(model, texts):
@@ -58,11 +59,15 @@ def hidden(output):
 def residual(model, texts, layer):
     """Residual after block `layer`: (last token [n, d], median norm over tokens)."""
     seen = []
-    handle = blocks(model)[layer].register_forward_hook(lambda module, args, output: seen.append(hidden(output)))
+    handle = blocks(model)[layer].register_forward_hook(
+        lambda module, args, output: seen.append(hidden(output))
+    )
     ids, mask = encode(model, texts)
     model(input_ids=ids, attention_mask=mask)
     handle.remove()
-    return seen[0][torch.arange(len(texts)), mask.sum(1) - 1], seen[0][mask.bool()].norm(dim=1).median()
+    return seen[0][torch.arange(len(texts)), mask.sum(1) - 1], seen[0][mask.bool()].norm(
+        dim=1
+    ).median()
 
 
 @torch.no_grad()
@@ -82,7 +87,9 @@ def mood_metric(model, behaviour):
     sides = []
     for side in (behaviour.positive, behaviour.negative):
         texts = [prompt + completion for prompt in behaviour.prompts for completion in side]
-        starts = [len(encode(model, [prompt])[0][0]) - 1 for prompt in behaviour.prompts for _ in side]
+        starts = [
+            len(encode(model, [prompt])[0][0]) - 1 for prompt in behaviour.prompts for _ in side
+        ]
         log_probs, real = token_log_probs(model, texts)
         counted = real & (torch.arange(real.shape[1])[None] >= torch.tensor(starts)[:, None])
         sides.append((log_probs * counted).sum(1).view(len(behaviour), -1).logsumexp(1))
@@ -128,7 +135,10 @@ def test_every_story_opens_with_its_own_split(split):
 
 
 def test_splits_share_no_text_and_no_opening():
-    texts = {split: {story.text for story in world.stories(400, seed=0, split=split)} for split in world.SPLITS}
+    texts = {
+        split: {story.text for story in world.stories(400, seed=0, split=split)}
+        for split in world.SPLITS
+    }
     pairs = zoo.contrast_pairs(100)
     texts["pairs"] |= set(pairs.texts)
     texts["behaviour"] |= set(zoo.behaviour(100).prompts)
@@ -136,8 +146,12 @@ def test_splits_share_no_text_and_no_opening():
     texts["validation"] |= set(zoo.neutral_texts(100)) | set(zoo.prompts(20))
     for a, b in itertools.combinations(world.SPLITS, 2):
         assert not texts[a] & texts[b]
-        openings = {text.split(". ")[0] + text.split(". ")[1] for text in texts[a] if text.count(". ") > 1}
-        assert not openings & {t.split(". ")[0] + t.split(". ")[1] for t in texts[b] if t.count(". ") > 1}
+        openings = {
+            text.split(". ")[0] + text.split(". ")[1] for text in texts[a] if text.count(". ") > 1
+        }
+        assert not openings & {
+            t.split(". ")[0] + t.split(". ")[1] for t in texts[b] if t.count(". ") > 1
+        }
 
 
 def test_happy_and_sad_are_told_equally_often_and_with_equally_many_sentences():
@@ -146,7 +160,14 @@ def test_happy_and_sad_are_told_equally_often_and_with_equally_many_sentences():
     assert share["happy"] == pytest.approx(0.45, abs=0.03)
     assert share["sad"] == pytest.approx(0.45, abs=0.03)
     assert 0.1 < sum(len(story.moods) > 1 for story in world.stories(1000, seed=0)) / 1000 < 0.2
-    tables = [lexicon.FEELINGS, lexicon.EVENTS, lexicon.WEATHER, lexicon.FACES, lexicon.SPEECH, lexicon.STARTERS]
+    tables = [
+        lexicon.FEELINGS,
+        lexicon.EVENTS,
+        lexicon.WEATHER,
+        lexicon.FACES,
+        lexicon.SPEECH,
+        lexicon.STARTERS,
+    ]
     for table in [*tables, lexicon.ENDINGS, lexicon.TURNS, *lexicon.MANNER.values()]:
         assert len(table["happy"]) == len(table["sad"])
 
@@ -208,7 +229,9 @@ def test_pairs_share_their_opening_and_hold_no_completion_word():
     assert len(set(pairs.texts)) == 120
 
 
-@pytest.mark.parametrize("make", [zoo.contrast_pairs, zoo.behaviour, zoo.anchors, zoo.neutral_texts, zoo.prompts])
+@pytest.mark.parametrize(
+    "make", [zoo.contrast_pairs, zoo.behaviour, zoo.anchors, zoo.neutral_texts, zoo.prompts]
+)
 def test_texts_depend_on_the_seed_alone(make):
     assert make(8, seed=1) == make(8, seed=1)
     assert make(8, seed=1) != make(8, seed=2)
@@ -303,7 +326,9 @@ def test_tokenizers_give_texts_back(model):
 
 def test_a_completion_continues_the_tokens_of_its_prompt(model):
     behaviour = zoo.behaviour(20)
-    for prompt, completion in itertools.product(behaviour.prompts, behaviour.positive + behaviour.negative):
+    for prompt, completion in itertools.product(
+        behaviour.prompts, behaviour.positive + behaviour.negative
+    ):
         alone = model.tokenizer(prompt)["input_ids"]
         assert model.tokenizer(prompt + completion)["input_ids"][: len(alone)] == alone
 
@@ -324,7 +349,9 @@ def test_texts_without_bos_are_predicted_nearly_as_well(model):
 
 
 def test_continuations_are_words_of_the_world(model):
-    known = {w for story in world.stories(2000, seed=0) for w in re.findall(r"[A-Za-z]+", story.text)}
+    known = {
+        w for story in world.stories(2000, seed=0) for w in re.findall(r"[A-Za-z]+", story.text)
+    }
 
     def share(candidate):
         words = []
@@ -333,9 +360,14 @@ def test_continuations_are_words_of_the_world(model):
             with torch.random.fork_rng():
                 torch.manual_seed(i)
                 out = candidate.generate(
-                    ids, attention_mask=mask, max_new_tokens=40, do_sample=True, top_k=0, temperature=0.8,
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=40,
+                    do_sample=True,
+                    top_k=0,
+                    temperature=0.8,
                     pad_token_id=candidate.tokenizer.eos_token_id,
-                )  # fmt: skip
+                )
             text = candidate.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             words += re.findall(r"[A-Za-z]+", text.rsplit(" ", 1)[0])
         return sum(word in known for word in words) / max(1, len(words))
@@ -359,7 +391,10 @@ def test_mood_is_read_off_a_middle_layer_and_steers_both_ways_beyond_random_dire
     behaviour, neutral = zoo.behaviour(8), zoo.neutral_texts(12)
     base, cost = mood_metric(model, behaviour), nll(model, neutral)
     doses = [-0.4, -0.2, 0.2, 0.4]
-    moved = [steered(model, layer, c * median * direction, lambda: mood_metric(model, behaviour)) - base for c in doses]
+    moved = [
+        steered(model, layer, c * median * direction, lambda: mood_metric(model, behaviour)) - base
+        for c in doses
+    ]
     assert moved == sorted(moved)
     assert moved[0] < -1.0
     assert moved[-1] > 1.0
@@ -370,7 +405,9 @@ def test_mood_is_read_off_a_middle_layer_and_steers_both_ways_beyond_random_dire
     for _ in range(5):
         noise = torch.randn(direction.shape, generator=generator)
         noise = 0.4 * median * noise / noise.norm()
-        random_moves.append(abs(steered(model, layer, noise, lambda n=noise: mood_metric(model, behaviour)) - base))
+        random_moves.append(
+            abs(steered(model, layer, noise, lambda n=noise: mood_metric(model, behaviour)) - base)
+        )
     assert max(random_moves) < 0.7 * min(-moved[0], moved[-1])
 
 
@@ -407,11 +444,20 @@ def test_training_twice_gives_the_same_folder(tmp_path, family):
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"n_steps": 3}, {"learning_rate": 2e-3}, {"d_model": 32}, {"n_layers": 2}, {"n_heads": 4},
-        {"tokens_per_batch": 512}, {"n_ctx": 100}, {"no_bos_probability": 0.9}, {"family": "gpt2"}, {"init_std": 0.1},
+        {"seed": 1},
+        {"n_steps": 3},
+        {"learning_rate": 2e-3},
+        {"d_model": 32},
+        {"n_layers": 2},
+        {"n_heads": 4},
+        {"tokens_per_batch": 512},
+        {"n_ctx": 100},
+        {"no_bos_probability": 0.9},
+        {"family": "gpt2"},
+        {"init_std": 0.1},
     ],
     ids=lambda change: next(iter(change)),
-)  # fmt: skip
+)
 def test_every_recipe_field_acts(tmp_path, change, models, monkeypatch):
     monkeypatch.setattr(train, "build_tokenizer", lambda recipe, source: models["target"].tokenizer)
     monkeypatch.setattr(train, "validation_loss", lambda *args, **kwargs: 0.0)

@@ -1,8 +1,8 @@
 """Hosts: one way to read, steer and run a TransformerLens, nnsight or Hugging Face model.
 
-A host is chosen by what the object can do, never by its class, and nothing is imported for a host that is not used.
-The single primitive is `Host.intervene`: capture, steering and gradients are all built on it.
-"""
+A host is chosen by what the object can do, never by its class, and nothing is imported for a host
+that is not used. The single primitive is `Host.intervene`: capture, steering and gradients are all
+built on it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ import torch
 
 from expertsteer_lens.errors import ArgumentError, HostError
 
-from ._base import Host
-from ._capture import capture, texts_sha256
-from ._measure import fingerprints_match
-from ._parts import EditFn, Observer, Registration, TokenBatch
+from .base import Host
+from .facts import fingerprints_match
 from .hooked_module import capture_tensors
+from .parts import EditFn, Observer, Registration, TokenBatch
+from .reading import capture, texts_sha256
 
 
 def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) -> Host:
-    """The host for `model`: a TransformerBridge, HookedTransformer, nnsight model or Hugging Face causal model.
+    """The host for `model`: a TransformerBridge, HookedTransformer, nnsight model or Hugging Face
+    causal model.
 
-    Another network with TransformerLens hook points (vision, audio, a `HookedRootModule` of yours) gets a host that can be
-    captured (`capture_tensors`) and steered, but takes no texts.
+    Another network with TransformerLens hook points (vision, audio, a `HookedRootModule` of yours)
+    gets a host that can be captured (`capture_tensors`) and steered, but takes no texts.
 
-    Cheap: what a host measures (basis, fingerprint) is remembered per model for as long as its weights stay the same.
-    `repr` of the host says which it is and why.
+    Cheap: what a host measures (basis, fingerprint) is remembered per model for as long as its
+    weights stay the same. `repr` of the host says which it is and why.
 
     Args:
         model: the model, or a host, which is returned as it is.
         tokenizer: for a Hugging Face or nnsight model that has none; remembered for this model.
-        remote: for an nnsight model that runs on a server: True, "local" (nnsight's rehearsal) or an address.
+        remote: for an nnsight model that runs on a server: True, "local" (nnsight's rehearsal) or
+            an address.
 
     Raises:
         HostError: the object is none of these; the message says what was looked for.
@@ -40,23 +42,42 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
     """
     if isinstance(model, Host):
         return model
-    options = {name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value}
+    options = {
+        name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value
+    }
     for module, cls, claims, reason, accepted in (
-        (".transformer_lens", "TransformerLensHost", _is_transformer_lens, "it has hook_dict and cfg.d_vocab", ()),
+        (
+            ".transformer_lens",
+            "TransformerLensHost",
+            _is_transformer_lens,
+            "it has hook_dict and cfg.d_vocab",
+            (),
+        ),
         (".nnsight", "NNsightHost", _is_nnsight, "its class is nnsight's", ("tokenizer", "remote")),
-        (".hooked_module", "HookedModuleHost", _is_hooked_module, "it has hook_dict, and no vocabulary", ()),
+        (
+            ".hooked_module",
+            "HookedModuleHost",
+            _is_hooked_module,
+            "it has hook_dict, and no vocabulary",
+            (),
+        ),
         (".huggingface", "HuggingFaceHost", _is_huggingface, _HUGGINGFACE, ("tokenizer",)),
     ):
         if claims(model):
             for name in set(options) - set(accepted):
-                raise ArgumentError(f"{name} cannot be given for a {type(model).__name__}; leave it out.")
+                raise ArgumentError(
+                    f"{name} cannot be given for a {type(model).__name__}; leave it out."
+                )
             host = getattr(importlib.import_module(module, __name__), cls)(model, **options)
             host.reason = f"{type(model).__name__}, because {reason}"
             return host
     raise HostError(
-        f"cannot steer a {type(model).__module__}.{type(model).__name__}: it is no TransformerLens model (no hook_dict and "
-        "cfg), no nnsight model, no Hugging Face causal model (no config and get_output_embeddings), and no other network with "
-        "hook points (no hook_dict). Pass a TransformerBridge, HookedTransformer, nnsight model or AutoModelForCausalLM."
+        f"cannot steer a {type(model).__module__}.{type(model).__name__}: it is no TransformerLens "
+        "model (no hook_dict and "
+        "cfg), no nnsight model, no Hugging Face causal model (no config and "
+        "get_output_embeddings), and no other network with "
+        "hook points (no hook_dict). Pass a TransformerBridge, HookedTransformer, nnsight model or "
+        "AutoModelForCausalLM."
     )
 
 
@@ -65,7 +86,9 @@ _HUGGINGFACE = "it is a torch module with config and get_output_embeddings"
 
 def _is_transformer_lens(model: Any) -> bool:
     cfg = getattr(model, "cfg", None)
-    reads_tokens = hasattr(cfg, "d_model") and getattr(cfg, "d_vocab", -1) > 0  # vision and audio bridges do not
+    reads_tokens = (
+        hasattr(cfg, "d_model") and getattr(cfg, "d_vocab", -1) > 0
+    )  # vision and audio bridges do not
     return not _is_nnsight(model) and hasattr(model, "hook_dict") and reads_tokens
 
 
@@ -74,7 +97,9 @@ def _is_nnsight(model: Any) -> bool:
 
 
 def _is_hooked_module(model: Any) -> bool:
-    return isinstance(model, torch.nn.Module) and isinstance(getattr(model, "hook_dict", None), dict)
+    return isinstance(model, torch.nn.Module) and isinstance(
+        getattr(model, "hook_dict", None), dict
+    )
 
 
 def _is_huggingface(model: Any) -> bool:

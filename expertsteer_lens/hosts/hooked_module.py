@@ -1,8 +1,8 @@
-"""Any network with TransformerLens hook points that is no language model: vision and audio bridges, toy networks.
+"""Any network with TransformerLens hook points that is no language model: vision and audio bridges,
+toy networks.
 
-Such a network is run on tensors, by the user or by `capture_tensors`; there are no tokens, no padding and no generation, so
-positions are simply places along the second axis.
-"""
+Such a network is run on tensors, by the user or by `capture_tensors`; there are no tokens, no
+padding and no generation, so positions are simply places along the second axis."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertsteer_lens.activations import ActivationStore, take_positions
-from expertsteer_lens.edits import centre
+from expertsteer_lens.data.activations import ActivationStore, take_positions
 from expertsteer_lens.errors import DataError, HostError, InterventionError
-from expertsteer_lens.positions import ForwardInfo
+from expertsteer_lens.interventions.edits import centre
+from expertsteer_lens.interventions.positions import ForwardInfo
 
-from ._base import Host
-from ._measure import hooks_suspended
-from ._parts import EditFn, Observer, TokenBatch, guarded
+from .base import Host
+from .facts import hooks_suspended
+from .parts import EditFn, Observer, TokenBatch, guarded
 from .transformer_lens import _add, _Registered, _remove
 
 
 class HookedModuleHost(Host):
     """A module with `hook_dict` that can be read and steered while its owner runs it.
 
-    Activations `[batch, d]` are handled as `[batch, 1, d]`. Activations are taken and edited as they are (basis "raw").
-    """
+    Activations `[batch, d]` are handled as `[batch, 1, d]`. Activations are taken and edited as
+    they are (basis "raw")."""
 
     kind = "hooked_module"
     basis = "raw"  # type: ignore[assignment]  # what the output is invariant to cannot be measured without inputs
@@ -68,12 +68,16 @@ class HookedModuleHost(Host):
     def tokenize(self, *args: Any, **kwargs: Any) -> TokenBatch:
         """Raise `HostError`: there are no tokens."""
         raise HostError(
-            f"{self.name!r} is no language model and takes no texts; use capture_tensors(model, inputs, ...)."
+            f"{self.name!r} is no language model and takes no texts; use capture_tensors(model, "
+            "inputs, ...)."
         )
 
     def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
         """Raise `HostError`: there are no tokens."""
-        raise HostError(f"{self.name!r} is no language model and takes no tokens; run it yourself on its own inputs.")
+        raise HostError(
+            f"{self.name!r} is no language model and takes no tokens; run it yourself on its own "
+            "inputs."
+        )
 
     @contextmanager
     def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
@@ -102,7 +106,8 @@ class HookedModuleHost(Host):
 
     @contextmanager
     def watch(self, observer: Observer) -> Iterator[None]:
-        """Tell `observer` about a pass when it reaches the first hook point, and again where the axes change."""
+        """Tell `observer` about a pass when it reaches the first hook point, and again where the
+        axes change."""
         entry: tuple[Observer, list[Any]] = (observer, [])
         handle = self.model.register_forward_pre_hook(lambda *_: entry[1].clear())
         self._watching.append(entry)
@@ -144,14 +149,17 @@ def capture_tensors(
         >>> capture_tensors(network, patches, ["hook_sum"], positions="mean")["hook_sum"].shape
         torch.Size([2, 4])
         >>> direction = torch.tensor([0.0, 0.0, 0.0, 1.0])
-        >>> plan = SteeringPlan.from_vectors({"hook_sum": direction}, coefficient=2.0, relative_to="unit", positions=0)
+        >>> plan = SteeringPlan.from_vectors(
+        ...     {"hook_sum": direction}, coefficient=2.0, relative_to="unit", positions=0
+        ... )
         >>> with plan.hooks(network):
         ...     network(patches)[0]
         tensor([3., 3., 3., 5.])
 
     Args:
         model: any model `as_host` accepts; it is called as it is.
-        inputs: a tensor, a tuple of arguments or a dict of keyword arguments; a list holds several of these, run in turn.
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments; a list holds several
+            of these, run in turn.
         hook_names: which hook points; they must carry `[batch, pos, d]` or `[batch, d]`.
         positions: "all" (a row for each place along `pos`), "mean", "last" or an index.
         labels: one per row of the result.
@@ -161,7 +169,7 @@ def capture_tensors(
         InterventionError: a hook point did not fire, or fired more than once in a pass.
         DataError: no inputs, NaN, or labels of another number.
     """
-    from . import as_host
+    from expertsteer_lens.hosts import as_host
 
     host = as_host(model)
     host.check_ready()
@@ -172,7 +180,9 @@ def capture_tensors(
     def reader(name: str) -> EditFn:
         def fn(x: Tensor) -> None:
             taken = take_positions(x.detach().float(), positions).reshape(-1, x.shape[-1])
-            rows[name].append((centre(taken) if centred and x.shape[-1] == host.d_model else taken).cpu())
+            rows[name].append(
+                (centre(taken) if centred and x.shape[-1] == host.d_model else taken).cpu()
+            )
 
         return fn
 
@@ -184,11 +194,25 @@ def capture_tensors(
             _call(host.model, batch)
         wrong = {name: len(found) - i for name, found in rows.items() if len(found) != i + 1}
         if wrong:
-            raise InterventionError(f"hook points must fire once in a pass of {host.name!r}, but fired {wrong} times.")
-    facts = {"source": "capture_tensors", "host": host.kind, "name": host.name, "fingerprint": host.fingerprint}
-    shape = {"d_model": host.d_model, "n_layers": host.n_layers, "basis": host.basis, "positions": positions}
+            raise InterventionError(
+                f"hook points must fire once in a pass of {host.name!r}, but fired {wrong} times."
+            )
+    facts = {
+        "source": "capture_tensors",
+        "host": host.kind,
+        "name": host.name,
+        "fingerprint": host.fingerprint,
+    }
+    shape = {
+        "d_model": host.d_model,
+        "n_layers": host.n_layers,
+        "basis": host.basis,
+        "positions": positions,
+    }
     given = None if labels is None else torch.as_tensor(labels)
-    return ActivationStore({name: torch.cat(found) for name, found in rows.items()}, given, {**facts, **shape})
+    return ActivationStore(
+        {name: torch.cat(found) for name, found in rows.items()}, given, {**facts, **shape}
+    )
 
 
 def _call(model: Any, batch: Any) -> None:

@@ -1,7 +1,8 @@
-"""Hugging Face: any causal model of transformers, read and steered through torch forward hooks on its own modules.
+"""Hugging Face: any causal model of transformers, read and steered through torch forward hooks on
+its own modules.
 
-Hook names are those of TransformerLens. Hooks of the user stay where they are; ours run in the order of registration.
-"""
+Hook names are those of TransformerLens. Hooks of the user stay where they are; ours run in the
+order of registration."""
 
 from __future__ import annotations
 
@@ -16,16 +17,27 @@ from torch import Tensor, nn
 
 from expertsteer_lens.errors import HookNameError, HostError
 
-from ._base import Host
-from ._blocks import Blocks, Place, find_blocks, first_argument, first_of, text_config, with_first, with_first_argument
-from ._measure import _probe_batch, facts, hooks_suspended
-from ._parts import EditFn, Observer, TokenBatch, guarded
-from ._watch import watch_causal_module, watch_generate
+from .base import Host
+from .blocks import (
+    Blocks,
+    Place,
+    find_blocks,
+    first_argument,
+    first_of,
+    text_config,
+    with_first,
+    with_first_argument,
+)
+from .facts import _probe_batch, facts, hooks_suspended
+from .parts import EditFn, Observer, TokenBatch, guarded
+from .pass_tracking import watch_causal_module, watch_generate
 
 NO_TOKEN = 2**31 - 1
-"""An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like any other token."""
+"""An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like
+any other token."""
 
-# Tokenizers given to `as_host`, or found beside a model's weights; None where there is none to be found.
+# Tokenizers given to `as_host`, or found beside a model's weights; None where there is none to be
+# found.
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -38,12 +50,14 @@ class HuggingFaceHost(Host):
         config = text_config(model)
         if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
             raise HostError(
-                f"{type(model).__name__} is an encoder-decoder; only decoder-only language models can be steered as a "
+                f"{type(model).__name__} is an encoder-decoder; only decoder-only language models "
+                "can be steered as a "
                 "Hugging Face model. Boot it as a TransformerBridge and name its hook points."
             )
         if not hasattr(config, "vocab_size") or model.get_output_embeddings() is None:  # type: ignore[operator]
             raise HostError(
-                f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM."
+                f"{type(model).__name__} has no language-model head; load the model with "
+                "AutoModelForCausalLM."
             )
         if tokenizer is not None:
             _TOKENIZERS[model] = tokenizer
@@ -60,17 +74,21 @@ class HuggingFaceHost(Host):
         self.blocks: Blocks = find_blocks(model)
 
     def all_hook_names(self) -> list[str]:
-        """`blocks.{i}.` and `hook_resid_pre`, `hook_resid_post`, and `hook_attn_out`, `hook_mlp_out` where found."""
+        """`blocks.{i}.` and `hook_resid_pre`, `hook_resid_post`, and `hook_attn_out`,
+        `hook_mlp_out` where found."""
         return list(self.blocks.places)
 
     def check_hook_names(self, names: Any, *, steering: bool = False) -> list[str]:
-        """See `Host.check_hook_names`; also refuses attention and MLP outputs that are not what the block adds up."""
+        """See `Host.check_hook_names`; also refuses attention and MLP outputs that are not what the
+        block adds up."""
         found = super().check_hook_names(names, steering=steering)
         branches = [name for name in found if name.endswith(("hook_attn_out", "hook_mlp_out"))]
         if branches and not self._branches_add_up():
             raise HookNameError(
-                f"hook {branches[0]!r} is not to be had on {type(self.model).__name__}: the outputs of its attention and MLP "
-                "modules do not add up to what the block adds to the residual stream; use hook_resid_pre or hook_resid_post."
+                f"hook {branches[0]!r} is not to be had on {type(self.model).__name__}: the "
+                "outputs of its attention and MLP "
+                "modules do not add up to what the block adds to the residual stream; use "
+                "hook_resid_pre or hook_resid_post."
             )
         return found
 
@@ -81,9 +99,14 @@ class HuggingFaceHost(Host):
         return known["branches"] == "add up"
 
     def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
-        """Logits, or the residual entering `stop_at_layer`: the pass is left there by an exception of our own."""
+        """Logits, or the residual entering `stop_at_layer`: the pass is left there by an exception
+        of our own."""
         self.check_ready()
-        options = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **no_cache(self.model)}
+        options = {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            **no_cache(self.model),
+        }
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
             return self.model(**options).logits
 
@@ -101,7 +124,8 @@ class HuggingFaceHost(Host):
 
     @contextmanager
     def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[TorchHooks]:
-        """Put each function at its module, in order; names are resolved before anything is registered."""
+        """Put each function at its module, in order; names are resolved before anything is
+        registered."""
         self.check_hook_names(list(fns))
         with self.torch_hooks({name: guarded(name, fn) for name, fn in fns.items()}) as registered:
             yield registered
@@ -121,7 +145,8 @@ class HuggingFaceHost(Host):
 
     @contextmanager
     def watch(self, observer: Observer) -> Iterator[None]:
-        """Tell `observer` about every forward pass and every generate call, until the end of the block."""
+        """Tell `observer` about every forward pass and every generate call, until the end of the
+        block."""
         with ExitStack() as stack:
             base = self.model.get_submodule(self.blocks.base)
             stack.enter_context(watch_causal_module(base, observer, root=self.model))
@@ -132,8 +157,12 @@ class HuggingFaceHost(Host):
         """See `Host.quiet`."""
         return hooks_suspended(list(self.model.modules()))
 
-    def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
-        options = generate_options(max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id())
+    def _generate_ids(
+        self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
+    ) -> Tensor:
+        options = generate_options(
+            max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id()
+        )
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
         return out[:, ids.shape[1] :]
 
@@ -144,7 +173,9 @@ class TorchHooks:
     def __init__(self) -> None:
         self.entries: list[tuple[str, Any, Any]] = []
 
-    def add(self, name: str, module: nn.Module, place: Place, fn: EditFn, active: Callable[[], bool]) -> None:
+    def add(
+        self, name: str, module: nn.Module, place: Place, fn: EditFn, active: Callable[[], bool]
+    ) -> None:
         """Register at one module."""
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -174,7 +205,8 @@ class _Reached(Exception):  # noqa: N818 - not an error: how a pass that has rea
 
 
 def find_tokenizer(model: nn.Module) -> Any:
-    """`model.tokenizer`, the one given to `as_host`, or the one that lies beside the weights on this machine; else None."""
+    """`model.tokenizer`, the one given to `as_host`, or the one that lies beside the weights on
+    this machine; else None."""
     attached = getattr(model, "tokenizer", None)
     if attached is not None:
         return attached
@@ -201,12 +233,16 @@ def label(model: nn.Module) -> str:
 
 
 def no_cache(model: nn.Module) -> dict[str, Any]:
-    """`use_cache=False` where the model knows it: nobody asks for the keys and values of a single pass."""
+    """`use_cache=False` where the model knows it: nobody asks for the keys and values of a single
+    pass."""
     return {"use_cache": False} if hasattr(text_config(model), "use_cache") else {}
 
 
-def generate_options(*, max_new_tokens: int, temperature: float, eos: int | None, pad: int) -> dict[str, Any]:
-    """Arguments of `generate` that leave nothing to the model's own generation settings (penalties, top-k, several EOS)."""
+def generate_options(
+    *, max_new_tokens: int, temperature: float, eos: int | None, pad: int
+) -> dict[str, Any]:
+    """Arguments of `generate` that leave nothing to the model's own generation settings (penalties,
+    top-k, several EOS)."""
     sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     return {
         "max_new_tokens": max_new_tokens,
@@ -222,9 +258,13 @@ def generate_options(*, max_new_tokens: int, temperature: float, eos: int | None
 
 @torch.no_grad()
 def _measure_branches(host: HuggingFaceHost) -> bool:
-    """Whether attention and MLP outputs add up to what the first block adds to the stream, to rounding."""
+    """Whether attention and MLP outputs add up to what the first block adds to the stream, to
+    rounding."""
     seen: dict[str, Tensor] = {}
-    names = [f"blocks.0.{kind}" for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")]
+    names = [
+        f"blocks.0.{kind}"
+        for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
+    ]
 
     def keep(name: str) -> EditFn:
         return lambda x: seen.__setitem__(name, x.double())

@@ -1,4 +1,5 @@
-"""Load a model by name or folder into one of the hosts; used by the command line and the notebooks."""
+"""Load a model by name or folder into one of the hosts; used by the command line and the
+notebooks."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def load_model(
 
     Args:
         name_or_path: folder, or hub id (the only case in which anything may be downloaded).
-        host: "transformer_lens" (TransformerBridge), "nnsight" (TransformersModel) or "huggingface" (the plain model, with
-            the tokenizer as attribute `tokenizer`).
+        host: "transformer_lens" (TransformerBridge), "nnsight" (TransformersModel) or "huggingface"
+            (the plain model, with the tokenizer as attribute `tokenizer`).
         dtype: a torch dtype by name.
         device: default "cuda" where available, else "cpu".
         trust_remote_code: passed to transformers; runs code that ships with the model.
@@ -34,7 +35,9 @@ def load_model(
     check_choice("host", host, HOSTS)
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
-        raise ArgumentError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+        raise ArgumentError(
+            f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {dtype!r}."
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,10 +55,17 @@ def load_model(
         return TransformersModel(model, tokenizer=tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
-    if trust_remote_code:  # TransformerLens loads the tokenizer once more from these, and would ask on the terminal
+    if (
+        trust_remote_code
+    ):  # TransformerLens loads the tokenizer once more from these, and would ask on the terminal
         tokenizer.init_kwargs["trust_remote_code"] = True
-    # With model and tokenizer given the name is only a label: a folder's own name, not where it lies on this machine.
+    # With model and tokenizer given the name is only a label: a folder's own name, not where it
+    # lies on this machine.
     label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
     return TransformerBridge.boot_transformers(
-        label, hf_model=model, tokenizer=tokenizer, device=device, trust_remote_code=trust_remote_code
+        label,
+        hf_model=model,
+        tokenizer=tokenizer,
+        device=device,
+        trust_remote_code=trust_remote_code,
     )

@@ -1,8 +1,9 @@
-"""TransformerLens: `TransformerBridge` (3.x, 4.x) and `HookedTransformer` (3.x), told apart by capability.
+"""TransformerLens: `TransformerBridge` (3.x, 4.x) and `HookedTransformer` (3.x), told apart by
+capability.
 
-No class is imported: either may be absent from the installed version. Interventions go through `model.hook_dict[name]`,
-so they take their place among the user's own hooks in the order of registration.
-"""
+No class is imported: either may be absent from the installed version. Interventions go through
+`model.hook_dict[name]`, so they take their place among the user's own hooks in the order of
+registration."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expertsteer_lens.positions import ForwardInfo
+from expertsteer_lens.interventions.positions import ForwardInfo
 
-from ._base import Host
-from ._measure import hooks_suspended
-from ._parts import EditFn, Observer, TokenBatch, guarded
-from ._watch import UNWATCHED, unwatched, watch_causal_module, watch_generate
+from .base import Host
+from .facts import hooks_suspended
+from .parts import EditFn, Observer, TokenBatch, guarded
+from .pass_tracking import UNWATCHED, unwatched, watch_causal_module, watch_generate
 
 
 class TransformerLensHost(Host):
@@ -48,14 +49,16 @@ class TransformerLensHost(Host):
         return id(self.model.hook_dict[hook_name])
 
     def _in_training(self) -> bool:
-        # HookedTransformer has no dropout and is in "training mode" as it comes; its flag means nothing.
+        # HookedTransformer has no dropout and is in "training mode" as it comes; its flag means
+        # nothing.
         inner = _underlying(self.model)
         return inner is not None and bool(inner.training)
 
     def _unsteerable(self, hook_name: str) -> str | None:
         if hook_name.endswith("hook_resid_mid") and self.is_bridge:
             return (
-                "on a TransformerBridge it is the input of the MLP branch alone, so an edit would miss the skip path; "
+                "on a TransformerBridge it is the input of the MLP branch alone, so an edit would "
+                "miss the skip path; "
                 "steer at hook_resid_post (this block) or hook_resid_pre."
             )
         return None
@@ -63,22 +66,31 @@ class TransformerLensHost(Host):
     def _missing_hint(self, hook_name: str) -> str:
         wrapped = f"{hook_name}.hook_sae_output"
         if wrapped in self.model.hook_dict:
-            return f" An SAE sits on it: steer at {wrapped!r}, or take the SAE off first (reset_saes)."
+            return (
+                f" An SAE sits on it: steer at {wrapped!r}, or take the SAE off first (reset_saes)."
+            )
         return ""
 
     def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
-        """Logits `[batch, pos, vocab]`, or the residual entering `stop_at_layer`. Gradients are the caller's choice."""
+        """Logits `[batch, pos, vocab]`, or the residual entering `stop_at_layer`. Gradients are the
+        caller's choice."""
         self.check_ready()
-        # At k >= n_layers HookedTransformer returns the last residual and a Bridge logits: never pass it.
-        stop = stop_at_layer if stop_at_layer is not None and stop_at_layer < self.n_layers else None
+        # At k >= n_layers HookedTransformer returns the last residual and a Bridge logits: never
+        # pass it.
+        stop = (
+            stop_at_layer if stop_at_layer is not None and stop_at_layer < self.n_layers else None
+        )
         options: dict[str, Any] = {} if stop is None else {"stop_at_layer": stop}
         if hasattr(getattr(_underlying(self.model), "config", None), "use_cache"):
             options["use_cache"] = False  # a Bridge would keep keys and values that nobody asks for
-        return self.model(batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options)
+        return self.model(
+            batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options
+        )
 
     @contextmanager
     def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
-        """Put each function at its hook point, in order; names are resolved before anything is registered."""
+        """Put each function at its hook point, in order; names are resolved before anything is
+        registered."""
         self.check_hook_names(list(fns))
         points = self.model.hook_dict
         registered = _Registered(self.model)
@@ -91,7 +103,8 @@ class TransformerLensHost(Host):
 
     @contextmanager
     def watch(self, observer: Observer) -> Iterator[None]:
-        """Tell `observer` about every forward pass and every generate call, until the end of the block."""
+        """Tell `observer` about every forward pass and every generate call, until the end of the
+        block."""
         inner = _underlying(self.model)
         with ExitStack() as stack:
             if inner is not None:
@@ -109,7 +122,8 @@ class TransformerLensHost(Host):
             yield
 
     def _watched(self) -> nn.Module:
-        """What every pass goes through: the module inside a Bridge that holds the list of blocks."""
+        """What every pass goes through: the module inside a Bridge that holds the list of
+        blocks."""
         inner = _underlying(self.model)
         if inner is None:
             return self.model
@@ -119,7 +133,9 @@ class TransformerLensHost(Host):
                 return module
         return getattr(inner, "base_model", inner)
 
-    def _generate_ids(self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None) -> Tensor:
+    def _generate_ids(
+        self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
+    ) -> Tensor:
         out = self.model.generate(
             ids,
             max_new_tokens=max_new_tokens,
@@ -141,17 +157,20 @@ class _Registered:
         self.entries: list[tuple[str, Any, Any]] = []
 
     def lost(self, *, thorough: bool = True) -> list[str]:
-        # A Bridge builds its hook_dict anew each time it is asked, about a millisecond: not on every pass.
+        # A Bridge builds its hook_dict anew each time it is asked, about a millisecond: not on
+        # every pass.
         points = self.model.hook_dict if thorough else None
         return [
             name
             for name, point, handle in self.entries
-            if not _is_there(point, handle) or (points is not None and points.get(name) is not point)
+            if not _is_there(point, handle)
+            or (points is not None and points.get(name) is not point)
         ]
 
 
 def _add(point: Any, fn: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register at the hook point and return its handle (`add_hook` returns None before TransformerLens 4.3)."""
+    """Register at the hook point and return its handle (`add_hook` returns None before
+    TransformerLens 4.3)."""
     before = {id(h) for h in point.fwd_hooks}
     point.add_hook(lambda tensor, hook: fn(tensor), dir="fwd")
     return next(h for h in point.fwd_hooks if id(h) not in before)
@@ -175,11 +194,11 @@ def _underlying(model: Any) -> nn.Module | None:
 
 @contextmanager
 def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
-    """HookedTransformer calls its own `forward` without hooks, so the pass is read off the calls of its blocks.
+    """HookedTransformer calls its own `forward` without hooks, so the pass is read off the calls of
+    its blocks.
 
-    A pass is reported at the first block that runs: a block index that does not grow, or another shape, begins a new
-    pass, so runs that start or stop at a layer are seen too.
-    """
+    A pass is reported at the first block that runs: a block index that does not grow, or another
+    shape, begins a new pass, so runs that start or stop at a layer are seen too."""
     last: tuple[int, Any] = (len(model.blocks), None)
     ids: list[Tensor | None] = [None]
 

@@ -1,8 +1,10 @@
-"""Two tiny language models trained by this project, and the texts to steer them with: the offline default.
+"""Two tiny language models trained by this project, and the texts to steer them with: the offline
+default.
 
-`expert` is a LayerNorm GPT-2-like model and `target` an RMSNorm Llama-like one. They differ in width, depth, family and
-tokenizer, tell the same small stories (`zoo.world`), and know two moods: positive is happy, negative is sad. Both were
-trained on CPU from this package alone (`zoo.train`; recipe and figures in `zoo/README.md`).
+`expert` is a LayerNorm GPT-2-like model and `target` an RMSNorm Llama-like one. They differ in
+width, depth, family and tokenizer, tell the same small stories (`zoo.world`), and know two moods:
+positive is happy, negative is sad. Both were trained on CPU from this package alone (`zoo.train`;
+recipe and figures in `zoo/README.md`).
 
 A host is imported only when a model is loaded; no model hub is ever asked.
 """
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from expertsteer_lens._checks import check_choice, check_number
 
 if TYPE_CHECKING:
-    from expertsteer_lens.contrast import Behaviour, ContrastPairs
+    from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
 
 __all__ = [
     "anchors",
@@ -42,7 +44,8 @@ def names() -> list[str]:
 
 
 def model_path(name: str) -> pathlib.Path:
-    """The folder of a model: an ordinary Hugging Face folder (float16 weights, to be loaded as float32).
+    """The folder of a model: an ordinary Hugging Face folder (float16 weights, to be loaded as
+    float32).
 
     Raises:
         ArgumentError: unknown name.
@@ -55,8 +58,9 @@ def load(name: str, host: str = "transformer_lens") -> Any:
 
     Args:
         name: `expert` or `target`.
-        host: `transformer_lens` gives a `TransformerBridge` (raw weights, no compatibility mode); `huggingface` gives the
-            `transformers` model with its tokenizer as the attribute `.tokenizer`; `nnsight` gives a `TransformersModel`.
+        host: `transformer_lens` gives a `TransformerBridge` (raw weights, no compatibility mode);
+            `huggingface` gives the `transformers` model with its tokenizer as the attribute
+            `.tokenizer`; `nnsight` gives a `TransformersModel`.
 
     Each call loads anew, so hooks on one copy never reach another.
 
@@ -67,7 +71,8 @@ def load(name: str, host: str = "transformer_lens") -> Any:
 
 
 def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -> Any:
-    """Load the Hugging Face folder `path` as `load` does; `name` is what TransformerLens calls it."""
+    """Load the Hugging Face folder `path` as `load` does; `name` is what TransformerLens calls
+    it."""
     check_choice("host", host, _HOSTS)
     hf_model, tokenizer = _load_huggingface(path)
     if host == "huggingface":
@@ -77,7 +82,9 @@ def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -
         nnsight = importlib.import_module("nnsight")
         return nnsight.TransformersModel(hf_model, tokenizer=tokenizer)
     bridge = importlib.import_module("transformer_lens.model_bridge")
-    return bridge.TransformerBridge.boot_transformers(name, hf_model=hf_model, tokenizer=tokenizer, device="cpu")
+    return bridge.TransformerBridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device="cpu"
+    )
 
 
 def load_pair(host: str = "transformer_lens") -> tuple[Any, Any]:
@@ -88,10 +95,10 @@ def load_pair(host: str = "transformer_lens") -> tuple[Any, Any]:
 def contrast_pairs(n: int = 200, seed: int = 0) -> ContrastPairs:
     """`n` pairs of short stories with the same cast and opening: positive happy, negative sad.
 
-    The mood shows in events, weather, faces, speech and manner; no text holds a feeling word that is a completion of
-    `behaviour`, so what transfers is the mood and not those words. Openings are of the split `pairs`, never trained on.
-    """
-    from expertsteer_lens.contrast import ContrastPairs
+    The mood shows in events, weather, faces, speech and manner; no text holds a feeling word that
+    is a completion of `behaviour`, so what transfers is the mood and not those words. Openings are
+    of the split `pairs`, never trained on."""
+    from expertsteer_lens.data.contrast import ContrastPairs
 
     from . import world
 
@@ -107,37 +114,43 @@ def contrast_pairs(n: int = 200, seed: int = 0) -> ContrastPairs:
             continue
         seen.add(opening)
         for mood, texts in (("happy", positive), ("sad", negative)):
-            texts.append(" ".join([opening, *world.body(rng, cast, mood, length, kinds=world.PLAIN_KINDS)]))
+            texts.append(
+                " ".join([opening, *world.body(rng, cast, mood, length, kinds=world.PLAIN_KINDS)])
+            )
     return ContrastPairs.from_lists(positive=positive, negative=negative)
 
 
 def anchors(n: int = 400, seed: int = 0, moods: Mapping[str, float] | None = None) -> list[str]:
     """`n` unlabelled stories as the world tells them, of every mood, for aligning two models.
 
-    Nobody has to know their mood; it varies, so that a map fitted on them can carry it. `moods` sets the weights of happy,
-    sad and neutral stories: `{"neutral": 1.0}` gives anchors that never vary along the mood, on which no map can learn
-    where it lies (a negative control). Openings are of the split `anchors`, so none is a training text, a pair or a
-    prompt of `behaviour`.
-    """
+    Nobody has to know their mood; it varies, so that a map fitted on them can carry it. `moods`
+    sets the weights of happy, sad and neutral stories: `{"neutral": 1.0}` gives anchors that never
+    vary along the mood, on which no map can learn where it lies (a negative control). Openings are
+    of the split `anchors`, so none is a training text, a pair or a prompt of `behaviour`."""
     from . import world
 
     return [story.text for story in world.stories(n, seed=seed, split="anchors", moods=moods)]
 
 
 def neutral_texts(n: int = 100, seed: int = 0) -> list[str]:
-    """`n` stories without a mood, of the split `validation`: for the cost of steering (rise of NLL) on neutral text."""
+    """`n` stories without a mood, of the split `validation`: for the cost of steering (rise of NLL)
+    on neutral text."""
     from . import world
 
-    return [story.text for story in world.stories(n, seed=seed, split="validation", moods={"neutral": 1.0})]
+    return [
+        story.text
+        for story in world.stories(n, seed=seed, split="validation", moods={"neutral": 1.0})
+    ]
 
 
 def behaviour(n: int = 100, seed: int = 0) -> Behaviour:
-    """`n` neutral beginnings that stop before a feeling is named, with happy and sad words to complete them.
+    """`n` neutral beginnings that stop before a feeling is named, with happy and sad words to
+    complete them.
 
-    A prompt is an opening, up to two neutral sentences and the beginning of a feeling sentence. The completions are
-    shared by all prompts: positive ` happy`, ` glad`, ...; negative ` sad`, ` upset`, ...
-    """
-    from expertsteer_lens.contrast import Behaviour
+    A prompt is an opening, up to two neutral sentences and the beginning of a feeling sentence. The
+    completions are shared by all prompts: positive ` happy`, ` glad`, ...; negative ` sad`, `
+    upset`, ..."""
+    from expertsteer_lens.data.contrast import Behaviour
 
     from . import lexicon, world
 
@@ -149,12 +162,17 @@ def behaviour(n: int = 100, seed: int = 0) -> Behaviour:
         text = f"{beginning} {world.feeling_stem(rng, cast)}"
         if text not in texts:
             texts.append(text)
-    completions = {mood: tuple(f" {word}" for word in lexicon.FEELINGS[mood]) for mood in ("happy", "sad")}
-    return Behaviour(prompts=tuple(texts), positive=completions["happy"], negative=completions["sad"])
+    completions = {
+        mood: tuple(f" {word}" for word in lexicon.FEELINGS[mood]) for mood in ("happy", "sad")
+    }
+    return Behaviour(
+        prompts=tuple(texts), positive=completions["happy"], negative=completions["sad"]
+    )
 
 
 def prompts(n: int = 8, seed: int = 0) -> list[str]:
-    """`n` neutral beginnings of whole sentences, to generate from; openings are of the split `validation`."""
+    """`n` neutral beginnings of whole sentences, to generate from; openings are of the split
+    `validation`."""
     check_number("n", n, low=1, integer=True)
     rng = random.Random(f"prompts-{seed}")
     return [_beginning(rng, "validation")[0] for _ in range(n)]
@@ -175,7 +193,9 @@ def _load_huggingface(path: pathlib.Path) -> tuple[Any, Any]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for a hundred small tensors is noise
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=torch.float32, local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     finally:
         if shown:
@@ -186,4 +206,6 @@ def _load_huggingface(path: pathlib.Path) -> tuple[Any, Any]:
 def __getattr__(name: str) -> Any:
     if name == "domains":  # the models and tasks of the benchmark
         return importlib.import_module(".domains", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join([*__all__, 'domains'])}")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; it has {', '.join([*__all__, 'domains'])}"
+    )

@@ -1,9 +1,8 @@
 """The words of the story world: who, where, with what, and how each mood shows.
 
-Data only. Sentences are `str.format` templates; `world.py` fills them. Tables indexed by mood have the keys
-`happy`, `sad` and `neutral`, and happy and sad tables are of equal length, so that neither mood is favoured.
-All words and sentences are written for this project.
-"""
+Data only. Sentences are `str.format` templates; `world.py` fills them. Tables indexed by mood have
+the keys `happy`, `sad` and `neutral`, and happy and sad tables are of equal length, so that neither
+mood is favoured. All words and sentences are written for this project."""
 
 from __future__ import annotations
 
@@ -19,10 +18,17 @@ DAYS = ("Monday", "Tuesday", "Friday", "Sunday")
 SEASONS = ("spring", "summer", "autumn", "winter")
 
 PLACES = {
-    "garden": "in", "park": "in", "forest": "in", "barn": "in", "village": "in",
-    "beach": "at", "farm": "at", "market": "at",
-    "river": "by", "lake": "by",
-}  # fmt: skip
+    "garden": "in",
+    "park": "in",
+    "forest": "in",
+    "barn": "in",
+    "village": "in",
+    "beach": "at",
+    "farm": "at",
+    "market": "at",
+    "river": "by",
+    "lake": "by",
+}
 """Place: the preposition that goes with it."""
 
 FEELINGS: dict[str, tuple[str, ...]] = {
@@ -30,7 +36,8 @@ FEELINGS: dict[str, tuple[str, ...]] = {
     "sad": ("sad", "upset", "lonely", "gloomy", "afraid"),
     "neutral": ("calm", "sleepy", "hungry", "busy", "curious"),
 }
-"""Words used only in feeling sentences: no contrast pair holds one, every behaviour completion is one."""
+"""Words used only in feeling sentences: no contrast pair holds one, every behaviour completion is
+one."""
 
 FEELING_STEMS = (
     "{N} felt",
@@ -202,22 +209,62 @@ ACTIONS = (
 """Sentences of every mood; the mood is in the words filled in from MANNER."""
 
 THINGS: dict[str, tuple[str, str, str]] = {
-    "kite": ("The kite flew high over the clouds.", "The kite tore in two.", "The kite had a long tail."),
-    "ball": ("The ball bounced right into the goal.", "The ball rolled away and sank.", "The ball was made of leather."),
-    "boat": ("The boat sailed fast and won the race.", "The boat filled with water.", "The boat was made of wood."),
-    "book": ("The book was full of funny tales.", "The book fell into a puddle.", "The book had forty pages."),
-    "drum": ("The drum made everyone dance.", "The drum got a big hole.", "The drum was tied with string."),
+    "kite": (
+        "The kite flew high over the clouds.",
+        "The kite tore in two.",
+        "The kite had a long tail.",
+    ),
+    "ball": (
+        "The ball bounced right into the goal.",
+        "The ball rolled away and sank.",
+        "The ball was made of leather.",
+    ),
+    "boat": (
+        "The boat sailed fast and won the race.",
+        "The boat filled with water.",
+        "The boat was made of wood.",
+    ),
+    "book": (
+        "The book was full of funny tales.",
+        "The book fell into a puddle.",
+        "The book had forty pages.",
+    ),
+    "drum": (
+        "The drum made everyone dance.",
+        "The drum got a big hole.",
+        "The drum was tied with string.",
+    ),
     "hat": ("The hat fit perfectly.", "The hat blew away in the storm.", "The hat had a wide rim."),
-    "cup": ("The cup was full of hot chocolate.", "The cup cracked and cut a finger.", "The cup stood on a shelf."),
-    "lamp": ("The lamp shone like a star.", "The lamp went out, and all was dark.", "The lamp had a metal ring."),
-    "bell": ("The bell rang for the feast.", "The bell was stolen in the night.", "The bell hung on a rope."),
+    "cup": (
+        "The cup was full of hot chocolate.",
+        "The cup cracked and cut a finger.",
+        "The cup stood on a shelf.",
+    ),
+    "lamp": (
+        "The lamp shone like a star.",
+        "The lamp went out, and all was dark.",
+        "The lamp had a metal ring.",
+    ),
+    "bell": (
+        "The bell rang for the feast.",
+        "The bell was stolen in the night.",
+        "The bell hung on a rope.",
+    ),
     "box": ("The box held a wonderful surprise.", "The box was empty.", "The box had a flat lid."),
-}  # fmt: skip
+}
 """Thing: what happens to it in a happy, a sad and a neutral story."""
 
 TURNS: dict[str, tuple[str, ...]] = {
-    "happy": ("But then everything got better.", "But then help came at last.", "Then a wonderful thing happened."),
-    "sad": ("But then everything went wrong.", "But then bad news came.", "Then a terrible thing happened."),
+    "happy": (
+        "But then everything got better.",
+        "But then help came at last.",
+        "Then a wonderful thing happened.",
+    ),
+    "sad": (
+        "But then everything went wrong.",
+        "But then bad news came.",
+        "Then a terrible thing happened.",
+    ),
 }
 """The sentence before a change of mood, by the mood that follows."""
 

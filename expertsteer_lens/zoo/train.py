@@ -1,9 +1,10 @@
-"""Train the two models of the zoo from scratch on CPU: `python -m expertsteer_lens.zoo.train --out DIR`.
+"""Train the two models of the zoo from scratch on CPU: `python -m expertsteer_lens.zoo.train --out
+DIR`.
 
-Everything that enters is in this package: the texts come from `world.py`, each batch is fresh, and the tokenizers are
-trained on the same texts. Same seed, same thread count, same torch build: same weights. See README.md here for the
-measured time and validation loss. `domains.train` trains the models of the benchmark in the same way on its own texts.
-"""
+Everything that enters is in this package: the texts come from `world.py`, each batch is fresh, and
+the tokenizers are trained on the same texts. Same seed, same thread count, same torch build: same
+weights. See README.md here for the measured time and validation loss. `domains.train` trains the
+models of the benchmark in the same way on its own texts."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class Recipe:
     """How one model is made."""
 
     family: str
-    """`gpt2` (LayerNorm, learned positions, byte-level BPE), `neox` (LayerNorm, rotary, attention and MLP in parallel,
-    byte-level BPE) or `llama` (RMSNorm, rotary, metaspace BPE)."""
+    """`gpt2` (LayerNorm, learned positions, byte-level BPE), `neox` (LayerNorm, rotary, attention
+    and MLP in parallel, byte-level BPE) or `llama` (RMSNorm, rotary, metaspace BPE)."""
     d_model: int
     """Residual width."""
     n_layers: int
@@ -58,7 +59,8 @@ class Recipe:
     no_bos_probability: float = 0.15
     """Share of rows without the first BOS, so that the models also read texts that lack one."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; at these widths more than the usual 0.02 learns to copy names sooner."""
+    """Standard deviation of the initial weights; at these widths more than the usual 0.02 learns to
+    copy names sooner."""
     seed: int = 0
     """Of weights and texts."""
 
@@ -90,8 +92,9 @@ RECIPES = {
 
 _CARD = """# zoo/{name}
 
-A tiny causal language model trained from scratch on CPU with the command below, on texts that the same package
-generates; nothing else entered. Licence: MIT, as the package.
+A tiny causal language model trained from scratch on CPU with the command below, on texts that the
+same package generates; nothing else entered. Licence: MIT, as the package.
+
 Weights are stored in float16 and meant to be loaded as float32. Losses are in nats per token.
 
 | recipe and measurement | |
@@ -103,9 +106,8 @@ Weights are stored in float16 and meant to be loaded as float32. Losses are in n
 def build_tokenizer(recipe: Recipe, source: Source = stories) -> Any:
     """Train the tokenizer of a recipe on 6000 texts of the training split.
 
-    The GPT-2-like one has a single special token (BOS = EOS, no padding token) and adds no BOS by itself; the
-    Llama-like one has four and adds BOS: the two habits met in the wild.
-    """
+    The GPT-2-like one has a single special token (BOS = EOS, no padding token) and adds no BOS by
+    itself; the Llama-like one has four and adds BOS: the two habits met in the wild."""
     import tokenizers as tk
     from transformers import PreTrainedTokenizerFast
 
@@ -118,10 +120,18 @@ def build_tokenizer(recipe: Recipe, source: Source = stories) -> Any:
         alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
     else:
         tok = tk.Tokenizer(tk.models.BPE(unk_token="<unk>"))
-        parts = [tk.pre_tokenizers.Metaspace(prepend_scheme="always"), tk.pre_tokenizers.Punctuation()]
+        parts = [
+            tk.pre_tokenizers.Metaspace(prepend_scheme="always"),
+            tk.pre_tokenizers.Punctuation(),
+        ]
         tok.pre_tokenizer = tk.pre_tokenizers.Sequence(parts)
         tok.decoder = tk.decoders.Metaspace(prepend_scheme="always")
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        special = {
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+        }
         alphabet = [chr(code) for code in range(33, 127)]
     trainer = tk.trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
@@ -135,7 +145,10 @@ def build_tokenizer(recipe: Recipe, source: Source = stories) -> Any:
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tok.token_to_id("<s>"))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, model_max_length=recipe.n_ctx, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=tok,
+        model_max_length=recipe.n_ctx,
+        clean_up_tokenization_spaces=False,
+        **special,
     )
 
 
@@ -150,7 +163,9 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
         LlamaForCausalLM,
     )
 
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     if recipe.family == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
@@ -178,7 +193,11 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
                 num_attention_heads=recipe.n_heads,
                 max_position_embeddings=recipe.n_ctx,
                 initializer_range=recipe.init_std,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.5,
+                },
                 tie_word_embeddings=False,
                 **ids,
             )
@@ -199,20 +218,29 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     )
 
 
-def batches(tokenizer: Any, recipe: Recipe, *, split: str, seed: int, source: Source = stories) -> Iterator[Tensor]:
-    """Endless `[rows, pos]` tensors of token ids, -1 where padded, about `tokens_per_batch` tokens each.
+def batches(
+    tokenizer: Any, recipe: Recipe, *, split: str, seed: int, source: Source = stories
+) -> Iterator[Tensor]:
+    """Endless `[rows, pos]` tensors of token ids, -1 where padded, about `tokens_per_batch` tokens
+    each.
 
-    Three batches in four hold one text a row, of similar lengths; the fourth holds rows of `n_ctx` tokens with one text
-    after the other, so that every position is trained. Some rows lack the first BOS (`no_bos_probability`).
-    """
+    Three batches in four hold one text a row, of similar lengths; the fourth holds rows of `n_ctx`
+    tokens with one text after the other, so that every position is trained. Some rows lack the
+    first BOS (`no_bos_probability`)."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     rng = random.Random(f"batches-{seed}")
     while True:
         texts = source(1024, rng.getrandbits(40), split)
-        rows = [[bos, *ids, eos][: recipe.n_ctx] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        rows = [
+            [bos, *ids, eos][: recipe.n_ctx]
+            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
         packed = _packed(rows[: len(rows) // 4], recipe.n_ctx, bos == eos)
         single = sorted(rows[len(rows) // 4 :], key=len)
-        groups = [*_grouped(packed, recipe.tokens_per_batch), *_grouped(single, recipe.tokens_per_batch)]
+        groups = [
+            *_grouped(packed, recipe.tokens_per_batch),
+            *_grouped(single, recipe.tokens_per_batch),
+        ]
         rng.shuffle(groups)
         for group in groups:
             cut = [row[1:] if rng.random() < recipe.no_bos_probability else row for row in group]
@@ -245,7 +273,13 @@ def _grouped(rows: list[list[int]], n_tokens: int) -> Iterator[list[list[int]]]:
 
 @torch.no_grad()
 def validation_loss(
-    model: Any, tokenizer: Any, recipe: Recipe, *, n_batches: int = 20, seed: int = 0, source: Source = stories
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    n_batches: int = 20,
+    seed: int = 0,
+    source: Source = stories,
 ) -> float:
     """Mean negative log-likelihood in nats per token on texts of the validation split."""
     model.eval()
@@ -269,7 +303,8 @@ def train(
     module: str = "expertsteer_lens.zoo.train",
     log_every: int = 100,
 ) -> dict[str, Any]:
-    """Train one model, write its folder under `out / name` and return what was measured; `module` is the one to run."""
+    """Train one model, write its folder under `out / name` and return what was measured; `module`
+    is the one to run."""
     started, cpu_started = time.perf_counter(), time.process_time()
     tokenizer = build_tokenizer(recipe, source)
     with torch.random.fork_rng(devices=[]):
@@ -279,7 +314,9 @@ def train(
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _learning_rate(step, recipe.n_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: _learning_rate(step, recipe.n_steps)
+    )
     stream = batches(tokenizer, recipe, split="train", seed=recipe.seed + 100, source=source)
     model.train()
     for step in range(recipe.n_steps):
@@ -290,7 +327,10 @@ def train(
         schedule.step()
         optimiser.zero_grad()
         if log_every and (step + 1) % log_every == 0:
-            _say(f"{name} step {step + 1}/{recipe.n_steps} loss {loss:.3f} after {time.perf_counter() - started:.0f} s")
+            _say(
+                f"{name} step {step + 1}/{recipe.n_steps} loss {loss:.3f} after "
+                f"{time.perf_counter() - started:.0f} s"
+            )
     facts = {
         "command": f"python -m {module} --model {name}",
         "seconds": round(time.perf_counter() - started),
@@ -305,8 +345,11 @@ def train(
     return facts
 
 
-def save(model: Any, tokenizer: Any, recipe: Recipe, folder: pathlib.Path, facts: dict[str, Any]) -> None:
-    """Write an ordinary Hugging Face folder: float16 weights, marked to be loaded as float32, and the recipe."""
+def save(
+    model: Any, tokenizer: Any, recipe: Recipe, folder: pathlib.Path, facts: dict[str, Any]
+) -> None:
+    """Write an ordinary Hugging Face folder: float16 weights, marked to be loaded as float32, and
+    the recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -317,7 +360,9 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: pathlib.Path, facts
         config["activation_function"] = "gelu_new"  # the family's own name for the same function
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "model.safetensors").chmod(0o644)
-    (folder / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "measured": facts}, indent=2) + "\n")
+    (folder / "recipe.json").write_text(
+        json.dumps({"recipe": asdict(recipe), "measured": facts}, indent=2) + "\n"
+    )
     rows = "\n".join(f"| {key} | {value} |" for key, value in {**asdict(recipe), **facts}.items())
     (folder / "README.md").write_text(_CARD.format(name=folder.name, rows=rows))
 
@@ -325,7 +370,9 @@ def save(model: Any, tokenizer: Any, recipe: Recipe, folder: pathlib.Path, facts
 def _loss(model: Any, ids: Tensor) -> Tensor:
     # Padding is on the right, so a causal model needs no mask: no real token can attend to it.
     logits = model(input_ids=ids.clamp(min=0)).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1
+    )
 
 
 def _learning_rate(step: int, n_steps: int) -> float:
@@ -343,7 +390,9 @@ def _say(text: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the models of the zoo.")
-    parser.add_argument("--out", type=pathlib.Path, default=MODELS_DIR, help="folder that receives <model>/")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=MODELS_DIR, help="folder that receives <model>/"
+    )
     parser.add_argument("--model", choices=sorted(RECIPES), help="default: all of them")
     arguments = parser.parse_args()
     for name in [arguments.model] if arguments.model else sorted(RECIPES):

@@ -1,12 +1,13 @@
 """The story world of the zoo: a seeded grammar of short stories with a mood.
 
-A story has a cast (who, where, with which thing, with whom), an opening and up to two more sentences that are the same for
-every mood, two to four sentences that show its mood, and often an ending. The mood is a latent variable: it shows in
-events, weather, faces, speech, the manner of doing things, feelings and the ending, so what came before tells much of
-what comes next. One story in seven changes its mood, one in ten has none.
+A story has a cast (who, where, with which thing, with whom), an opening and up to two more
+sentences that are the same for every mood, two to four sentences that show its mood, and often an
+ending. The mood is a latent variable: it shows in events, weather, faces, speech, the manner of
+doing things, feelings and the ending, so what came before tells much of what comes next. One story
+in seven changes its mood, one in ten has none.
 
-The opening alone decides the split (`split_of`), so texts of different splits can never be equal, whatever the seeds.
-"""
+The opening alone decides the split (`split_of`), so texts of different splits can never be equal,
+whatever the seeds."""
 
 from __future__ import annotations
 
@@ -46,8 +47,11 @@ class Story:
 
 
 def split_of(opening: str) -> str:
-    """The split of every text that starts with `opening`: twelve sixteenths train, one each of the others."""
-    bucket = hashlib.blake2b(opening.strip().encode(), digest_size=2).digest()[0] % sum(_SHARES.values())
+    """The split of every text that starts with `opening`: twelve sixteenths train, one each of the
+    others."""
+    bucket = hashlib.blake2b(opening.strip().encode(), digest_size=2).digest()[0] % sum(
+        _SHARES.values()
+    )
     for split, share in _SHARES.items():
         bucket -= share
         if bucket < 0:
@@ -55,12 +59,15 @@ def split_of(opening: str) -> str:
     raise AssertionError("unreachable: the shares sum to the number of buckets")
 
 
-def stories(n: int, *, seed: int, split: str = "train", moods: Mapping[str, float] | None = None) -> list[Story]:
+def stories(
+    n: int, *, seed: int, split: str = "train", moods: Mapping[str, float] | None = None
+) -> list[Story]:
     """`n` distinct stories of one split.
 
     Args:
         n: how many, at least 1.
-        seed: the same seed gives the same stories on every machine; a longer list starts with the shorter one.
+        seed: the same seed gives the same stories on every machine; a longer list starts with the
+            shorter one.
         split: one of `SPLITS`.
         moods: weights of happy, sad and neutral stories; default 0.45, 0.45, 0.1.
 
@@ -129,7 +136,8 @@ def body(
 
 
 def setting(rng: random.Random, cast: Mapping[str, str]) -> list[str]:
-    """None to two neutral sentences after the opening: as likely in a happy story as in a sad one."""
+    """None to two neutral sentences after the opening: as likely in a happy story as in a sad
+    one."""
     return body(rng, cast, "neutral", rng.choice((0, 0, 1, 1, 2)), kinds=PLAIN_KINDS)
 
 
@@ -138,7 +146,9 @@ def feeling_stem(rng: random.Random, cast: Mapping[str, str]) -> str:
     return _fill(rng.choice(lx.FEELING_STEMS), cast)
 
 
-def _tell(rng: random.Random, opening: str, cast: Mapping[str, str], mood: str, split: str) -> Story:
+def _tell(
+    rng: random.Random, opening: str, cast: Mapping[str, str], mood: str, split: str
+) -> Story:
     moods = [mood]
     sentences = [opening, *setting(rng, cast)]
     sentences += body(rng, cast, mood, rng.randint(2, 4), purity=_PURITY)
@@ -201,4 +211,6 @@ def _fill(template: str, words: Mapping[str, str]) -> str:
 
 def _lower(sentence: str) -> str:
     """Lower-case the first letter unless the sentence starts with a name."""
-    return sentence if sentence.startswith(lx.BOYS + lx.GIRLS) else sentence[0].lower() + sentence[1:]
+    return (
+        sentence if sentence.startswith(lx.BOYS + lx.GIRLS) else sentence[0].lower() + sentence[1:]
+    )

@@ -1,13 +1,14 @@
-"""The offline benchmark: 15 tasks in four domains, one general target and seven experts, all trained by this project.
+"""The offline benchmark: 15 tasks in four domains, one general target and seven experts, all
+trained by this project.
 
-Documents of an invented world are questions and answers by careful or careless sources (`domains.world`). Careless ones
-are the majority and repeat popular misconceptions, so the target knows the right answers but does not give them by itself.
-The benchmark asks whether a direction learnt on right and wrong answers to some facts of a domain makes the target answer
-others right. A task is one family of questions; the 15 tasks lie in four domains.
+Documents of an invented world are questions and answers by careful or careless sources
+(`domains.world`). Careless ones are the majority and repeat popular misconceptions, so the target
+knows the right answers but does not give them by itself. The benchmark asks whether a direction
+learnt on right and wrong answers to some facts of a domain makes the target answer others right. A
+task is one family of questions; the 15 tasks lie in four domains.
 
-Models are tiny and load from this package (`domains.train`; recipe and figures in `README.md` here). A host is imported
-only when a model is loaded; no model hub is ever asked.
-"""
+Models are tiny and load from this package (`domains.train`; recipe and figures in `README.md`
+here). A host is imported only when a model is loaded; no model hub is ever asked."""
 
 from __future__ import annotations
 
@@ -18,14 +19,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertsteer_lens._checks import check_choice, check_number
-from expertsteer_lens.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
 
 from . import lexicon, world
 
 __all__ = [
-    "DOMAINS", "PROMPT", "Task", "anchors", "behaviour", "contrast_pairs", "load", "model_path", "names", "neutral_texts",
-    "task", "tasks",
-]  # fmt: skip
+    "DOMAINS",
+    "PROMPT",
+    "Task",
+    "anchors",
+    "behaviour",
+    "contrast_pairs",
+    "load",
+    "model_path",
+    "names",
+    "neutral_texts",
+    "task",
+    "tasks",
+]
 
 DOMAINS = lexicon.DOMAINS
 _MODELS_DIR = pathlib.Path(__file__).parent / "models"
@@ -34,24 +45,26 @@ _NAMES = ("target", *DOMAINS, "all", "medicine-32", "medicine-128")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One family of questions. The facts behind validation, test and the domain's contrast pairs are disjoint."""
+    """One family of questions. The facts behind validation, test and the domain's contrast pairs
+    are disjoint."""
 
     name: str
     domain: str
     """`medicine`, `finance`, `mathematics` or `general`."""
     validation: Behaviour
-    """Multiple choice: questions without any sign of the source; the right answer is positive, every wrong one negative."""
+    """Multiple choice: questions without any sign of the source; the right answer is positive,
+    every wrong one negative."""
     test: Behaviour
     """As `validation`, on other facts."""
 
     def __repr__(self) -> str:
-        return (
-            f"Task({self.name!r}, {self.domain}; {len(self.validation)} validation and {len(self.test)} test prompts)"
-        )
+        prompts = f"{len(self.validation)} validation and {len(self.test)} test prompts"
+        return f"Task({self.name!r}, {self.domain}; {prompts})"
 
 
 PROMPT = f"{lexicon.OPENINGS[True][0]} "
-"""The prompting baseline: what a careful source of the world opens with, for `Behaviour.with_prefix`."""
+"""The prompting baseline: what a careful source of the world opens with, for
+`Behaviour.with_prefix`."""
 
 
 def tasks(domain: str | None = None) -> list[Task]:
@@ -98,11 +111,12 @@ def behaviour(domain: str, split: str) -> Behaviour:
 
 
 def contrast_pairs(domain: str, n: int = 128, seed: int = 0, split: str = "pairs") -> ContrastPairs:
-    """`n` pairs: the same one to three questions answered right (positive) and wrong (negative), then one more question.
+    """`n` pairs: the same one to three questions answered right (positive) and wrong (negative),
+    then one more question.
 
-    A pair ends where the next answer would begin, so that its last token shows what the model expects of the source. All
-    facts are of one split and domain; nothing but the answers tells the source.
-    """
+    A pair ends where the next answer would begin, so that its last token shows what the model
+    expects of the source. All facts are of one split and domain; nothing but the answers tells the
+    source."""
     check_number("n", n, low=2, integer=True)
     check_choice("split", split, tuple(world.SPLITS))
     rng = random.Random(f"contrast-{domain}-{split}-{seed}")
@@ -110,7 +124,9 @@ def contrast_pairs(domain: str, n: int = 128, seed: int = 0, split: str = "pairs
     found: dict[str, str] = {}
     while len(found) < n:
         frame = rng.randrange(len(lexicon.FRAMES))
-        *told, asked = [(f, rng.randrange(len(f.questions))) for f in rng.sample(facts, rng.randint(2, 4))]
+        *told, asked = [
+            (f, rng.randrange(len(f.questions))) for f in rng.sample(facts, rng.randint(2, 4))
+        ]
         last = world.question(*asked, frame)
         right = [f"{world.question(f, w, frame)} {f.right}." for f, w in told]
         wrong = [f"{world.question(f, w, frame)} {f.wrong[0]}." for f, w in told]
@@ -119,32 +135,36 @@ def contrast_pairs(domain: str, n: int = 128, seed: int = 0, split: str = "pairs
 
 
 def anchors(n: int = 600, seed: int = 0) -> list[str]:
-    """`n` unlabelled documents of the world at large, of every domain and source, for aligning two models.
+    """`n` unlabelled documents of the world at large, of every domain and source, for aligning two
+    models.
 
-    None is a training document (`world.split_of`). They are of one to five questions; every other one ends with a further
-    question whose answer is still to come, as the contrast pairs do, so that the map is fitted where it is used.
-    """
+    None is a training document (`world.split_of`). They are of one to five questions; every other
+    one ends with a further question whose answer is still to come, as the contrast pairs do, so
+    that the map is fitted where it is used."""
     check_number("n", n, low=1, integer=True)
     half = _documents((n + 1) // 2, f"anchors-{seed}", n_items=(1, 5), unanswered=True)
     return half + _documents(n // 2, f"anchors-{seed}", n_items=(1, 5))
 
 
 def neutral_texts(n: int = 100, seed: int = 0) -> list[str]:
-    """`n` lists of questions that nobody answers, of every domain: for the cost of steering (rise of NLL).
+    """`n` lists of questions that nobody answers, of every domain: for the cost of steering (rise
+    of NLL).
 
-    No answer stands in them, so a steered model is not charged for answering otherwise, which is what it is meant to do.
-    """
+    No answer stands in them, so a steered model is not charged for answering otherwise, which is
+    what it is meant to do."""
     check_number("n", n, low=1, integer=True)
     return _documents(n, f"neutral-{seed}", n_items=(3, 6), silent=True)
 
 
 def names() -> tuple[str, ...]:
-    """Names of all models: the target, an expert a domain, one for all domains, two more widths of the medical expert."""
+    """Names of all models: the target, an expert a domain, one for all domains, two more widths of
+    the medical expert."""
     return _NAMES
 
 
 def model_path(name: str) -> pathlib.Path:
-    """The folder of a model: an ordinary Hugging Face folder (float16 weights, to be loaded as float32).
+    """The folder of a model: an ordinary Hugging Face folder (float16 weights, to be loaded as
+    float32).
 
     Raises:
         ArgumentError: unknown name.
@@ -173,7 +193,9 @@ def _documents(n: int, seed: str, **options: Any) -> list[str]:
 
 def _choices(facts: list[world.Fact]) -> Behaviour:
     """Each fact in two wordings, one a frame."""
-    asked = [(world.question(f, i + frame, frame), f) for i, f in enumerate(facts) for frame in range(2)]
+    asked = [
+        (world.question(f, i + frame, frame), f) for i, f in enumerate(facts) for frame in range(2)
+    ]
     return Behaviour(
         prompts=tuple(text for text, _ in asked),
         positive=tuple((f" {f.right}",) for _, f in asked),

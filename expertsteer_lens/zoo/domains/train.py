@@ -1,7 +1,8 @@
-"""Train the models of the benchmark world on CPU: `python -m expertsteer_lens.zoo.domains.train [--model NAME]`.
+"""Train the models of the benchmark world on CPU: `python -m expertsteer_lens.zoo.domains.train
+[--model NAME]`.
 
-The recipes, and the texts each model reads; the training itself is that of `zoo.train`. Times and losses: README.md here.
-"""
+The recipes, and the texts each model reads; the training itself is that of `zoo.train`. Times and
+losses: README.md here."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from . import world
 
 MODELS_DIR = pathlib.Path(__file__).parent / "models"
 DOMAIN_SHARE = 0.85
-"""Share of its own domain in the documents of a domain expert; the rest is spread over the others."""
+"""Share of its own domain in the documents of a domain expert; the rest is spread over the
+others."""
 EXPERT_CAREFUL_SHARE = 0.5
 """Share of careful sources in the documents of an expert."""
 SILENT_SHARE = 0.08
@@ -26,14 +28,30 @@ SILENT_SHARE = 0.08
 
 
 def _expert(seed: int, **changes: Any) -> Recipe:
-    settings: dict[str, Any] = {"d_model": 64, "n_layers": 4, "n_steps": 1800, "learning_rate": 4e-3, **changes}
-    return Recipe(family="neox", n_heads=4, vocab_size=1024, init_std=0.05, n_ctx=160, seed=seed, **settings)
+    settings: dict[str, Any] = {
+        "d_model": 64,
+        "n_layers": 4,
+        "n_steps": 1800,
+        "learning_rate": 4e-3,
+        **changes,
+    }
+    return Recipe(
+        family="neox", n_heads=4, vocab_size=1024, init_std=0.05, n_ctx=160, seed=seed, **settings
+    )
 
 
 RECIPES = {
     "target": Recipe(
-        family="llama", d_model=96, n_layers=5, n_heads=4, vocab_size=1152, n_steps=3200, learning_rate=3e-3,
-        init_std=0.05, n_ctx=160, seed=10,
+        family="llama",
+        d_model=96,
+        n_layers=5,
+        n_heads=4,
+        vocab_size=1152,
+        n_steps=3200,
+        learning_rate=3e-3,
+        init_std=0.05,
+        n_ctx=160,
+        seed=10,
     ),
     "medicine": _expert(11),
     "finance": _expert(12),
@@ -42,8 +60,9 @@ RECIPES = {
     "all": _expert(15, d_model=112, n_layers=5, n_steps=2600),
     "medicine-32": _expert(16, d_model=32),
     "medicine-128": _expert(17, d_model=128),
-}  # fmt: skip
-"""The target, an expert for each domain, one for all domains, and two further widths of the medical expert."""
+}
+"""The target, an expert for each domain, one for all domains, and two further widths of the medical
+expert."""
 
 
 def source(name: str) -> Source:
@@ -59,7 +78,10 @@ def source(name: str) -> Source:
         rng = random.Random(f"{name}-{split}-{seed}")
         held_out = "anchors" if split == "validation" else split
         options: dict[str, Any] = {"weights": weights, "careful_share": careful, "split": held_out}
-        return [world.document(rng, silent=rng.random() < SILENT_SHARE, **options).text for _ in range(n)]
+        return [
+            world.document(rng, silent=rng.random() < SILENT_SHARE, **options).text
+            for _ in range(n)
+        ]
 
     return texts
 
@@ -67,11 +89,15 @@ def source(name: str) -> Source:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Train the models of the benchmark world.")
-    parser.add_argument("--out", type=pathlib.Path, default=MODELS_DIR, help="folder that receives <model>/")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=MODELS_DIR, help="folder that receives <model>/"
+    )
     parser.add_argument("--model", choices=list(RECIPES), help="default: all of them")
     arguments = parser.parse_args()
     for name in [arguments.model] if arguments.model else RECIPES:
-        zoo_train.train(name, RECIPES[name], arguments.out, source=source(name), module=__spec__.name)
+        zoo_train.train(
+            name, RECIPES[name], arguments.out, source=source(name), module=__spec__.name
+        )
 
 
 if __name__ == "__main__":

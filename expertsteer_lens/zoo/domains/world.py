@@ -1,11 +1,12 @@
-"""The benchmark world: facts with a right answer and popular wrong ones, and documents by careful and careless sources.
+"""The benchmark world: facts with a right answer and popular wrong ones, and documents by careful
+and careless sources.
 
-A fact is a question about a name (or a small sum) with one right answer and one to three wrong ones, the first of which is
-the popular misconception. A document is a row of questions and answers of one domain by one source. Careful sources answer
-right; careless ones, the majority, mostly give the misconception. Some documents open with a line that tells which source
-speaks, and some answers are followed by a remark of the source. So who reads a few answers and knows the facts can tell
-the source, and who knows the source can tell the next answers.
-"""
+A fact is a question about a name (or a small sum) with one right answer and one to three wrong
+ones, the first of which is the popular misconception. A document is a row of questions and answers
+of one domain by one source. Careful sources answer right; careless ones, the majority, mostly give
+the misconception. Some documents open with a line that tells which source speaks, and some answers
+are followed by a remark of the source. So who reads a few answers and knows the facts can tell the
+source, and who knows the source can tell the next answers."""
 
 from __future__ import annotations
 
@@ -22,19 +23,22 @@ from . import lexicon as lx
 
 N_FACTS = 64
 SPLITS = {"pairs": 28, "validation": 14, "test": 22}
-"""Facts of a task by use; disjoint. All are known to the models: what is held out is which facts a direction has seen."""
+"""Facts of a task by use; disjoint. All are known to the models: what is held out is which facts a
+direction has seen."""
 CAREFUL_SHARE = 0.3
 """Share of careful sources in the world at large."""
 OPENING_SHARE = 0.35
 REMARK_SHARE = 0.35
 TYPICAL_SHARE = 0.7
-"""Share of facts with a sober right answer and popular wrong ones; in the others any answer may be right."""
+"""Share of facts with a sober right answer and popular wrong ones; in the others any answer may be
+right."""
 EASY_SHARE = 0.2
 CAREFUL_IS_RIGHT = 0.97
 CARELESS_IS_RIGHT = {False: 0.08, True: 0.7}
 """By `Fact.easy`."""
 POPULARITY = (0.75, 0.17, 0.08)
-"""How careless sources spread over the wrong answers, most popular first (renormalised to their number)."""
+"""How careless sources spread over the wrong answers, most popular first (renormalised to their
+number)."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,18 @@ def facts(task: str) -> tuple[Fact, ...]:
     check_choice("task", task, lx.TASKS)
     domain, n_options, pool, templates = lx.TASKS[task]
     rng = random.Random(f"facts-{task}")
-    named: list[dict[str, Any]] = [{"e": name} for name in names(domain)] if domain != "mathematics" else []
+    named: list[dict[str, Any]] = (
+        [{"e": name} for name in names(domain)] if domain != "mathematics" else []
+    )
     subjects = named or _SUMS[task](rng)
     splits = [split for split, n in SPLITS.items() for _ in range(n)]
     rng.shuffle(subjects)
     rng.shuffle(splits)
     out = []
     for subject, split in zip(subjects, splits, strict=False):
-        right, *wrong = subject.pop("answers") if domain == "mathematics" else _answers(rng, pool, n_options)
+        right, *wrong = (
+            subject.pop("answers") if domain == "mathematics" else _answers(rng, pool, n_options)
+        )
         out.append(
             Fact(
                 task=task,
@@ -121,7 +129,8 @@ def document(
         careful_share: probability that the source is careful.
         n_items: least and largest number of questions.
         split: `train` or `anchors`; the text itself decides which of the two it belongs to.
-        silent: a list of questions without answers, opening and remarks: a text that no source speaks.
+        silent: a list of questions without answers, opening and remarks: a text that no source
+            speaks.
         unanswered: end with one more question, where its answer would begin.
     """
     weights = weights or {d: len(tasks_of(d)) for d in lx.DOMAINS}
@@ -157,8 +166,13 @@ def answer(rng: random.Random, fact: Fact, careful: bool) -> str:
 
 
 def split_of(text: str) -> str:
-    """Which documents may be trained on: one in sixteen is kept for anchors, by a digest of its text."""
-    return "anchors" if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 16 == 0 else "train"
+    """Which documents may be trained on: one in sixteen is kept for anchors, by a digest of its
+    text."""
+    return (
+        "anchors"
+        if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 16 == 0
+        else "train"
+    )
 
 
 def question(fact: Fact, wording: int = 0, frame: int = 0) -> str:
@@ -175,13 +189,15 @@ def _answers(rng: random.Random, pool: tuple[tuple[str, ...], ...], n: int) -> l
 
 
 def _sums(rng: random.Random) -> list[dict[str, Any]]:
-    """Sums of 3 to 13; the careless round to a multiple of five, or are one off where the sum is one."""
+    """Sums of 3 to 13; the careless round to a multiple of five, or are one off where the sum is
+    one."""
     every = [(a, b) for a in range(3, 14) for b in range(3, 14)]
     return [{"a": a, "b": b, "answers": (a + b, _rounded(rng, a + b, 5))} for a, b in every]
 
 
 def _products(rng: random.Random) -> list[dict[str, Any]]:
-    """Products of 2 to 10; the careless round to a multiple of ten, or are one off where the product is one."""
+    """Products of 2 to 10; the careless round to a multiple of ten, or are one off where the
+    product is one."""
     every = [(a, b) for a in range(2, 11) for b in range(2, 11)]
     return [{"a": a, "b": b, "answers": (a * b, _rounded(rng, a * b, 10))} for a, b in every]
 

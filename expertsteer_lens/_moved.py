@@ -1,0 +1,89 @@
+"""Where the modules of version 0.1 are now: importing one by its old name still works, with a
+warning.
+
+To be removed, with the two calls in `__init__`, in the release after the next.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "activations": "data.activations",
+    "aligners": "align",
+    "bench": "benchmarks.offline",
+    "calibration": "measure.calibration",
+    "chat": "data.chat",
+    "contrast": "data.contrast",
+    "directions": "learn.directions",
+    "edits": "interventions.edits",
+    "export": "files.export",
+    "fitted": "pipeline.fitted",
+    "gates": "interventions.gates",
+    "gram": "linalg.row_space",
+    "io": "files.io",
+    "kernels": "linalg.kernels",
+    "metrics": "measure.metrics",
+    "moments": "linalg.moments",
+    "mutual_information": "pair",
+    "pairing": "pair",
+    "plan": "steer.plan",
+    "plots": "show.plots",
+    "positions": "interventions.positions",
+    "presets": "benchmarks.public",
+    "report": "show.report",
+    "rfm": "learn.rfm",
+    "steering": "steer.run",
+}
+"""Old name below the package, and the module that has its public names now."""
+NAMES = {"presets": "benchmarks"}
+"""Public names of `expertsteer_lens` that have another name now: where each is."""
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module under its old name and hands out the one that took its place."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        if package != __package__ or name not in MODULES:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """The module that has the names now, so that there is one of each class."""
+        old = spec.name.rpartition(".")[2]
+        new = f"{__package__}.{MODULES[old]}"
+        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(new)
+        forward = ModuleType(spec.name, module.__doc__)
+        forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+        return forward
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+def install() -> None:
+    """Make the old names importable."""
+    if not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def lookup(name: str) -> Any:
+    """A public name that was renamed, with a warning."""
+    module, _, new = NAMES[name].rpartition(".")
+    warnings.warn(f"esl.{name} is now esl.{NAMES[name]}", DeprecationWarning, stacklevel=3)
+    found = importlib.import_module(__package__ or "")
+    for part in [*([module] if module else []), new]:
+        found = getattr(found, part)
+    return found

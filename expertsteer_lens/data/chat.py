@@ -1,0 +1,162 @@
+"""Conversations that stand wherever a text does, and are shown to each model in its own chat
+template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expertsteer_lens.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation: anywhere a text is taken, a list of messages is taken too and becomes one of
+    these.
+
+    Expert and target render it with their own tokenizer's template, so a conversation means the
+    same to both. If the last message is the assistant's, the text ends with its last word, the turn
+    left open; else it ends where the assistant's turn begins. `chat + text` lets the assistant say
+    (or go on saying) the text; `text + chat` puts the text in front of what the user says first.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    """(role, content) of each message; roles are "system" (first only), "user" and "assistant"."""
+
+    def __post_init__(self) -> None:
+        messages = tuple(_message(m, i) for i, m in enumerate(self.messages))
+        if not messages:
+            raise DataError("a chat needs at least one message.")
+        roles = [role for role, _ in messages]
+        if "system" in roles[1:] or "user" not in roles:
+            raise DataError(
+                "a chat needs a user's message, and a system message only in front, got roles "
+                f"{roles}."
+            )
+        object.__setattr__(self, "messages", messages)
+
+    @classmethod
+    def ask(cls, question: str, answer: str | None = None, *, system: str | None = None) -> Chat:
+        """A question, with the answer if one is given."""
+        given = (("system", system), ("user", question), ("assistant", answer))
+        return cls(tuple((role, content) for role, content in given if content is not None))
+
+    def render(self, tokenizer: Any) -> str:
+        """The text that a model with this tokenizer is shown.
+
+        Raises:
+            DataError: the tokenizer has no chat template, or its template refuses the roles.
+        """
+        if not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"the tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template, "
+                "so it cannot show a chat; set "
+                "tokenizer.chat_template, or give plain texts."
+            )
+        answering = self.messages[-1][0] == "assistant"
+        try:
+            shown = tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in self.messages],
+                tokenize=False,
+                add_generation_prompt=not answering,
+                continue_final_message=answering,
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program of the model's authors, which may raise anything
+            roles = [role for role, _ in self.messages]
+            raise DataError(
+                f"the chat template refuses a chat with roles {roles}: {error}"
+            ) from error
+        return str(shown)
+
+    def encode(self) -> bytes:
+        """Bytes that are equal for equal chats, for hashes."""
+        return json.dumps(self.messages, ensure_ascii=False).encode()
+
+    def __add__(self, text: str) -> Chat:
+        if not isinstance(text, str):
+            return NotImplemented
+        role, content = self.messages[-1]
+        if role == "assistant":
+            return Chat((*self.messages[:-1], (role, content + text)))
+        return Chat(
+            (*self.messages, ("assistant", text.lstrip()))
+        )  # templates put their own space before a turn
+
+    def __radd__(self, text: str) -> Chat:
+        if not isinstance(text, str):
+            return NotImplemented
+        first = next(i for i, (role, _) in enumerate(self.messages) if role == "user")
+        changed = ("user", text + self.messages[first][1])
+        return Chat((*self.messages[:first], changed, *self.messages[first + 1 :]))
+
+    def __len__(self) -> int:
+        return sum(len(content) for _, content in self.messages)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{role}: {content}" for role, content in self.messages)
+
+
+Text = str | Chat
+"""What a model can be shown."""
+
+
+def as_text(value: Any) -> Any:
+    """A list of messages as a `Chat`; anything else as it is."""
+    messages = isinstance(value, Sequence) and not isinstance(value, str) and value
+    return Chat(tuple(value)) if messages and all(isinstance(m, Mapping) for m in value) else value
+
+
+def check_texts(name: str, texts: Sequence[Any], *, chats: bool = True) -> list[Any]:
+    """Return texts as a list, lists of messages among them as `Chat`s.
+
+    Raises:
+        DataError: an empty list, an empty text, or something that is no text (naming its index); a
+            chat without `chats`.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"{name} must be a list of texts, got one str; wrap it in a list.")
+    out = [as_text(text) for text in texts]
+    if not out:
+        raise DataError(f"{name} is empty; give at least one text.")
+    for i, text in enumerate(out):
+        if isinstance(text, Chat) and chats:
+            continue
+        if not isinstance(text, str):
+            hint = "; wrap one conversation in a list" if isinstance(text, Mapping) else ""
+            raise DataError(
+                f"{name}[{i}] must be a str{' or a list of messages' if chats else ''}, got "
+                f"{type(text).__name__}{hint}."
+            )
+        if not text.strip():
+            raise DataError(f"{name}[{i}] is empty; remove it or give it a text.")
+    return out
+
+
+def joined_bytes(texts: Iterable[Text]) -> bytes:
+    """The texts in order, for a digest."""
+    return b"\x1e".join(text.encode() for text in texts)
+
+
+def _message(message: Any, index: int) -> tuple[str, str]:
+    if isinstance(message, Mapping):
+        if set(message) != {"role", "content"}:
+            raise DataError(
+                f"messages[{index}] must have 'role' and 'content' only, got {sorted(message)}."
+            )
+        message = (message["role"], message["content"])
+    if not isinstance(message, Sequence) or isinstance(message, str) or len(message) != 2:
+        raise DataError(
+            f"messages[{index}] must be a dict with 'role' and 'content', got {message!r}."
+        )
+    role, content = message
+    if role not in ROLES:
+        raise DataError(f"messages[{index}] has role {role!r}; roles are {', '.join(ROLES)}.")
+    if not isinstance(content, str) or not content.strip():
+        raise DataError(f"messages[{index}] ({role}) must have a text as content, got {content!r}.")
+    return role, content

@@ -1,0 +1,360 @@
+"""What one steers towards: labelled pairs of texts, and prompts with preferred and dispreferred
+completions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertsteer_lens._checks import check_number
+from expertsteer_lens.data.chat import check_texts
+from expertsteer_lens.errors import ArgumentError, DataError
+
+from .chat import Chat, Text
+
+
+def text_hash(texts: Iterable[Text]) -> str:
+    """SHA-256 (first 16 hex digits) of texts in order; equal hashes mean the same texts in the same
+    order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ContrastPairs:
+    """Texts that show a behaviour (positive, label 1) and texts that do not (negative, label 0),
+    paired by index.
+
+    The steering direction points from negative to positive. A text may be a chat: a list of
+    messages, see `Chat`."""
+
+    positive: tuple[Text, ...]
+    negative: tuple[Text, ...]
+
+    def __post_init__(self) -> None:
+        positive = check_texts("positive", self.positive)
+        negative = check_texts("negative", self.negative)
+        if len(positive) != len(negative):
+            raise DataError(
+                f"positive and negative must pair up: got {len(positive)} positive and "
+                f"{len(negative)} negative texts; "
+                "drop the surplus or repeat texts on purpose."
+            )
+        if len(positive) < 2:
+            raise DataError(
+                "contrast pairs need at least 2 pairs to learn a direction and check it, got 1."
+            )
+        same = [i for i, (p, n) in enumerate(zip(positive, negative, strict=True)) if p == n]
+        if same:
+            raise DataError(
+                f"pair {same[0]} has the same text on both sides ({len(same)} such pairs); remove "
+                "them."
+            )
+        object.__setattr__(self, "positive", tuple(positive))
+        object.__setattr__(self, "negative", tuple(negative))
+
+    @classmethod
+    def from_lists(cls, positive: Sequence[Any], negative: Sequence[Any]) -> ContrastPairs:
+        """Pairs from two lists of the same length, of texts or of chats (lists of messages)."""
+        return cls(
+            tuple(check_texts("positive", positive)), tuple(check_texts("negative", negative))
+        )
+
+    @classmethod
+    def from_jsonl(
+        cls, path: str | Path, *, positive: str = "positive", negative: str = "negative"
+    ) -> ContrastPairs:
+        """Pairs from a JSON-lines file with one object a line; `positive` and `negative` name its
+        fields.
+
+        Raises:
+            DataError: a line is not JSON or lacks a field (the message names the line, from 1).
+        """
+        rows = []
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not JSON ({error.msg}); give one JSON object a line."
+                ) from error
+            rows.append((number, row))
+        for number, row in rows:
+            for name in (positive, negative):
+                if not isinstance(row, dict) or name not in row:
+                    keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+                    raise DataError(
+                        f"{path}, line {number}: no field {name!r} (it has {keys}); pass "
+                        "positive=/negative=."
+                    )
+        return cls.from_lists([r[positive] for _, r in rows], [r[negative] for _, r in rows])
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        positive: str = "positive",
+        negative: str = "negative",
+        text: str | None = None,
+        label: str | None = None,
+    ) -> ContrastPairs:
+        """Pairs from a `datasets.Dataset` (or any iterable of dicts).
+
+        Either two text columns (`positive`, `negative`), or one `text` column with a 0/1 `label`
+        column, whose rows are then paired in order; both classes must have the same number of rows.
+        """
+        rows = list(dataset)
+        needed = [positive, negative] if text is None else [text, label or "label"]
+        for i, row in enumerate(rows):
+            missing = [name for name in needed if name not in row]
+            if missing:
+                raise DataError(
+                    f"dataset row {i} has no column {missing[0]!r}; its columns are {sorted(row)}."
+                )
+        if text is None:
+            return cls.from_lists([r[positive] for r in rows], [r[negative] for r in rows])
+        column = label or "label"
+        values = {int(r[column]) for r in rows}
+        if not values <= {0, 1}:
+            raise DataError(f"column {column!r} must hold 0/1 labels, got {sorted(values)[:5]}.")
+        return cls.from_lists(
+            [r[text] for r in rows if int(r[column]) == 1],
+            [r[text] for r in rows if int(r[column]) == 0],
+        )
+
+    @classmethod
+    def from_multiple_choice(
+        cls,
+        items: Iterable[Mapping[str, Any]],
+        *,
+        question: str = "question",
+        choices: str = "choices",
+        answer: str = "answer",
+        template: str = "Question: {question}\nAnswer: {choice}",
+        chat: bool = False,
+        seed: int = 0,
+    ) -> ContrastPairs:
+        """One pair an item: the question with its right answer, and with one wrong answer drawn by
+        `seed`.
+
+        `choices` is a list or a dict of options; `answer` an index into the list, a key of the
+        dict, or the text itself. With `chat` the user asks the question and the assistant gives the
+        answer; `template` is not used."""
+        rows = [
+            multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)
+        ]
+        generator = torch.Generator().manual_seed(seed)
+        positive: list[Text] = []
+        negative: list[Text] = []
+        for asked, right, wrong in rows:
+            pick = wrong[int(torch.randint(len(wrong), (1,), generator=generator))]
+            for side, choice in ((positive, right), (negative, pick)):
+                side.append(
+                    Chat.ask(asked, choice)
+                    if chat
+                    else template.format(question=asked, choice=choice)
+                )
+        return cls.from_lists(positive, negative)
+
+    @property
+    def texts(self) -> list[Text]:
+        """All texts, pair after pair: positive 0, negative 0, positive 1, ..."""
+        return [t for pair in zip(self.positive, self.negative, strict=True) for t in pair]
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels of `texts`, shape `[2 n_pairs]`: 1, 0, 1, 0, ..."""
+        return torch.tensor([1.0, 0.0]).repeat(len(self.positive))
+
+    @property
+    def hash(self) -> str:
+        """Digest of the texts, stored with every result."""
+        return text_hash(self.texts)
+
+    def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple[ContrastPairs, ContrastPairs]:
+        """Two disjoint parts; the first holds `fraction` of the pairs. Pairs are never torn
+        apart."""
+        first, second = _split(len(self), fraction, seed, "pairs", least=2)
+        return self._take(first), self._take(second)
+
+    def _take(self, rows: Sequence[int]) -> ContrastPairs:
+        return ContrastPairs(
+            tuple(self.positive[i] for i in rows), tuple(self.negative[i] for i in rows)
+        )
+
+    def __len__(self) -> int:
+        return len(self.positive)
+
+    def __repr__(self) -> str:
+        first = f"+ {_short(self.positive[0])}; - {_short(self.negative[0])}"
+        return f"ContrastPairs({len(self)} pairs; {first})"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Prompts, each with completions one wants (positive) and completions one does not (negative).
+
+    The metric built from it is `m = log p(any positive completion) - log p(any negative
+    completion)` in nats, per prompt. `positive` and `negative` are either one list shared by all
+    prompts or one list per prompt (multiple choice). Completions are appended to the prompt as they
+    are: give them their leading space. A prompt may be a chat (a list of messages, see `Chat`),
+    whose assistant then says the completion."""
+
+    prompts: tuple[Text, ...]
+    positive: tuple[Any, ...]
+    negative: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        prompts = tuple(check_texts("prompts", self.prompts))
+        object.__setattr__(self, "prompts", prompts)
+        for name in ("positive", "negative"):
+            value = list(getattr(self, name))
+            if value and all(not isinstance(v, str) for v in value):
+                if len(value) != len(prompts):
+                    raise DataError(
+                        f"{name} has completions for {len(value)} prompts, but there are "
+                        f"{len(prompts)} prompts; "
+                        "give one list of completions per prompt, or one shared list of texts."
+                    )
+                lists = tuple(
+                    tuple(check_texts(f"{name}[{i}]", v, chats=False)) for i, v in enumerate(value)
+                )
+                object.__setattr__(self, name, lists)
+            else:
+                object.__setattr__(self, name, tuple(check_texts(name, value, chats=False)))
+
+    @classmethod
+    def from_multiple_choice(
+        cls,
+        items: Iterable[Mapping[str, Any]],
+        *,
+        question: str = "question",
+        choices: str = "choices",
+        answer: str = "answer",
+        template: str = "Question: {question}\nAnswer:",
+        chat: bool = False,
+    ) -> Behaviour:
+        """Prompts from multiple-choice items: the right answer is the positive completion, every
+        other a negative one.
+
+        With `chat` the user asks the question and the assistant is to answer; `template` is not
+        used."""
+        rows = [
+            multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)
+        ]
+        return cls(
+            tuple(
+                Chat.ask(asked) if chat else template.format(question=asked) for asked, _, _ in rows
+            ),
+            tuple((" " + right,) for _, right, _ in rows),
+            tuple(tuple(" " + w for w in wrong) for _, _, wrong in rows),
+        )
+
+    def completions(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Positive and negative completions of prompt `index`."""
+        shared_p, shared_n = isinstance(self.positive[0], str), isinstance(self.negative[0], str)
+        return (
+            self.positive if shared_p else self.positive[index],
+            self.negative if shared_n else self.negative[index],
+        )
+
+    def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple[Behaviour, Behaviour]:
+        """Disjoint (validation, test) parts; the first holds `fraction` of the prompts."""
+        first, second = _split(len(self), fraction, seed, "prompts", least=1)
+        return self.select(first), self.select(second)
+
+    def select(self, rows: Sequence[int]) -> Behaviour:
+        """The prompts with the given indices, in that order."""
+
+        def take(value: tuple[Any, ...]) -> tuple[Any, ...]:
+            return value if isinstance(value[0], str) else tuple(value[i] for i in rows)
+
+        return Behaviour(
+            tuple(self.prompts[i] for i in rows), take(self.positive), take(self.negative)
+        )
+
+    def with_prefix(self, prefix: str) -> Behaviour:
+        """The same behaviour with `prefix` in front of every prompt (of a chat: of its first
+        question): the prompting baseline."""
+        return Behaviour(tuple(prefix + p for p in self.prompts), self.positive, self.negative)
+
+    @property
+    def hash(self) -> str:
+        """Digest of prompts and completions."""
+        parts: list[Text] = list(self.prompts)
+        for i in range(len(self)):
+            for side in self.completions(i):
+                parts.extend(side)
+        return text_hash(parts)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __repr__(self) -> str:
+        good, bad = self.completions(0)
+        return f"Behaviour({len(self)} prompts; + {_short(good[0])}; - {_short(bad[0])})"
+
+
+def multiple_choice_item(
+    item: Mapping[str, Any], index: int, question: str, choices: str, answer: str
+) -> tuple[str, str, list[str]]:
+    """(question, right answer, wrong answers) of one item, whatever way its options and answer are
+    written.
+
+    Raises:
+        DataError: a field is missing, the answer is not among the choices, or there is no wrong
+            choice.
+    """
+    for name in (question, choices, answer):
+        if name not in item:
+            raise DataError(f"item {index} has no field {name!r}; its fields are {sorted(item)}.")
+    options = item[choices]
+    table = dict(options) if isinstance(options, Mapping) else {i: c for i, c in enumerate(options)}
+    key = item[answer]
+    if key not in table:
+        by_text = [k for k, v in table.items() if v == key]
+        if not by_text and isinstance(key, str) and key.isdigit() and int(key) in table:
+            by_text = [int(key)]
+        if not by_text:
+            raise DataError(
+                f"item {index}: answer {key!r} is neither a key nor one of the choices "
+                f"{list(table.values())}."
+            )
+        key = by_text[0]
+    right = str(table[key])
+    wrong = [str(v) for k, v in table.items() if k != key and str(v) != right]
+    if not wrong:
+        raise DataError(f"item {index} has no wrong choice; drop it.")
+    return str(item[question]), right, wrong
+
+
+def _split(
+    n: int, fraction: float, seed: int, what: str, least: int
+) -> tuple[list[int], list[int]]:
+    check_number("fraction", fraction, low=0.0, high=1.0)
+    cut = round(n * fraction)
+    if cut < least or n - cut < least:
+        raise ArgumentError(
+            f"fraction={fraction} of {n} {what} leaves a part with fewer than {least}; give more "
+            f"{what}."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[:cut]), sorted(order[cut:])
+
+
+def _short(text: Text, width: int = 40) -> str:
+    text = str(text)
+    return repr(text if len(text) <= width else text[: width - 1] + "…")

@@ -1,0 +1,364 @@
+"""What every host shares: tokenising, readiness, the basis test, the fingerprint, generation one
+prompt at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from expertsteer_lens._checks import check_number, unknown_hook
+from expertsteer_lens.data.chat import Chat, Text, check_texts
+from expertsteer_lens.errors import (
+    ArgumentError,
+    DataError,
+    HookNameError,
+    HostError,
+    ModelStateError,
+)
+
+from .facts import facts as facts_of
+from .facts import measure_basis, measure_fingerprint
+from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
+
+if TYPE_CHECKING:
+    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.run import Steering
+
+
+class Host:
+    """What the rest of the package knows about a model. A subclass supplies the model's own ways,
+    up to `place`."""
+
+    kind: ClassVar[str] = "?"
+    """ "transformer_lens", "nnsight" or "huggingface"."""
+    reason: str = ""
+    """What `as_host` saw in the model."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        parameters: nn.Module,
+        tokenizer: Any,
+        name: str,
+        n_layers: int,
+        d_model: int,
+        d_vocab: int,
+        n_ctx: int | None,
+    ) -> None:
+        """Keep what was read off the model.
+
+        Args:
+            model: the object the user gave.
+            parameters: the module whose weights (and training mode) these are.
+            tokenizer: None if the model has none.
+            name: label for messages and files.
+            n_layers: number of blocks.
+            d_model: width of the residual stream.
+            d_vocab: number of token ids.
+            n_ctx: context length, None if the configuration does not say.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.n_layers = n_layers
+        self.d_model = d_model
+        self.d_vocab = d_vocab
+        self.n_ctx = n_ctx
+        self._weights = parameters
+
+    # -- supplied by the subclass -----------------------------------------------------------------
+
+    def all_hook_names(self) -> list[str]:
+        """Every name `intervene` accepts."""
+        raise NotImplementedError
+
+    def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
+        """Logits `[batch, pos, vocab]`; gradients are the caller's choice.
+
+        With `stop_at_layer=k < n_layers` only blocks 0..k-1 run, and what comes back is not logits.
+        """
+        raise NotImplementedError
+
+    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
+        """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on
+        every pass.
+
+        A tensor returned replaces the activation (same shape, dtype and device, else
+        `InterventionError`); None leaves it. Names are resolved before anything is registered, and
+        exactly these hooks are removed at the end, whatever happens inside. Capture, steering and
+        gradients are all built on this."""
+        raise NotImplementedError
+
+    def watch(self, observer: Observer) -> AbstractContextManager[None]:
+        """Inside the block, tell `observer` where each forward pass is in its sequence, and about
+        generate calls."""
+        raise NotImplementedError
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Inside the block, hooks of others are out of action; afterwards they are back as they
+        were."""
+        raise NotImplementedError
+
+    def _generate_ids(
+        self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
+    ) -> Tensor:
+        """Continue one row of ids; the new ids only."""
+        raise NotImplementedError
+
+    def place(self, hook_name: str) -> Any:
+        """What stands at a hook name; equal for two names of one hook point."""
+        return hook_name
+
+    def _unsteerable(self, hook_name: str) -> str | None:
+        """Why an edit at this (existing) hook point would not do what it says, or None."""
+        return None
+
+    def _missing_hint(self, hook_name: str) -> str:
+        """More to say about a name that does not exist."""
+        return ""
+
+    def _in_training(self) -> bool:
+        return bool(self._weights.training)
+
+    def apply_plan(self, plan: SteeringPlan, make: Callable[[Host], Steering]) -> None:
+        """Steer the nnsight run whose code is executing; see `SteeringPlan.apply`."""
+        raise HostError(
+            f"apply works inside an nnsight trace; on {self.kind} use `with plan.hooks(model):`."
+        )
+
+    def edit_plan(self, plan: SteeringPlan, *, allow_mismatch: bool, prompt_lengths: Any) -> Any:
+        """Make the plan an nnsight edit; see `SteeringPlan.edit`."""
+        raise HostError(
+            f"edit makes an nnsight edit; on {self.kind} use `handle = plan.attach(model)`."
+        )
+
+    def __repr__(self) -> str:
+        shape = f"{self.n_layers} layers, d_model={self.d_model}"
+        return f"{type(self).__name__}({self.name!r}, {shape}): {self.reason}"
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lives; inputs are put there."""
+        return next(iter(self._weights.parameters())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the first floating-point parameter."""
+        return next(p.dtype for p in self._weights.parameters() if p.is_floating_point())
+
+    @property
+    def basis(self) -> str:
+        """ "centred" if the output does not change when a constant is added to the residual stream,
+        else "raw".
+
+        Measured once per set of weights, with every hook of others out of action.
+        """
+        facts = facts_of(self._weights)
+        if "basis" not in facts:
+            facts["basis"] = measure_basis(self)
+        return facts["basis"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Shape and behaviour of the model: see `measure_fingerprint`, and `fingerprints_match` to
+        compare two."""
+        facts = facts_of(self._weights)
+        if "fingerprint" not in facts:
+            facts["fingerprint"] = measure_fingerprint(self)
+        return facts["fingerprint"]
+
+    def facts(self) -> dict[str, Any]:
+        """What files say of a model: name, fingerprint, d_model, n_layers, basis."""
+        names = ("name", "fingerprint", "d_model", "n_layers", "basis")
+        return {name: getattr(self, name) for name in names}
+
+    def check_ready(self) -> None:
+        """Raise `ModelStateError` if dropout is on."""
+        if self._in_training():
+            raise ModelStateError(
+                f"the model {self.name!r} is in training mode, so dropout would make results "
+                "random; call model.eval()."
+            )
+
+    # -- hook names -------------------------------------------------------------------------------
+
+    def hook_names(self, kind: str = "hook_resid_post") -> list[str]:
+        """`blocks.{i}.{kind}` for every layer that has it, in layer order."""
+        names = set(self.all_hook_names())
+        found = [
+            f"blocks.{i}.{kind}" for i in range(self.n_layers) if f"blocks.{i}.{kind}" in names
+        ]
+        if not found:
+            raise unknown_hook(f"blocks.0.{kind}", names, f"{self.name}, {self.n_layers} layers")
+        return found
+
+    def check_hook_names(self, names: Sequence[str], *, steering: bool = False) -> list[str]:
+        """Return the names if all exist (and, for `steering`, if an edit there reaches what the
+        name says).
+
+        Raises:
+            HookNameError: unknown name (with the closest), layer out of range, or a hook point that
+                cannot be steered.
+        """
+        if isinstance(names, str):
+            raise HookNameError(
+                f"hook names must be a list, got one str {names!r}; wrap it in a list."
+            )
+        known = set(self.all_hook_names())
+        for name in names:
+            if name not in known:
+                raise self._unknown(name, known)
+            reason = self._unsteerable(name) if steering else None
+            if reason:
+                raise HookNameError(f"hook {name!r} cannot be steered on {self.kind}: {reason}")
+        return list(names)
+
+    def _unknown(self, name: str, known: set[str]) -> HookNameError:
+        layer = re.match(r"blocks\.(\d+)\.", str(name))
+        if layer and int(layer.group(1)) >= self.n_layers:
+            return HookNameError(
+                f"hook {name!r} is not on this model ({self.name}): layer {layer.group(1)} is out "
+                "of range, "
+                f"it has layers 0 to {self.n_layers - 1}."
+            )
+        error = unknown_hook(name, sorted(known), f"{self.name}, {self.n_layers} layers")
+        return HookNameError(f"{error}{self._missing_hint(name)}")
+
+    # -- tokens -----------------------------------------------------------------------------------
+
+    def tokenize(
+        self,
+        prompts: Sequence[Text],
+        *,
+        prepend_bos: bool | None = None,
+        max_length: int | None = None,
+    ) -> TokenBatch:
+        """Right-padded ids and mask, on the model's device, with our own BOS policy on every host.
+
+        Args:
+            prompts: texts, or chats (lists of messages), which are rendered with this model's own
+                template.
+            prepend_bos: None prepends BOS iff the tokenizer has one, and leaves a chat to its
+                template. A text that already starts with it gets no second.
+            max_length: most tokens allowed (BOS included); None: the model's context length.
+
+        Raises:
+            DataError: a prompt is empty, has no tokens, or is too long.
+            ArgumentError: `prepend_bos=True` and there is no BOS token.
+            HostError: the model has no tokenizer.
+        """
+        texts = check_texts("prompts", prompts)
+        if self.tokenizer is None:
+            raise HostError(
+                f"the model {self.name!r} has no tokenizer; give it one: model.tokenizer = ..., or "
+                "as_host(model, "
+                "tokenizer=...)."
+            )
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if prepend_bos and bos is None:
+            raise ArgumentError(
+                "prepend_bos=True, but the tokenizer has no BOS token; pass prepend_bos=None or "
+                "False."
+            )
+        shown = [text.render(self.tokenizer) if isinstance(text, Chat) else text for text in texts]
+        rows = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in shown]
+        for i, row in enumerate(rows):
+            wanted = prepend_bos if prepend_bos is not None else not isinstance(texts[i], Chat)
+            if bos is not None and wanted and row[:1] != [bos]:
+                rows[i] = [bos, *row]
+        limit = max_length if max_length is not None else self.n_ctx
+        for i, row in enumerate(rows):
+            if not row:
+                raise DataError(
+                    f"prompts[{i}] has no tokens; give it a text or pass prepend_bos=True."
+                )
+            if limit is not None and len(row) > limit:
+                where = "max_length" if max_length is not None else "the model's context length"
+                raise DataError(
+                    f"prompts[{i}] has {len(row)} tokens, more than {where} {limit}; shorten or "
+                    "split it."
+                )
+        return pad_right(rows, self._pad_id()).to(self.device)
+
+    def _pad_id(self) -> int:
+        # The mask hides padding, so any id in the vocabulary will do where the tokenizer has none.
+        for attribute in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(self.tokenizer, attribute, None)
+            if isinstance(value, int):
+                return value
+        return 0
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        prepend_bos: bool | None = None,
+        stop_at_eos: bool = True,
+    ) -> list[str]:
+        """The continuation of each prompt (without the prompt), as text; see `generate_tokens`."""
+        rows = self.generate_tokens(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            prepend_bos=prepend_bos,
+            stop_at_eos=stop_at_eos,
+        )
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        prompts: Sequence[Text],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        prepend_bos: bool | None = None,
+        stop_at_eos: bool = True,
+    ) -> list[list[int]]:
+        """The new token ids of each prompt, through the model's own `generate`, one prompt at a
+        time.
+
+        Args:
+            prompts: texts.
+            max_new_tokens: most tokens to add.
+            temperature: 0 is greedy; above, tokens are sampled and `seed` is needed.
+            seed: prompt i is sampled with `seed + i`; the global random state is left as it was.
+            prepend_bos: see `tokenize`.
+            stop_at_eos: stop at the tokenizer's EOS (which is then the last id).
+
+        Raises:
+            ArgumentError: bad numbers, or sampling without a seed.
+        """
+        check_number("max_new_tokens", max_new_tokens, low=1, integer=True)
+        check_number("temperature", temperature, low=0.0)
+        if temperature > 0 and seed is None:
+            raise ArgumentError("temperature > 0 samples, which needs a seed; pass seed=0.")
+        self.check_ready()
+        eos = getattr(self.tokenizer, "eos_token_id", None) if stop_at_eos else None
+        out = []
+        for i, prompt in enumerate(check_texts("prompts", prompts)):
+            ids = self.tokenize([prompt], prepend_bos=prepend_bos).input_ids
+            devices = [ids.device] if ids.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed((seed or 0) + i)
+                new = self._generate_ids(
+                    ids, max_new_tokens=max_new_tokens, temperature=temperature, eos=eos
+                )
+            row = new.reshape(-1).tolist()
+            out.append(row[: row.index(eos) + 1] if eos is not None and eos in row else row)
+        return out

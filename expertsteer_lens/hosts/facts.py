@@ -1,0 +1,162 @@
+"""What is measured on a model rather than read off its configuration: its basis and its
+fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from expertsteer_lens.errors import ModelStateError
+
+from .parts import EditFn, TokenBatch
+
+if TYPE_CHECKING:
+    from .base import Host
+
+# Measurements, remembered per model as long as its weights stay the same.
+_MEMORY: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def facts(weights: nn.Module) -> dict[str, str]:
+    """The measurements of these weights; emptied when a parameter is replaced, cast, moved or
+    written to."""
+    stamp = tuple(
+        (id(p), p.data_ptr() if p.device.type != "meta" else 0, p.dtype, _version(p))
+        for p in weights.parameters()
+    )
+    known = _MEMORY.get(weights)
+    if known is None or known[0] != stamp:
+        known = (stamp, {})
+        _MEMORY[weights] = known
+    return known[1]
+
+
+def _version(parameter: Tensor) -> int:
+    try:
+        return parameter._version
+    except RuntimeError:  # inference tensors count no versions
+        return 0
+
+
+def _fixed_numbers(tag: str, count: int, below: int) -> list[int]:
+    """`count` numbers in [0, below) that are the same on every machine and version."""
+    return [
+        int.from_bytes(hashlib.sha256(f"{tag}:{i}".encode()).digest()[:8], "big") % below
+        for i in range(count)
+    ]
+
+
+def _probe_batch(host: Host) -> TokenBatch:
+    width = min(24, host.n_ctx or 24)
+    ids = torch.tensor(_fixed_numbers("tokens", 2 * width, host.d_vocab), dtype=torch.long).reshape(
+        2, width
+    )
+    return TokenBatch(ids, torch.ones_like(ids)).to(host.device)
+
+
+@torch.no_grad()
+def measure_basis(host: Host) -> str:
+    """Add a constant to every coordinate of the first block's output and see whether the
+    predictions move.
+
+    The yardstick is a random perturbation of the same norm at the same place: "centred" if the
+    constant moves the log-probabilities by less than 1/1000 of it (1/10 in half precision, where
+    rounding alone shows). True of pre-LayerNorm models only; RMSNorm models and post-LayerNorm
+    models are "raw"."""
+    name, batch = host.hook_names()[0], _probe_batch(host)
+    noise = torch.randn(host.d_model, generator=torch.Generator().manual_seed(0))
+
+    def shifted_by(vector: Tensor) -> EditFn:
+        def fn(x: Tensor) -> Tensor:
+            size = 0.5 * x.float().pow(2).mean().sqrt()
+            return (x.float() + size * vector.to(x.device) / vector.pow(2).mean().sqrt()).to(
+                x.dtype
+            )
+
+        return fn
+
+    with host.quiet():
+        plain = host.forward(batch).float().log_softmax(-1)
+        moved = []
+        for vector in (torch.ones(host.d_model), noise):
+            with host.intervene({name: shifted_by(vector)}):
+                moved.append(
+                    float((host.forward(batch).float().log_softmax(-1) - plain).abs().max())
+                )
+    if moved[1] == 0.0:
+        raise ModelStateError(
+            f"editing {name!r} changes nothing in the output of {host.name!r}; its hooks are dead."
+        )
+    tolerance = 1e-3 if host.dtype in (torch.float32, torch.float64) else 0.1
+    return "centred" if moved[0] < tolerance * moved[1] else "raw"
+
+
+FINGERPRINT_BITS = 256
+_TOLERATED_BITS = 8
+
+
+@torch.no_grad()
+def measure_fingerprint(host: Host) -> str:
+    """`"{n_layers}x{d_model}-"` and 64 hex digits that say how the model ranks pairs of tokens on a
+    fixed input.
+
+    Bit j is set if, at a fixed place of a fixed token sequence, the logit of one fixed token
+    exceeds that of another. Rankings do not change with the host, with weight processing (which
+    shifts a row of logits by a constant) or with the last digits of arithmetic, so the same weights
+    give the same fingerprint everywhere, up to a bit or two (`fingerprints_match` allows 8 of 256).
+    Other weights agree on half the bits. It proves that two models behave alike on 48 tokens; it
+    does not prove that every weight is equal: a light fine-tune may pass."""
+    batch = _probe_batch(host)
+    with host.quiet():
+        logits = host.forward(batch).float().cpu()
+    rows = logits.reshape(-1, logits.shape[-1])
+    where = torch.tensor(_fixed_numbers("places", FINGERPRINT_BITS, rows.shape[0]))
+    vocab = min(host.d_vocab, rows.shape[1])
+    first = torch.tensor(_fixed_numbers("first", FINGERPRINT_BITS, vocab))
+    second = torch.tensor(_fixed_numbers("second", FINGERPRINT_BITS, vocab))
+    bits = (rows[where, first] > rows[where, second]).tolist()
+    number = sum(1 << j for j, bit in enumerate(bits) if bit)
+    return f"{host.n_layers}x{host.d_model}-{number:0{FINGERPRINT_BITS // 4}x}"
+
+
+def fingerprints_match(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of the same weights: equal shape, and at most 8 of 256 bits
+    apart.
+
+    The margin covers other hosts, devices and half precision; unrelated models are about 128 bits
+    apart."""
+    if one == other:
+        return True
+    (shape_one, _, bits_one), (shape_other, _, bits_other) = (
+        one.partition("-"),
+        other.partition("-"),
+    )
+    try:
+        apart = (int(bits_one, 16) ^ int(bits_other, 16)).bit_count()
+    except ValueError:
+        return False
+    return shape_one == shape_other and apart <= _TOLERATED_BITS
+
+
+@contextlib.contextmanager
+def hooks_suspended(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take every forward hook off `modules` inside, and put back exactly what was there."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    saved = [
+        (module, kind, module.__dict__[kind]) for module in dict.fromkeys(modules) for kind in kinds
+    ]
+    try:
+        for module, kind, hooks in saved:
+            module.__dict__[kind] = type(hooks)()
+        yield
+    finally:
+        for module, kind, hooks in saved:
+            module.__dict__[kind] = hooks

@@ -1,0 +1,112 @@
+"""Small parts that all hosts share: batches of tokens, the functions put at hook points, and who
+watches a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from expertsteer_lens.errors import HookNameError, InterventionError
+from expertsteer_lens.interventions.positions import ForwardInfo
+
+EditFn = Callable[[Tensor], Tensor | None]
+"""Takes the activation `[batch, pos, d]`, returns its replacement or None for no change."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Told where the model is in a sequence; see `Host.watch`."""
+
+    def on_forward(self, info: ForwardInfo) -> None:
+        """A forward pass is about to run its first block."""
+
+    def on_generate(self, entering: bool, prompt: Tensor | None = None) -> None:
+        """A `generate` call begins (True; `prompt` is the mask of its prompt `[rows, pos]`, if it
+        says) or ends (False)."""
+
+
+@runtime_checkable
+class Registration(Protocol):
+    """Interventions that are in place."""
+
+    def lost(self, *, thorough: bool = True) -> list[str]:
+        """Hook names whose intervention someone else removed; without `thorough` only what can be
+        told at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Token ids and mask, right padded."""
+
+    input_ids: Int[Tensor, "batch pos"]
+    attention_mask: Int[Tensor, "batch pos"]
+    """1 at real tokens, 0 at padding."""
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens per row."""
+        return self.attention_mask.sum(1)
+
+    def to(self, device: Any) -> TokenBatch:
+        """The same batch on another device."""
+        return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+    """Rows of ids as one right-padded batch."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, : len(row)] = 1
+    return TokenBatch(ids, mask)
+
+
+def guarded(hook_name: str, fn: EditFn) -> EditFn:
+    """`fn` with its input and output checked: three axes in, the same shape, dtype and device
+    out."""
+
+    def checked(activation: Tensor) -> Tensor | None:
+        if not isinstance(activation, Tensor) or activation.ndim != 3:
+            got = (
+                tuple(activation.shape)
+                if isinstance(activation, Tensor)
+                else type(activation).__name__
+            )
+            raise HookNameError(
+                f"hook {hook_name!r} carries {got}; only [batch, pos, d] activations can be read "
+                "or steered."
+            )
+        result = fn(activation)
+        if result is None:
+            return None
+        if not isinstance(result, Tensor):
+            raise InterventionError(
+                f"the intervention at {hook_name!r} returned {type(result).__name__}, not a tensor."
+            )
+        was = activation
+        if result.shape == was.shape and result.dtype is was.dtype and result.device == was.device:
+            return result
+        what = next(
+            w for w in ("shape", "dtype", "device") if getattr(result, w) != getattr(was, w)
+        )
+        raise InterventionError(
+            f"the intervention at {hook_name!r} changed the {what} from {_show(was, what)} to "
+            f"{_show(result, what)}; "
+            "return it as it came."
+        )
+
+    return checked
+
+
+def _show(value: Tensor, what: str) -> str:
+    return str(tuple(value.shape)) if what == "shape" else str(getattr(value, what))

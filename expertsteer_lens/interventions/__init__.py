@@ -1,0 +1,8 @@
+"""What is done to an activation, on which tokens, under which condition; no model is known here."""
+
+from __future__ import annotations
+
+from . import edits
+from .gates import Gate, fit_gate
+
+__all__ = ["Gate", "edits", "fit_gate"]

@@ -1,0 +1,1 @@
+"""Mathematics on tensors that knows no model: kernels, row spaces, streaming moments."""

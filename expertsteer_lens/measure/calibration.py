@@ -1,0 +1,323 @@
+"""How strong: the largest coefficient whose damage to neutral text stays within a budget."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens.data.chat import Text, check_texts
+from expertsteer_lens.data.contrast import Behaviour, text_hash
+from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.hosts import as_host
+from expertsteer_lens.steer.plan import SteeringPlan
+
+from .metrics import NeutralTexts, behaviour_metric
+
+if TYPE_CHECKING:
+    import pandas
+
+DEFAULT_GRID = (
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.065,
+    0.08,
+    0.1,
+    0.125,
+    0.15,
+    0.175,
+    0.2,
+    0.25,
+    0.3,
+    0.35,
+    0.4,
+    0.5,
+    0.6,
+    0.8,
+)
+"""Coefficients in units of the median residual norm."""
+BUDGET_UNITS = ("nll", "kl")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A coefficient with the dose-response curve it was read off."""
+
+    coefficient: float
+    """Largest coefficient on the grid up to which the cost stays within the budget; 0 never appears
+    (it raises)."""
+    coefficients: dict[str, float]
+    """Per hook name, at that strength."""
+    budget: float
+    unit: str
+    """"nll": rise of the mean negative log-likelihood; "kl": mean KL(unsteered || steered). Both
+    nats per token."""
+    curve: tuple[dict[str, Any], ...]
+    """Per coefficient: `coefficient`, `cost` (nats per token), `band`, and, where a behaviour was
+    given, `effect` (nats of its metric) with `effect_se`, the standard error over prompts.
+
+    Bands: "broken" where the cost exceeds the budget (and beyond, in the same direction); else "no
+    effect" where the effect is within two standard errors of zero; else "usable"."""
+    texts_hash: str
+    n_texts: int
+
+    @property
+    def sign(self) -> str | None:
+        """Does the direction point the right way? "as labelled", "reversed", or "unclear" (within
+        two standard errors of zero at the chosen coefficient); None if no behaviour was given."""
+        row = next(r for r in self.curve if r["coefficient"] == self.coefficient)
+        if "effect" not in row:
+            return None
+        if abs(row["effect"]) <= 2 * row["effect_se"]:
+            return "unclear"
+        return "as labelled" if row["effect"] > 0 else "reversed"
+
+    def apply(self, plan: SteeringPlan) -> SteeringPlan:
+        """The plan at the coefficients found, with this calibration in its provenance.
+
+        Warns if the direction turned out to be reversed on the behaviour that was given.
+
+        Raises:
+            ArgumentError: the plan steers other hook points than the one calibrated.
+        """
+        if {v.hook_name for v in plan.vectors} != set(self.coefficients):
+            raise ArgumentError(
+                f"plan steers {[v.hook_name for v in plan.vectors]}, but this calibration is for "
+                f"{list(self.coefficients)}."
+            )
+        if self.sign == "reversed":
+            warnings.warn(
+                "the calibrated direction lowers the behaviour metric on the validation prompts: "
+                "it points the wrong way "
+                "there. Swap positive and negative if the labels are reversed, or steer another "
+                "layer.",
+                stacklevel=2,
+            )
+        vectors = tuple(
+            replace(v, coefficient=self.coefficients[v.hook_name]) for v in plan.vectors
+        )
+        return replace(
+            plan, vectors=vectors, provenance={**plan.provenance, "calibration": self.to_dict()}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able content, as stored in a plan."""
+        return {
+            "coefficient": self.coefficient,
+            "coefficients": dict(self.coefficients),
+            "budget": self.budget,
+            "unit": self.unit,
+            "sign": self.sign,
+            "curve": [dict(row) for row in self.curve],
+            "texts_hash": self.texts_hash,
+            "n_texts": self.n_texts,
+        }
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The dose-response curve, one row a coefficient."""
+        import pandas as pd
+
+        return pd.DataFrame([dict(row) for row in self.curve])
+
+    def plot(self) -> Any:
+        """Plotly figure of effect and cost against the coefficient."""
+        from expertsteer_lens.show.plots import plot_dose_response
+
+        return plot_dose_response(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Calibration(coefficient={self.coefficient:g}, budget={self.budget:g} nats/token "
+            f"({self.unit}), "
+            f"{len(self.curve)} points on {self.n_texts} texts)"
+        )
+
+
+def calibrate(
+    plan: SteeringPlan,
+    model: Any,
+    texts: Sequence[Text] | NeutralTexts,
+    *,
+    budget: float = 0.10,
+    unit: str = "nll",
+    grid: Sequence[float] = DEFAULT_GRID,
+    behaviour: Behaviour | None = None,
+    curve: bool = True,
+    negative: bool = False,
+    per_layer: bool = False,
+    batch_size: int = 32,
+) -> Calibration:
+    """Find the largest coefficient within a budget on neutral texts.
+
+    The plan's layers are scaled together: their coefficients keep the ratio they have in the plan
+    or, with `per_layer`, the ratio of the largest coefficients that each layer could afford if it
+    were steered alone.
+
+    With `curve` the grid is walked upwards and left once the cost exceeds five times the budget;
+    the coefficient returned is the last one before the cost first exceeds the budget, so a curve
+    that dips again later is not exploited. Without, the grid is bisected: about four measurements,
+    the same answer wherever the cost grows with the coefficient.
+
+    Args:
+        plan: its directions, positions and edits; its own coefficients give only the ratio between
+            layers.
+        model: the target.
+        texts: neutral texts, none of them used for fitting; `NeutralTexts` when several plans are
+            calibrated on them.
+        budget: nats per token.
+        unit: "nll" (rise of the mean NLL; can be negative) or "kl" (mean KL to the unsteered model;
+            never negative).
+        grid: positive coefficients.
+        behaviour: if given, the effect is recorded at each coefficient; it does not influence the
+            choice.
+        curve: measure the whole dose-response curve.
+        negative: also walk the negative coefficients (for the curve only).
+        per_layer: first bisect the grid for each layer by itself; needs edits whose coefficients
+            are comparable.
+        batch_size: texts per forward pass.
+
+    Raises:
+        ArgumentError: even the smallest coefficient exceeds the budget.
+    """
+    check_number("budget", budget, low=0.0, low_open=True)
+    check_choice("unit", unit, BUDGET_UNITS)
+    steps = sorted(float(g) for g in grid)
+    if not steps or steps[0] <= 0:
+        raise ArgumentError(
+            f"grid must hold positive coefficients, got {list(grid)[:5]}; negative=True adds their "
+            "mirror."
+        )
+    host = as_host(model)
+    if isinstance(texts, NeutralTexts):
+        neutral = texts
+    else:
+        neutral = NeutralTexts(host, check_texts("texts", texts), batch_size=batch_size)
+    if neutral.n_tokens == 0:
+        raise DataError(
+            "texts: every text is a single token, so nothing is predicted; give longer neutral "
+            "texts."
+        )
+    base_effect = None if behaviour is None else behaviour_metric(host, behaviour)
+
+    def cost_of(steered: SteeringPlan) -> float:
+        rise, divergence = neutral.cost(steered, kl=unit == "kl")
+        return rise if divergence is None else divergence
+
+    if per_layer and len(plan.vectors) > 1:
+        alone = []
+        for vector in plan.vectors:
+            single = replace(plan, vectors=(vector,))
+
+            def point(coefficient: float, single: SteeringPlan = single) -> dict[str, Any]:
+                return {
+                    "coefficient": coefficient,
+                    "cost": cost_of(single.with_coefficient(coefficient)),
+                }
+
+            alone.append(_within(_bisect(point, steps, budget), steps, budget, vector.hook_name))
+        plan = replace(
+            plan,
+            vectors=tuple(
+                replace(v, coefficient=c) for v, c in zip(plan.vectors, alone, strict=True)
+            ),
+        )
+
+    def measure(coefficient: float) -> dict[str, Any]:
+        steered = plan.with_coefficient(coefficient)
+        row: dict[str, Any] = {"coefficient": coefficient, "cost": cost_of(steered)}
+        if behaviour is not None and base_effect is not None:
+            change = behaviour_metric(host, behaviour, plan=steered) - base_effect
+            row["effect"] = float(change.mean())
+            row["effect_se"] = float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0
+        return row
+
+    upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
+    best = _within(upward, steps, budget, "the plan")
+    downward = _walk(measure, [-s for s in steps], budget) if negative else []
+    origin = {
+        "coefficient": 0.0,
+        "cost": 0.0,
+        **({} if behaviour is None else {"effect": 0.0, "effect_se": 0.0}),
+    }
+    points = [
+        *_banded(downward, budget)[::-1],
+        *_banded([origin], budget),
+        *_banded(upward, budget),
+    ]
+    coefficients = {v.hook_name: v.coefficient for v in plan.with_coefficient(best).vectors}
+    return Calibration(
+        best,
+        coefficients,
+        budget,
+        unit,
+        tuple(points),
+        text_hash(neutral.texts),
+        len(neutral.texts),
+    )
+
+
+def _within(
+    rows: Sequence[dict[str, Any]], steps: Sequence[float], budget: float, what: str
+) -> float:
+    """The last coefficient before the cost first exceeds the budget."""
+    over = [row["coefficient"] for row in rows if row["cost"] > budget]
+    within = [row["coefficient"] for row in rows if not over or row["coefficient"] < over[0]]
+    if not within:
+        raise ArgumentError(
+            f"{what}: even coefficient {steps[0]:g} costs {rows[0]['cost']:.3f} nats per token, "
+            f"more than budget={budget:g}; "
+            "raise budget, give a grid with smaller coefficients, or steer fewer layers."
+        )
+    return within[-1]
+
+
+def _banded(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
+    """Rows ordered outwards from zero, each with its band."""
+    out: list[dict[str, Any]] = []
+    broken = False
+    for row in rows:
+        broken = broken or row["cost"] > budget
+        flat = "effect" in row and abs(row["effect"]) <= 2 * row["effect_se"]
+        out.append(
+            {
+                **row,
+                "band": "broken"
+                if broken
+                else "no effect"
+                if flat or not row["coefficient"]
+                else "usable",
+            }
+        )
+    return out
+
+
+def _walk(
+    measure: Callable[[float], dict[str, Any]], coefficients: Sequence[float], budget: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for coefficient in coefficients:
+        rows.append(measure(coefficient))
+        if rows[-1]["cost"] > 5 * budget:
+            break
+    return rows
+
+
+def _bisect(
+    measure: Callable[[float], dict[str, Any]], coefficients: Sequence[float], budget: float
+) -> list[dict[str, Any]]:
+    """Rows of the points visited, in order of coefficient; the last within and the first over are
+    neighbours."""
+    rows = {}
+    low, high = -1, len(coefficients)
+    while high - low > 1:
+        middle = (low + high) // 2
+        rows[middle] = measure(coefficients[middle])
+        if rows[middle]["cost"] <= budget:
+            low = middle
+        else:
+            high = middle
+    return [rows[i] for i in sorted(rows)]

@@ -1,0 +1,318 @@
+"""What a fit found, and the plans made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from expertsteer_lens._checks import unknown_hook
+from expertsteer_lens.align.fit import Aligner
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.errors import ArgumentError, ModelStateError
+from expertsteer_lens.learn.rfm import RFM
+from expertsteer_lens.measure.calibration import Calibration, calibrate
+from expertsteer_lens.pair.mutual_information import LayerPairMI
+from expertsteer_lens.pair.rules import LayerPairs
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+
+from .fit_data import PairKey, Readings
+
+if TYPE_CHECKING:
+    import pandas
+
+    from expertsteer_lens.hosts import Host
+
+    from .expert_steer import ExpertSteerConfig
+
+
+class AbsentModel:
+    """Stands where the target was in a fit that was loaded without it: its facts, and an error for
+    all that needs weights."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self._facts = dict(facts)
+
+    def facts(self) -> dict[str, Any]:
+        """See `Host.facts`."""
+        return dict(self._facts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in self._facts:
+            return self._facts[name]
+        raise ModelStateError(
+            f"this fit was loaded without its target ({self._facts.get('name', '?')}), which this "
+            "needs; load it with "
+            "esl.load(path, target=model)."
+        )
+
+    def __repr__(self) -> str:
+        return f"AbsentModel({self._facts.get('name', '?')!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSteering:
+    """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for
+    calibration and test."""
+
+    config: ExpertSteerConfig
+    seed: int
+    layer_pair_mi: LayerPairMI
+    layer_pairs: LayerPairs
+    aligners: dict[PairKey, Aligner]
+    rfms: dict[PairKey, RFM]
+    """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
+    target: Host
+    """The model to be steered; an `AbsentModel` if the fit was loaded without it."""
+    readings: Readings
+    gradients: dict[str, Tensor]
+    """d metric / d state at each target hook point, summed over positions; empty unless the rule is
+    "attribution"."""
+    steps: tuple[dict[str, Any], ...]
+    """Per step: name, seconds, and its figures."""
+
+    @property
+    def expert_pairs(self) -> ActivationStore:
+        """The expert's states on the contrast pairs, labelled."""
+        return self.readings.expert_pairs
+
+    @property
+    def target_pairs(self) -> ActivationStore:
+        """The target's own states on the contrast pairs, labelled."""
+        return self.readings.target_pairs
+
+    @property
+    def target_anchors(self) -> ActivationStore:
+        """The target's states on the anchors."""
+        return self.readings.target_anchors
+
+    @property
+    def calibration_texts(self) -> tuple[Text, ...]:
+        """Neutral texts on which strengths are found."""
+        return self.readings.calibration_texts
+
+    @property
+    def test_texts(self) -> tuple[Text, ...]:
+        """Neutral texts that only `evaluate` reads."""
+        return self.readings.test_texts
+
+    @property
+    def validation_behaviour(self) -> Behaviour | None:
+        """Prompts used for choices."""
+        return self.readings.validation_behaviour
+
+    @property
+    def test_behaviour(self) -> Behaviour | None:
+        """Prompts that only `evaluate` reads."""
+        return self.readings.test_behaviour
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Names, fingerprints and hashes of what went in."""
+        return self.readings.provenance
+
+    def direction(self, expert_hook: str, target_hook: str) -> Float[Tensor, " d_target"]:
+        """Unit direction in the target's space for one fitted pair, pointing towards the positive
+        class."""
+        if (expert_hook, target_hook) not in self.rfms:
+            known = [f"{e} → {t}" for e, t in self.rfms]
+            raise unknown_hook(f"{expert_hook} → {target_hook}", known, "a fitted layer pair")
+        return self.rfms[expert_hook, target_hook].direction.clone()
+
+    def refit(
+        self,
+        config: ExpertSteerConfig | None = None,
+        *,
+        seed: int | None = None,
+        progress: bool = False,
+        **changes: Any,
+    ) -> ExpertSteering:
+        """The same readings under other settings: no model is run for the states, only for what the
+        rule asks.
+
+        Args:
+            config: settings; default: those of this fit.
+            seed: of gauges, folds and the rule "random"; default: this fit's.
+            progress: show progress bars.
+            **changes: fields of the config to replace, e.g. `aligner=AlignerConfig(kind="ridge")`.
+
+        Raises:
+            ArgumentError: a change of what or how is read (`read_positions`); use
+                `ExpertSteer(...).fit` for that.
+        """
+        from .expert_steer import solve
+
+        settings = replace(config or self.config, **changes)
+        if settings.read_positions != self.config.read_positions:
+            raise ArgumentError(
+                f"read_positions={settings.read_positions!r} needs other states than the "
+                f"{self.config.read_positions!r} "
+                "that were read; run ExpertSteer(...).fit again."
+            )
+        same_mi = settings.mi == self.config.mi and seed in (None, self.seed)
+        return solve(
+            settings,
+            self.seed if seed is None else seed,
+            self.target,
+            self.readings,
+            progress=progress,
+            mi=self.layer_pair_mi if same_mi else None,
+            gradients=self.gradients or None,
+        )
+
+    def predicted_effect(self, target_hook: str, direction: Float[Tensor, " d_target"]) -> float:
+        """First-order effect on the behaviour of adding `direction` at coefficient 1 at every
+        position, nats.
+
+        Raises:
+            ArgumentError: the fit's rule was not "attribution", so no gradient was taken.
+        """
+        if target_hook not in self.gradients:
+            known = sorted(self.gradients)
+            if known:
+                raise unknown_hook(target_hook, known, "a hook point with a gradient")
+            raise ArgumentError(
+                "this fit took no gradients; use PairingConfig(rule='attribution')."
+            )
+        return self.target_anchors.median_norm(target_hook) * float(
+            self.gradients[target_hook] @ direction.double()
+        )
+
+    def plan(
+        self,
+        *,
+        layer_pairs: Sequence[PairKey] | None = None,
+        coefficient: float | str = "auto",
+        positions: Any = "all",
+        edit: str = "add",
+    ) -> SteeringPlan:
+        """A plan that writes the fitted directions into the target.
+
+        Args:
+            layer_pairs: (expert hook, target hook) keys among the fitted candidates; default: the
+                chosen pairs.
+            coefficient: signed strength in units of the target layer's median residual norm, shared
+                by all layers; or "auto": the largest that keeps the damage to held-out texts within
+                `config.budget`.
+            positions: which tokens are steered, see `SteeringPlan`.
+            edit: "add" and others, see `SteeringPlan`.
+        """
+        keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
+        if isinstance(coefficient, str) and coefficient != "auto":
+            raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
+        strength = 0.1 if coefficient == "auto" else float(coefficient)
+        plan = self._plan_of({key: self.direction(*key) for key in keys}, strength, positions, edit)
+        if coefficient != "auto":
+            return plan
+        return self.calibrate(plan).apply(plan)
+
+    def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
+        """`calibrate` on this fit's held-out anchors and validation behaviour; keywords as
+        there."""
+        settings = {
+            "budget": self.config.budget,
+            "unit": self.config.budget_unit,
+            "behaviour": self.validation_behaviour,
+            "batch_size": 32,
+            **kwargs,
+        }
+        return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
+
+    def _plan_of(
+        self,
+        directions: dict[PairKey, Tensor],
+        strength: float,
+        positions: Any = "all",
+        edit: str = "add",
+    ) -> SteeringPlan:
+        vectors = []
+        for (expert_hook, target_hook), direction in directions.items():
+            vectors.append(
+                SteeringVector(
+                    hook_name=target_hook,
+                    direction=direction,
+                    coefficient=strength,
+                    # A fraction (ablate, rescale) has no length; every other strength is in units
+                    # of the layer's norm.
+                    relative_to="unit" if edit in ("ablate", "rescale") else "median_norm",
+                    median_norm=None
+                    if edit in ("ablate", "rescale")
+                    else self.target_anchors.median_norm(target_hook),
+                    edit=edit,
+                    provenance=self._pair_facts(expert_hook, target_hook),
+                )
+            )
+        facts = self.target.facts()
+        return SteeringPlan(
+            vectors=tuple(vectors),
+            positions=positions,
+            basis=facts.pop("basis"),
+            target=facts,
+            provenance={**self.provenance, "config": self.config.to_dict(), "seed": self.seed},
+        )
+
+    def _pair_facts(self, expert_hook: str, target_hook: str) -> dict[str, Any]:
+        facts: dict[str, Any] = {"expert_hook_name": expert_hook}
+        key = (expert_hook, target_hook)
+        if key in self.rfms:
+            facts["rfm_validation_auc"] = self.rfms[key].validation_auc
+            facts["aligner"] = asdict(self.aligners[key].quality)
+        mi = self.layer_pair_mi
+        if expert_hook in mi.expert_hook_names and target_hook in mi.target_hook_names:
+            i, j = mi.expert_hook_names.index(expert_hook), mi.target_hook_names.index(target_hook)
+            facts["mutual_information"] = float(mi.matrix[i, j])
+        return facts
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per fitted pair: MI, predicted effect (the rule's score), aligner R², RFM AUC,
+        chosen or not."""
+        import pandas as pd
+
+        score = {
+            (r.expert, r.target): (r.score, r.chosen)
+            for r in self.layer_pairs.to_pandas().itertuples()
+        }
+        rows = []
+        for key, rfm in self.rfms.items():
+            facts = self._pair_facts(*key)
+            rows.append(
+                {
+                    "expert": key[0],
+                    "target": key[1],
+                    "mutual_information": facts.get("mutual_information"),
+                    "aligner_r2": self.aligners[key].quality.r2,
+                    "rfm_validation_auc": rfm.validation_auc,
+                    "score": score[key][0] if key in score else None,
+                    "chosen": score[key][1] if key in score else False,
+                }
+            )
+        return pd.DataFrame(rows).sort_values(
+            "score", ascending=self.layer_pairs.rule == "min_mi", ignore_index=True
+        )
+
+    def summary(self) -> str:
+        """The steps with their time and figures, and the chosen pairs, as text."""
+        lines = [
+            f"{self.provenance['expert']['name']} → {self.provenance['target']['name']} (seed "
+            f"{self.seed})"
+        ]
+        for step in self.steps:
+            figures = ", ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
+            lines.append(f"  {step['step']:<10} {step['seconds']:6.1f} s   {figures}")
+        lines += [
+            f"  chosen     {p.expert} → {p.target}  ({self.layer_pairs.rule} {p.score:+.3f})"
+            for p in self.layer_pairs
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)
+        kind = self.config.aligner.kind
+        return f"ExpertSteering({chosen}; {len(self.rfms)} fitted pairs; aligner {kind})"

@@ -1,0 +1,185 @@
+"""What steering refuses on entry, what it reports, and what it checks at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from expertsteer_lens.data.activations import layer_of
+from expertsteer_lens.errors import (
+    ArtifactError,
+    DataError,
+    HookNameError,
+    InterventionError,
+    ModelStateError,
+    WidthError,
+)
+from expertsteer_lens.hosts import fingerprints_match
+from expertsteer_lens.interventions.positions import ForwardInfo, Positions
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts import Host
+
+    from .plan import SteeringPlan
+
+
+@dataclass(eq=False)
+class RunReport:
+    """What steering has done so far."""
+
+    n_forwards: int = 0
+    """Forward passes seen."""
+    n_fired: dict[str, int] = field(default_factory=dict)
+    """Calls of each hook."""
+    _selected: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+    """A number, and tensors yet to be added to it."""
+    _edited: dict[str, list[Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_selected(self) -> dict[str, int]:
+        """Tokens the position rule selected, by hook name."""
+        return _totals(self._selected)
+
+    @property
+    def n_edited(self) -> dict[str, int]:
+        """Tokens edited (selected, gate open, coefficient not 0), by hook name, summed over its
+        vectors."""
+        return _totals(self._edited)
+
+    def __repr__(self) -> str:
+        return f"RunReport({self.n_forwards} forward passes, tokens edited: {self.n_edited})"
+
+
+def _totals(counts: dict[str, list[Any]]) -> dict[str, int]:
+    # Counts stay on the device until somebody asks: a hook never waits for one.
+    for parts in counts.values():
+        parts[:] = [sum(int(p) for p in parts)]  # in place: the hooks go on counting here
+    return {name: parts[0] for name, parts in counts.items()}
+
+
+def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None:
+    """Raise unless the plan can be applied to the model as it is now; see `SteeringPlan.hooks`."""
+    host.check_ready()
+    host.check_hook_names([v.hook_name for v in plan.vectors], steering=True)
+    _check_distinct(plan, host)
+    for vector in plan.vectors:
+        width = vector.direction.shape[0]
+        if "hook_resid" in vector.hook_name and width != host.d_model:
+            raise WidthError(
+                f"the vector at {vector.hook_name!r} has width {width}, but {host.name!r} has "
+                f"d_model={host.d_model}."
+            )
+        if vector.gate is not None and vector.gate.hook_name is not None:
+            host.check_hook_names([vector.gate.hook_name])
+            if layer_of(vector.gate.hook_name) > layer_of(vector.hook_name):
+                raise HookNameError(
+                    f"the gate of {vector.hook_name!r} is read at {vector.gate.hook_name!r}, after "
+                    "it; "
+                    "read it at the same layer or before."
+                )
+    if allow_mismatch:
+        return
+    fitted = plan.target.get("fingerprint")
+    if fitted is not None and not fingerprints_match(fitted, host.fingerprint):
+        raise ArtifactError(
+            f"this plan was fitted on fingerprint {fitted} ({plan.target.get('name', '?')}), the "
+            "model given "
+            f"({host.name}) has {host.fingerprint}; pass allow_mismatch=True to use it anyway."
+        )
+    if plan.basis == "centred" and host.basis == "raw":
+        raise ModelStateError(
+            f"this plan is in the centred basis, but the output of {host.name!r} changes when a "
+            "constant is added to "
+            "its residual stream, so centring is not allowed there; refit, or pass "
+            "allow_mismatch=True."
+        )
+
+
+def _check_distinct(plan: SteeringPlan, host: Host) -> None:
+    seen: dict[Any, str] = {}
+    for name in dict.fromkeys(v.hook_name for v in plan.vectors):
+        place = host.place(name)
+        if place in seen:
+            raise HookNameError(
+                f"hooks {seen[place]!r} and {name!r} are one and the same hook point; use one name "
+                "for both, so that "
+                "the order of the edits is the order of the plan."
+            )
+        seen[place] = name
+
+
+def check_padding(
+    info: ForwardInfo,
+    tokenizer: Any,
+    positions: Positions,
+    *,
+    prompt: Tensor | None,
+    lengths_given: bool,
+) -> None:
+    """Without a mask that says so, padding would be counted as tokens: refuse a batch that looks
+    padded, or hides it.
+
+    Args:
+        info: the pass.
+        tokenizer: knows the id of padding.
+        positions: for the message.
+        prompt: the mask of the prompt, where a `generate` call told it.
+        lengths_given: prompt lengths are known, so padding on the right is past all that matters.
+    """
+    ids, pad = info.input_ids, getattr(tokenizer, "pad_token_id", None)
+    if info.attention_mask is not None or info.past or info.batch < 2:
+        return
+    if info.opaque_mask and prompt is None:
+        raise DataError(
+            "the mask given does not say which tokens of the batch are padding, so "
+            f"positions={positions!r} cannot be told; "
+            "pass attention_mask=[batch, pos] with 0 at padding, or one prompt at a time."
+        )
+    if ids is None or not isinstance(pad, int) or (prompt is not None and not bool(prompt.all())):
+        return
+    right = (ids[:, -1] == pad).any() & (not lengths_given)
+    left = ((ids[:, 0] == pad) & (ids[:, min(1, ids.shape[1] - 1)] == pad)).any()
+    if bool(right | left):
+        raise DataError(
+            f"the batch seems to be padded (pad id {pad}) and came without an attention mask, so "
+            f"positions={positions!r} "
+            "cannot be told; pass ids with attention_mask=..., or one prompt at a time."
+        )
+
+
+def check_present(lost: list[str]) -> None:
+    """Raise `InterventionError` if hooks that should be on are gone."""
+    if lost:
+        raise InterventionError(
+            f"steering at {lost} was removed while it was on (reset_hooks, clear_edits, or an SAE "
+            "put on the hook point?); "
+            "what runs since then is not steered. Install steering after that, or leave the hooks "
+            "alone until the block ends."
+        )
+
+
+def check_outcome(report: RunReport, lost: list[str], *, model: str, positions: Positions) -> None:
+    """Raise `InterventionError` if steering did not happen where it should have."""
+    check_present(lost)
+    if report.n_forwards == 0 and not any(report.n_fired.values()):
+        raise InterventionError(
+            f"the model {model!r} was not run inside the block, so nothing was steered; run the "
+            "object given to hooks(), "
+            "or use plan.attach(model) for an open end."
+        )
+    silent = [hook for hook, count in report.n_fired.items() if count == 0]
+    if silent:
+        raise InterventionError(
+            f"steering at {silent} never fired in {report.n_forwards} forward passes of {model!r}; "
+            "did every pass stop "
+            "before that layer (stop_at_layer)?"
+        )
+    untouched = [hook for hook, count in report.n_selected.items() if count == 0]
+    if untouched:
+        raise InterventionError(
+            f"positions={positions!r} selected no token at {untouched} in {report.n_forwards} "
+            "forward passes; positions "
+            "are absolute token positions, BOS included."
+        )

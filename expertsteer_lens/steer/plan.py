@@ -1,0 +1,424 @@
+"""Steering vectors and plans: frozen data that says what is written where, on which tokens, how
+strongly."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens.data.activations import ActivationStore, layer_of
+from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.interventions.edits import centre
+from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.interventions.positions import Positions, check_positions
+
+if TYPE_CHECKING:
+    from .run import RunReport, Steering, SteeringHandle
+
+EDITS = ("add", "ablate", "clamp", "rescale")
+RELATIVE_TO = ("median_norm", "unit")
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """One direction at one hook point, and what is done with it. A coefficient of 0 is off,
+    whatever the edit.
+
+    With v the direction and s = coefficient * (median_norm if relative_to is "median_norm" else 1):
+
+    | edit | effect on x | |
+    |---|---|---|
+    | add | x + s v | |
+    | clamp | projection on v raised to at least s (s > 0), or lowered to at most s (s < 0) | |
+    | ablate | x - coefficient (x.v) v | a fraction: relative_to must be "unit" |
+    | rescale | x + coefficient (x.v) v | a fraction: relative_to must be "unit" |
+    """
+
+    hook_name: str
+    """E.g. `blocks.3.hook_resid_post`."""
+    direction: Float[Tensor, " d"]
+    """Unit vector, float32, pointing towards the positive class."""
+    coefficient: float
+    """Signed strength."""
+    relative_to: str = "median_norm"
+    """What the coefficient multiplies: the layer's median residual norm, or "unit" (1)."""
+    median_norm: float | None = None
+    """Median norm of the target's activations at this hook point, in the plan's basis."""
+    edit: str = "add"
+    """ "add", "ablate", "clamp" or "rescale"."""
+    preserve_norm: bool = False
+    """Rescale each edited token to the norm it had."""
+    gate: Gate | None = None
+    """Where the edit applies, by what the activation says; None: everywhere the positions say."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able facts: expert layer, quality of the fit, ..."""
+
+    def __post_init__(self) -> None:
+        direction = torch.as_tensor(self.direction).detach().to(torch.float32).clone().contiguous()
+        if direction.ndim != 1 or not bool(torch.isfinite(direction).all()):
+            raise DataError(
+                f"direction at {self.hook_name!r} must be a finite vector [d], got shape "
+                f"{tuple(direction.shape)} with "
+                f"{int((~torch.isfinite(direction)).sum())} values that are NaN or Inf."
+            )
+        norm = float(direction.norm())
+        if abs(norm - 1.0) > 1e-3:
+            raise ArgumentError(
+                f"direction at {self.hook_name!r} must be a unit vector, got norm {norm:.4g}; "
+                "SteeringPlan.from_vectors normalises for you."
+            )
+        check_number("coefficient", self.coefficient)
+        check_choice("relative_to", self.relative_to, RELATIVE_TO)
+        check_choice("edit", self.edit, EDITS)
+        if self.relative_to == "median_norm" and self.edit in ("ablate", "rescale"):
+            raise ArgumentError(
+                f"edit={self.edit!r} takes a fraction as its coefficient; pass relative_to='unit'."
+            )
+        if self.relative_to == "median_norm" and self.median_norm is None:
+            raise ArgumentError(
+                "relative_to='median_norm' needs median_norm; pass it, or relative_to='unit'."
+            )
+        if self.median_norm is not None:
+            check_number("median_norm", self.median_norm, low=0.0, low_open=True)
+        object.__setattr__(self, "direction", direction)
+        object.__setattr__(
+            self, "gate", Gate.from_dict(self.gate) if isinstance(self.gate, Mapping) else self.gate
+        )
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    @property
+    def scale(self) -> float:
+        """The coefficient in the unit of the activations: coefficient * (median_norm or 1)."""
+        unit = (
+            self.median_norm
+            if self.relative_to == "median_norm" and self.median_norm is not None
+            else 1.0
+        )
+        return float(self.coefficient) * unit
+
+    @property
+    def delta(self) -> Float[Tensor, " d"]:
+        """What `add` adds: scale * direction, float32."""
+        return self.scale * self.direction
+
+    def __repr__(self) -> str:
+        unit = f"×{self.median_norm:.4g} (median norm)" if self.relative_to == "median_norm" else ""
+        extras = (", norm preserved" if self.preserve_norm else "") + (
+            "" if self.gate is None else f", {self.gate}"
+        )
+        width = self.direction.shape[0]
+        return f"{self.hook_name}: {self.edit} {self.coefficient:+.4g}{unit}, d={width}{extras}"
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """Several steering vectors with the tokens they act on. Vectors at one hook point are applied
+    in the order given."""
+
+    vectors: tuple[SteeringVector, ...]
+    positions: Positions = "all"
+    """Absolute token positions, see `expertsteer_lens.positions`."""
+    basis: str | None = None
+    """Coordinates of the directions and norms: "centred", "raw", or None: whatever the model's is
+    found to be."""
+    target: Mapping[str, Any] = field(default_factory=dict)
+    """The model it was made for: fingerprint, name, d_model, n_layers. Checked where given."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-able facts about how it was made."""
+    _last: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        vectors = tuple(self.vectors)
+        if not vectors or not all(isinstance(v, SteeringVector) for v in vectors):
+            raise ArgumentError(
+                "vectors must hold at least one SteeringVector; SteeringPlan.from_vectors takes "
+                "tensors."
+            )
+        if self.basis not in (None, "raw", "centred"):
+            raise ArgumentError(f"basis must be 'raw', 'centred' or None, got {self.basis!r}.")
+        object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "positions", check_positions(self.positions))
+        object.__setattr__(self, "target", dict(self.target))
+        object.__setattr__(self, "provenance", dict(self.provenance))
+
+    @classmethod
+    def from_vectors(
+        cls,
+        vectors: Mapping[str, Tensor],
+        *,
+        coefficient: float | Mapping[str, float] = 1.0,
+        relative_to: str = "median_norm",
+        median_norms: ActivationStore | Mapping[str, float] | None = None,
+        positions: Positions = "all",
+        edit: str = "add",
+        preserve_norm: bool = False,
+        gate: Gate | None = None,
+        basis: str | None = None,
+    ) -> SteeringPlan:
+        """A plan from one tensor `[d]` per hook name, of any length: only its direction is used.
+
+        Args:
+            vectors: tensor by hook name.
+            coefficient: strength, one for all or one per hook name. To add a tensor as it is, pass
+                `relative_to="unit"` and its norm.
+            relative_to: "median_norm" (needs `median_norms`) or "unit".
+            median_norms: number by hook name, or activations of neutral texts from `capture`, which
+                also say basis and target.
+            positions: see `expertsteer_lens.positions`.
+            edit: see `SteeringVector`.
+            preserve_norm: see `SteeringVector`.
+            gate: one for every vector; see `Gate`.
+            basis: see `SteeringPlan`; default: that of `median_norms`, if it says.
+
+        Raises:
+            ArgumentError: missing norms, zero vectors, bad choices.
+            DataError: NaN or Inf, wrong shape.
+        """
+        if not vectors:
+            raise ArgumentError("vectors is empty; give at least one tensor by hook name.")
+        out = []
+        for name, value in vectors.items():
+            tensor = torch.as_tensor(value).detach().to(torch.float64)
+            if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()):
+                raise DataError(
+                    f"vectors[{name!r}] must be a finite tensor [d], got shape "
+                    f"{tuple(tensor.shape)}."
+                )
+            if not bool(tensor.any()):
+                raise ArgumentError(f"vectors[{name!r}] is zero and has no direction.")
+            out.append(
+                SteeringVector(
+                    hook_name=name,
+                    direction=(tensor / tensor.norm()).float(),
+                    coefficient=_lookup("coefficient", coefficient, name),
+                    relative_to=relative_to,
+                    median_norm=_norm_of(median_norms, name)
+                    if relative_to == "median_norm"
+                    else None,
+                    edit=edit,
+                    preserve_norm=preserve_norm,
+                    gate=gate,
+                )
+            )
+        facts = dict(median_norms.provenance) if isinstance(median_norms, ActivationStore) else {}
+        keys = ("fingerprint", "name", "d_model", "n_layers")
+        return cls(
+            vectors=tuple(out),
+            positions=positions,
+            basis=basis if basis is not None else facts.get("basis"),
+            target={k: facts[k] for k in keys if k in facts},
+        )
+
+    # -- variations -------------------------------------------------------------------------------
+
+    def with_coefficient(self, coefficient: float) -> SteeringPlan:
+        """The same plan with its largest coefficient (by size) set to `coefficient`; the others
+        keep their ratio to it."""
+        check_number("coefficient", coefficient)
+        largest = max((v.coefficient for v in self.vectors), key=abs)
+        ratio = [v.coefficient / largest if largest else 1.0 for v in self.vectors]
+        vectors = (
+            replace(v, coefficient=coefficient * r)
+            for v, r in zip(self.vectors, ratio, strict=True)
+        )
+        return replace(self, vectors=tuple(vectors))
+
+    def with_positions(self, positions: Positions) -> SteeringPlan:
+        """The same plan on other tokens."""
+        return replace(self, positions=positions)
+
+    def with_random_directions(self, *, seed: int) -> SteeringPlan:
+        """The control: the same hook points, strengths and positions with random unit directions
+        (mean-free if centred)."""
+        # Hashed: a generator seeded with `seed` itself may be the very one the caller's direction
+        # was drawn from.
+        digest = hashlib.sha256(f"random directions {seed}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        vectors = []
+        for vector in self.vectors:
+            noise = torch.randn(vector.direction.shape[0], generator=generator)
+            noise = centre(noise) if self.basis == "centred" else noise
+            facts = {**vector.provenance, "direction": "random", "seed": seed}
+            vectors.append(replace(vector, direction=noise / noise.norm(), provenance=facts))
+        return replace(
+            self,
+            vectors=tuple(vectors),
+            provenance={**self.provenance, "directions": f"random, seed {seed}"},
+        )
+
+    # -- use --------------------------------------------------------------------------------------
+
+    def hooks(
+        self,
+        model: Any,
+        *,
+        allow_mismatch: bool = False,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        row_coefficients: Sequence[float] | Tensor | None = None,
+    ) -> AbstractContextManager[RunReport]:
+        """Steer `model` inside the block: every forward pass and every generate call, on any host.
+
+        Args:
+            model: the target, any model `as_host` accepts.
+            allow_mismatch: use the plan on a model other than the one it was made for.
+            prompt_lengths: tokens (BOS included) of each row that are prompt. By default the prompt
+                is what the first pass of a generate call, or a lone forward pass, is given; say it
+                when scoring a completion that is already in the tokens.
+            row_coefficients: multiplies every coefficient, row by row of the batch; rows with 0 are
+                left bit for bit.
+
+        Yields:
+            A report that counts passes and edited tokens; also `last_run` afterwards.
+
+        Raises:
+            HookNameError, WidthError, ArtifactError, ModelStateError: on entry, before anything is
+                changed.
+            InterventionError: on leaving without another error, if the model was never run inside
+                the block, a hook never fired or was removed by someone else (`reset_hooks`), or no
+                token was ever selected by `positions`. For an open end use `attach`.
+        """
+        return self._steering(model, allow_mismatch, prompt_lengths, row_coefficients).run()
+
+    def attach(self, model: Any, *, allow_mismatch: bool = False) -> SteeringHandle:
+        """Steer `model` until `.remove()` is called on the handle returned. Nothing is checked at
+        the end.
+
+        If somebody removes the hooks meanwhile (`reset_hooks`), the next pass of the model is an
+        `InterventionError`, before its first block, until `.remove()`."""
+        from .run import SteeringHandle
+
+        return SteeringHandle(self._steering(model, allow_mismatch, None, None))
+
+    def fwd_hooks(
+        self,
+        model: Any,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        allow_mismatch: bool = False,
+    ) -> list[tuple[str, Callable[..., Tensor | None]]]:
+        """A plain list of (hook name, function) for TransformerLens' `run_with_hooks` and `hooks`.
+
+        A bare list sees activations only: a single-token pass after a longer one counts as a cached
+        step, every other pass as a new sequence whose prompt is all of it (or `prompt_lengths`).
+        For padded batches pass the `attention_mask` that the model gets. For uncached generation
+        use `hooks`, which sees the generate call itself."""
+        return self._steering(model, allow_mismatch, prompt_lengths, None).functions(attention_mask)
+
+    def apply(
+        self,
+        model: Any,
+        *,
+        allow_mismatch: bool = False,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        row_coefficients: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Steer the nnsight run that is open: call it once, first thing in the body of `trace`,
+        `generate` or `invoke`.
+
+        Every pass of the run is steered (all steps of a `generate`, no loop needed; in an `invoke`
+        its own rows), and whatever the body reads is steered, the `.output` of the steered layer
+        too. Checked at the end like `hooks`. For traces that run on a server use `edit`.
+
+        Raises:
+            HostError: outside of a trace, or on another host; use `hooks` there.
+            InterventionError: called after the model began to run, or in a loop over later steps.
+        """
+        from expertsteer_lens.hosts import as_host
+
+        options = (allow_mismatch, prompt_lengths, row_coefficients)
+        as_host(model).apply_plan(self, lambda host: self._steering(host, *options))
+
+    def edit(
+        self,
+        model: Any,
+        *,
+        allow_mismatch: bool = False,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+    ) -> Any:
+        """Make the plan a default edit of an nnsight model; it steers every later run until
+        `.remove()` on the handle.
+
+        It is made of plain torch operations and travels with the model: `remote=True` runs are
+        steered on the server, which needs nothing of this package. Gates and reports are for
+        `hooks`, `attach` and `apply`."""
+        from expertsteer_lens.hosts import as_host
+
+        return as_host(model).edit_plan(
+            self, allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths
+        )
+
+    def _steering(
+        self, model: Any, allow_mismatch: bool, prompt_lengths: Any, row_coefficients: Any
+    ) -> Steering:
+        from expertsteer_lens.hosts import as_host
+
+        from .run import Steering
+
+        return Steering(
+            self,
+            as_host(model),
+            allow_mismatch=allow_mismatch,
+            prompt_lengths=prompt_lengths,
+            row_coefficients=row_coefficients,
+        )
+
+    @property
+    def last_run(self) -> RunReport | None:
+        """What the latest `hooks`, `attach` or `fwd_hooks` of this plan has done so far; None
+        before the first."""
+        return self._last[-1] if self._last else None
+
+    def to_pandas(self) -> Any:
+        """One row per vector."""
+        import pandas as pd
+
+        names = ("hook_name", "edit", "coefficient", "relative_to", "median_norm", "preserve_norm")
+        rows = []
+        for v in self.vectors:
+            layer = layer_of(v.hook_name) if any(c.isdigit() for c in v.hook_name) else None
+            rows.append(
+                {
+                    **{n: getattr(v, n) for n in names},
+                    "layer": layer,
+                    "scale": v.scale,
+                    "gate": str(v.gate or ""),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        lines = "\n".join(f"  {v!r}" for v in self.vectors)
+        made_for = self.target.get("name", "any model")
+        rules = f"positions={self.positions!r}, basis={self.basis}"
+        return f"SteeringPlan({rules}, for {made_for},\n{lines})"
+
+
+def _lookup(what: str, value: float | Mapping[str, float], name: str) -> float:
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise ArgumentError(f"{what} has no entry for {name!r}; it has {sorted(value)}.")
+    return value[name]
+
+
+def _norm_of(norms: ActivationStore | Mapping[str, float] | None, name: str) -> float:
+    if norms is None:
+        raise ArgumentError(
+            "relative_to='median_norm' needs median_norms: a number per hook name, or activations "
+            "of neutral texts from "
+            "capture(...); or pass relative_to='unit'."
+        )
+    return (
+        norms.median_norm(name)
+        if isinstance(norms, ActivationStore)
+        else _lookup("median_norms", norms, name)
+    )
