@@ -66,7 +66,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
         forward = ModuleType(spec.name, module.__doc__)
-        forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+        # Copied, not looked up: nnsight gives every object a method `save`, which would come first.
+        forward.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         return forward
 
     def exec_module(self, module: ModuleType) -> None:
