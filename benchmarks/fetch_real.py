@@ -110,7 +110,9 @@ def make_data(source: Source, packages: list[pathlib.Path], out: pathlib.Path) -
     shutil.copytree(root, out)
     digest = hashlib.sha256()
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(out)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(
+            f"{file.relative_to(out)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -149,7 +151,9 @@ def make(name: str, out: pathlib.Path) -> None:
         packages = download(source, pathlib.Path(work))
         made = pathlib.Path(work) / "made"
         data = source.quantisation is None
-        digest = make_data(source, packages, made) if data else make_model(name, source, packages, made)
+        digest = (
+            make_data(source, packages, made) if data else make_model(name, source, packages, made)
+        )
         if source.sha256 and digest != source.sha256:
             raise SystemExit(f"{name}: sha256 is {digest}, expected {source.sha256}.")
         facts = {**asdict(source), "sha256": digest}
