@@ -1,0 +1,76 @@
+"""Unsteered streams of batches, kept so that a further strength or direction costs only the blocks
+above the layer that is steered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts import Host, TokenBatch
+    from expertsteer_lens.hosts.resume import KeptStream
+    from expertsteer_lens.steer.plan import SteeringPlan
+
+CACHE_BYTES = 2**29
+"""Most memory for kept streams (512 MiB), unless the caller says otherwise."""
+
+
+class StreamCache:
+    """Runs batches under plans, from the lowest steered layer where the host can.
+
+    One layer's streams are held at a time: `n_tokens * d_model` numbers in the model's dtype for all
+    batches together. Batches beyond `cache_bytes` are run in full. So is every batch on a host that
+    cannot run from a layer (see `Host.keep_stream`).
+    """
+
+    def __init__(self, host: Host, cache_bytes: int = CACHE_BYTES) -> None:
+        self.host, self.cache_bytes = host, cache_bytes
+        self._n_blocks = 0
+        self._kept: dict[int, tuple[TokenBatch, KeptStream]] = {}
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the streams held now."""
+        return sum(kept.n_bytes for _, kept in self._kept.values())
+
+    @contextmanager
+    def steered(
+        self,
+        batch: TokenBatch,
+        plan: SteeringPlan | None,
+        prompt_lengths: Sequence[int] | Tensor | None = None,
+    ) -> Iterator[None]:
+        """Inside, a pass over `batch` is steered by `plan` (None: not at all).
+
+        Args:
+            batch: the same object each time, so that it is known again.
+            plan: what is steered.
+            prompt_lengths: see `SteeringPlan.hooks`.
+        """
+        with ExitStack() as stack:
+            if plan is not None:
+                kept = self._stream(batch, plan)
+                if kept is not None:
+                    stack.enter_context(self.host.resume(kept))
+                stack.enter_context(plan.hooks(self.host.model, prompt_lengths=prompt_lengths))
+            yield
+
+    def _stream(self, batch: TokenBatch, plan: SteeringPlan) -> KeptStream | None:
+        n_blocks = self.host.n_blocks_below(plan.hook_names)
+        if n_blocks == 0:
+            return None
+        if n_blocks != self._n_blocks:
+            self._kept.clear()
+            self._n_blocks = n_blocks
+        if id(batch) not in self._kept:
+            size = batch.input_ids.numel() * self.host.d_model * self.host.dtype.itemsize
+            if self.n_bytes + size > self.cache_bytes:
+                return None
+            kept = self.host.keep_stream(batch, n_blocks)
+            if kept is None:
+                return None
+            self._kept[id(batch)] = (batch, kept)  # the batch too, so that its id is not given anew
+        return self._kept[id(batch)][1]
