@@ -84,8 +84,8 @@ def check_spans(spans: Sequence[Span], texts: Sequence[Text]) -> list[Span]:
         start, end = (int(x) for x in span)
         if not 0 <= start < end <= size:
             raise DataError(
-                f"spans[{i}] is ({start}, {end}), which is empty or outside of the {size} characters "
-                "of its text; a span is (start, end) with start < end."
+                f"spans[{i}] is ({start}, {end}), which is empty or outside of the {size} "
+                "characters of its text; a span is (start, end) with start < end."
             )
         out.append((start, end))
     return out

@@ -4,7 +4,7 @@ prompt at a time."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,8 @@ from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
 if TYPE_CHECKING:
     from expertsteer_lens.steer.plan import SteeringPlan
     from expertsteer_lens.steer.run import Steering
+
+    from .resume import KeptStream
 
 
 class Host:
@@ -84,6 +86,25 @@ class Host:
         With `stop_at_layer=k < n_layers` only blocks 0..k-1 run, and what comes back is not logits.
         """
         raise NotImplementedError
+
+    def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
+        """Logits `[n, vocab]` at the positions of `where` (`[batch, pos]`, bool), row after row."""
+        logits = self.forward(batch)
+        return logits[where.to(logits.device)]
+
+    def keep_stream(self, batch: TokenBatch, n_blocks: int) -> KeptStream | None:
+        """The unsteered stream that leaves block `n_blocks - 1`, for `resume`.
+
+        None where this host cannot run a pass from there, or not exactly; run full passes then.
+        """
+        return None
+
+    def resume(self, kept: KeptStream) -> AbstractContextManager[None]:
+        """Inside the block, passes over the batch of `kept` begin after its blocks.
+
+        Hooks fire as always, also at the output of the last block that is not run.
+        """
+        raise HostError(f"{self.kind} cannot run a pass from a layer; run full passes.")
 
     def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
         """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on
@@ -188,6 +209,20 @@ class Host:
                 "random; call model.eval()."
             )
 
+    def n_blocks_below(self, hook_names: Iterable[str]) -> int:
+        """How many blocks a pass runs before an edit at these hook points can change anything.
+
+        An edit at `blocks.3.hook_resid_post` leaves blocks 0 to 3 as they are: 4. Elsewhere in
+        block 3 it leaves 3, and at a hook point outside of the blocks 0.
+        """
+        counts = []
+        for name in hook_names:
+            match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+            if match is None:
+                return 0
+            counts.append(int(match[1]) + (match[2] == "hook_resid_post"))
+        return min(counts, default=0)
+
     # -- hook names -------------------------------------------------------------------------------
 
     def hook_names(self, kind: str = "hook_resid_post") -> list[str]:
@@ -286,10 +321,11 @@ class Host:
                     f"prompts[{i}] has {len(row)} tokens, more than {where} {limit}; shorten or "
                     "split it."
                 )
-        return pad_right(rows, self._pad_id()).to(self.device)
+        return pad_right(rows, self.pad_id).to(self.device)
 
-    def _pad_id(self) -> int:
-        # The mask hides padding, so any id in the vocabulary will do where the tokenizer has none.
+    @property
+    def pad_id(self) -> int:
+        """What fills up rows: the mask hides it, so any id in the vocabulary would do."""
         for attribute in ("pad_token_id", "eos_token_id", "bos_token_id"):
             value = getattr(self.tokenizer, attribute, None)
             if isinstance(value, int):

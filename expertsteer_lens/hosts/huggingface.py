@@ -31,6 +31,7 @@ from .blocks import (
 from .facts import _probe_batch, facts, hooks_suspended
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import watch_causal_module, watch_generate
+from .resume import KeptStream, keep_stream, logits_only_at, skip_blocks
 
 NO_TOKEN = 2**31 - 1
 """An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like
@@ -122,6 +123,36 @@ class HuggingFaceHost(Host):
         finally:
             handle.remove()
 
+    def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
+        """See `Host.logits_at`; the output head is applied at these positions only."""
+        with logits_only_at(self.model.get_output_embeddings(), where):  # type: ignore[operator]
+            return self.forward(batch)
+
+    def keep_stream(self, batch: TokenBatch, n_blocks: int) -> KeptStream | None:
+        """See `Host.keep_stream`."""
+        if not self._resumes_exactly(n_blocks):
+            return None
+        return self.run_and_keep(batch, n_blocks)
+
+    def resume(self, kept: KeptStream) -> AbstractContextManager[None]:
+        """See `Host.resume`."""
+        return skip_blocks(self._block_modules(), kept)
+
+    def _block_modules(self) -> list[nn.Module]:
+        return [self.model.get_submodule(path) for path in self.blocks.layers]
+
+    def run_and_keep(self, batch: TokenBatch, n_blocks: int) -> KeptStream:
+        """The stream, whether or not a pass from there would be exact."""
+        return keep_stream(
+            self._block_modules(), n_blocks, lambda: self.forward(batch, stop_at_layer=n_blocks)
+        )
+
+    def _resumes_exactly(self, n_blocks: int) -> bool:
+        known, name = facts(self._weights), f"resumes after {n_blocks}"
+        if name not in known:
+            known[name] = "exactly" if _resumes_exactly(self, n_blocks) else "not exactly"
+        return known[name] == "exactly"
+
     @contextmanager
     def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[TorchHooks]:
         """Put each function at its module, in order; names are resolved before anything is
@@ -161,7 +192,7 @@ class HuggingFaceHost(Host):
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
     ) -> Tensor:
         options = generate_options(
-            max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id()
+            max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self.pad_id
         )
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
         return out[:, ids.shape[1] :]
@@ -254,6 +285,27 @@ def generate_options(
         "pad_token_id": pad,
         **sampling,
     }
+
+
+@torch.no_grad()
+def _resumes_exactly(host: HuggingFaceHost, n_blocks: int) -> bool:
+    """Whether a pass from there gives the very logits of a full pass, on a fixed input.
+
+    Not so where upper blocks use more of the lower ones than their stream: shared keys and values,
+    per-layer inputs. A pass over other tokens comes between, so that nothing left over from the
+    full pass can help.
+    """
+    batch = _probe_batch(host)
+    other = TokenBatch(batch.input_ids.flip(0, 1), batch.attention_mask)
+    with host.quiet():
+        whole = host.forward(batch)
+        kept = host.run_and_keep(batch, n_blocks)
+        host.forward(other)
+        try:
+            with host.resume(kept):
+                return torch.equal(host.forward(batch), whole)
+        except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
+            return False  # what the lower blocks would have handed on is not there
 
 
 @torch.no_grad()

@@ -61,9 +61,9 @@ def keep_stream(blocks: Sequence[nn.Module], n_blocks: int, run: Callable[[], An
 
 @contextmanager
 def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]:
-    """Inside, the first `kept.n_blocks` blocks are not computed; the last of them gives the stream.
+    """Inside, the first `kept.n_blocks` blocks are not run; the last of them gives the stream.
 
-    Forward hooks on the blocks fire as always, so an edit of what leaves the last skipped block acts.
+    Forward hooks on the blocks fire as always, so an edit of what leaves the last of them acts.
     """
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:

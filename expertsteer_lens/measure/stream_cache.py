@@ -21,9 +21,9 @@ CACHE_BYTES = 2**29
 class StreamCache:
     """Runs batches under plans, from the lowest steered layer where the host can.
 
-    One layer's streams are held at a time: `n_tokens * d_model` numbers in the model's dtype for all
-    batches together. Batches beyond `cache_bytes` are run in full. So is every batch on a host that
-    cannot run from a layer (see `Host.keep_stream`).
+    One layer's streams are held at a time: `n_tokens * d_model` numbers in the model's dtype for
+    all batches together. Batches beyond `cache_bytes` are run in full; so is every batch on a host
+    that cannot run from a layer (see `Host.keep_stream`).
     """
 
     def __init__(self, host: Host, cache_bytes: int = CACHE_BYTES) -> None:
@@ -53,13 +53,14 @@ class StreamCache:
         with ExitStack() as stack:
             if plan is not None:
                 kept = self._stream(batch, plan)
+                # The plan first: it may measure the model, which takes full passes of other tokens.
+                stack.enter_context(plan.hooks(self.host.model, prompt_lengths=prompt_lengths))
                 if kept is not None:
                     stack.enter_context(self.host.resume(kept))
-                stack.enter_context(plan.hooks(self.host.model, prompt_lengths=prompt_lengths))
             yield
 
     def _stream(self, batch: TokenBatch, plan: SteeringPlan) -> KeptStream | None:
-        n_blocks = self.host.n_blocks_below(plan.hook_names)
+        n_blocks = self.host.n_blocks_below(plan.hook_names_read)
         if n_blocks == 0:
             return None
         if n_blocks != self._n_blocks:

@@ -217,6 +217,12 @@ class SteeringPlan:
             target={k: facts[k] for k in keys if k in facts},
         )
 
+    @property
+    def hook_names_read(self) -> list[str]:
+        """Every hook point the plan acts at or a gate of it reads."""
+        gates = [v.gate.hook_name for v in self.vectors if v.gate is not None and v.gate.hook_name]
+        return [*(v.hook_name for v in self.vectors), *gates]
+
     # -- variations -------------------------------------------------------------------------------
 
     def with_coefficient(self, coefficient: float) -> SteeringPlan:

@@ -175,7 +175,7 @@ class NNsightHost(Host):
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
     ) -> Tensor:
         options = generate_options(
-            max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id()
+            max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self.pad_id
         )
         options |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.remote:
