@@ -218,7 +218,7 @@ def measure() -> None:
     """Print the constants of `Machine` and the check of `saved_bytes`, on this machine, one
     thread."""
     import expertsteer_lens as esl
-    from expertsteer_lens.align.fit import AlignerConfig, fit_aligner_grid
+    from expertsteer_lens.align import AlignerConfig, fit_aligner_grid
 
     torch.set_num_threads(1)
     config = AlignerConfig(kind="anchored_autoencoder")

@@ -25,7 +25,7 @@ import torch
 from scipy.stats import spearmanr
 
 import expertsteer_lens as esl
-from expertsteer_lens.align.fit import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.align import AlignerConfig, fit_aligner_grid
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.hosts.loading import load_model
 from expertsteer_lens.learn.directions import mean_difference, random_direction

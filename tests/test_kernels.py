@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_reference import predictor_gradients
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
@@ -14,10 +15,16 @@ from expertsteer_lens.linalg.kernels import (
     distances,
     gradient_operator,
     kernel_values,
-    predictor_gradients,
-    solve_ridge,
+    solve_kernel_ridge,
 )
-from expertsteer_lens.linalg.row_space import inner_products, row_space, standardised, top_eigenpair
+from expertsteer_lens.linalg.row_space import (
+    gram_axes,
+    inner_products,
+    row_space,
+    smaller_gram,
+    standardised,
+    top_eigenpair,
+)
 
 KERNELS = ["laplace", "gaussian"]
 few = settings(max_examples=20, deadline=None)
@@ -183,7 +190,7 @@ def test_dual_coefficients_equal_scikit_learn_kernel_ridge() -> None:
     )
     kept = matrix.clone()
     torch.testing.assert_close(
-        solve_ridge(matrix, targets, 1e-3), torch.from_numpy(expected), rtol=1e-9, atol=1e-9
+        solve_kernel_ridge(matrix, targets, 1e-3), torch.from_numpy(expected), rtol=1e-9, atol=1e-9
     )
     assert torch.equal(matrix, kept)
 
@@ -194,13 +201,13 @@ def test_singular_systems_raise_and_the_ridge_is_not_touched() -> None:
         SolveError,
         match=r"not positive definite at ridge=0; raise ridge.*Nothing was changed for you",
     ):
-        solve_ridge(matrix, torch.ones(3).double(), 0.0)
+        solve_kernel_ridge(matrix, torch.ones(3).double(), 0.0)
     # A pivot that is positive only by rounding is refused too.
     nearly = matrix + torch.diag(torch.tensor([0.0, 1e-16, 3e-16], dtype=torch.float64))
     with pytest.raises(SolveError, match="not positive definite"):
-        solve_ridge(nearly, torch.ones(3).double(), 1e-16)
+        solve_kernel_ridge(nearly, torch.ones(3).double(), 1e-16)
     torch.testing.assert_close(
-        solve_ridge(matrix, torch.ones(3).double(), 1.0), torch.full((3,), 0.25).double()
+        solve_kernel_ridge(matrix, torch.ones(3).double(), 1.0), torch.full((3,), 0.25).double()
     )
 
 
@@ -216,7 +223,7 @@ def test_row_space_reproduces_rows_and_their_inner_products(seed: int, n: int, d
     torch.testing.assert_close(
         space.coordinates @ space.coordinates.T, rows @ rows.T, atol=1e-6, rtol=1e-6
     )
-    torch.testing.assert_close(space.reduce(rows), space.coordinates)
+    torch.testing.assert_close(rows @ space.basis, space.coordinates)
     torch.testing.assert_close(
         space.basis.T @ space.basis, torch.eye(space.rank).double(), atol=1e-9, rtol=0
     )
@@ -236,6 +243,21 @@ def test_row_space_finds_the_rank_and_the_principal_axes(n, d) -> None:
     torch.testing.assert_close(
         (basis[:4] @ space.basis).abs(), torch.eye(4).double(), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 9), (9, 4), (5, 5)])
+def test_gram_axes_are_the_singular_vectors_of_the_shorter_side(n, d) -> None:
+    rows = draw(n, d)
+    left, singular, right = torch.linalg.svd(rows, full_matrices=False)
+    axes = gram_axes(rows.float())
+    assert axes.of_rows == (n < d)
+    assert axes.values.dtype == axes.vectors.dtype == torch.float64
+    torch.testing.assert_close(axes.values, singular.square(), atol=1e-4, rtol=1e-5)
+    same = (axes.vectors.T @ (left if n < d else right.T)).abs()
+    torch.testing.assert_close(same, torch.eye(min(n, d)).double(), atol=1e-4, rtol=0)
+    gram = smaller_gram(rows)
+    assert gram.shape == (min(n, d), min(n, d))
+    assert float(gram.trace()) == pytest.approx(float((rows @ rows.T).trace()))
 
 
 def test_row_space_tolerance_drops_small_axes() -> None:
@@ -259,8 +281,6 @@ def test_row_space_results_do_not_alias_the_rows_and_refuse_other_widths() -> No
     kept = space.coordinates.clone()
     rows.zero_()
     assert torch.equal(space.coordinates, kept)
-    with pytest.raises(WidthError, match="rows must have width 4, got 5"):
-        space.reduce(torch.zeros(1, 5))
     with pytest.raises(WidthError, match="coordinates must have width 3, got 4"):
         space.lift(torch.zeros(1, 4))
     with pytest.raises(DataError, match="rows holds NaN or Inf"):

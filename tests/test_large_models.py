@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.align import fit as aligners
-from expertsteer_lens.align.fit import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.align import AlignerConfig, AlignerGrid, fit_aligner_grid, moment_kind
 from expertsteer_lens.hosts import Host
 from expertsteer_lens.pipeline import expert_steer as pipeline
 
@@ -17,6 +16,16 @@ SMALL = esl.ExpertSteerConfig(
     rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
     batch_size=4,
 )
+
+
+def layers_decomposed(monkeypatch) -> list[str]:
+    """Name of every layer whose rows are reduced to sums, in order."""
+    calls: list[str] = []
+    real = moment_kind.sums_from_rows
+    monkeypatch.setattr(
+        moment_kind, "sums_from_rows", lambda name, *rest: calls.append(name) or real(name, *rest)
+    )
+    return calls
 
 
 @pytest.mark.parametrize("kind", ["anchored_autoencoder", "ridge", "procrustes", "autoencoder"])
@@ -28,19 +37,14 @@ def test_layers_decomposed_once_give_the_same_maps(kind, monkeypatch):
     )
     config = AlignerConfig(kind=kind)
     whole = fit_aligner_grid(expert, target, config, seed=1)
-    calls = []
-    real = aligners._side
-    monkeypatch.setattr(
-        aligners, "_side", lambda role, *rest: calls.append(role) or real(role, *rest)
-    )
-    kept: dict = {}
+    calls = layers_decomposed(monkeypatch)
+    grid = AlignerGrid(target, config, seed=1)
     for e in expert:
-        for (_, t), found in fit_aligner_grid(
-            expert, target, config, seed=1, pairs=[(e, t) for t in target], decomposed=kept
-        ).items():
-            assert torch.equal(found.encode_weight, whole[e, t].encode_weight)
-            assert torch.equal(found.decode_bias, whole[e, t].decode_bias)
-    assert calls.count("target") == len(kept) == (0 if kind == "autoencoder" else 3)
+        for (_, t), found in grid.fit(expert, pairs=[(e, t) for t in target]).items():
+            assert torch.equal(found.encoder.weight, whole[e, t].encoder.weight)
+            assert torch.equal(found.decoder.bias, whole[e, t].decoder.bias)
+    n_targets = sum(name.startswith("target[") for name in calls)
+    assert n_targets == (0 if kind == "autoencoder" else 3)
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +90,11 @@ def test_the_batch_size_bounds_the_backward_passes_of_the_attribution(texts, mon
 
 
 def test_a_fit_decomposes_every_target_layer_once(texts, monkeypatch):
-    calls = []
-    real = aligners._side
-    monkeypatch.setattr(
-        aligners,
-        "_side",
-        lambda role, name, *rest: calls.append((role, name)) or real(role, name, *rest),
-    )
+    calls = layers_decomposed(monkeypatch)
     expert, target = esl.zoo.load_pair()
     fit = esl.ExpertSteer(SMALL).fit(
         expert, target, texts["pairs"], anchors=texts["anchors"], progress=False
     )
     assert len(calls) == len(set(calls))
     n_allowed = len(pipeline.allowed_targets(len(fit.target_pairs), SMALL.pairing))
-    assert sum(role == "target" for role, _ in calls) == n_allowed
+    assert sum(name.startswith("target[") for name in calls) == n_allowed

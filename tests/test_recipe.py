@@ -91,7 +91,7 @@ def test_the_memory_of_a_map_is_what_a_map_holds(cost):
     """`8 rank (d_e + d_t)` bytes for encoder and decoder, on a small fit."""
     import torch
 
-    from expertsteer_lens.align.fit import AlignerConfig, fit_aligner
+    from expertsteer_lens.align import AlignerConfig, fit_aligner
 
     generator = torch.Generator().manual_seed(0)
     found = fit_aligner(

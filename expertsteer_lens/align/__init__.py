@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from .aligner import AffineMap, Aligner, AlignerConfig, AlignerQuality
-from .fit import fit_aligner, fit_aligner_grid
+from .aligner import AffineMap, Aligner, AlignerQuality, RowMap
+from .config import AlignerConfig
+from .fit import AlignerGrid, fit_aligner, fit_aligner_grid
+from .kind import Kind
+from .kinds import KINDS, AlignerKind, applicable_kinds, register_aligner
+from .moment_kind import RIDGE_PATH, MomentKind
+from .paired_moments import PairedMoments, fit_aligner_grid_from_moments
+from .row_kind import RowKind
 
 __all__ = [
+    "KINDS",
+    "RIDGE_PATH",
     "AffineMap",
     "Aligner",
     "AlignerConfig",
+    "AlignerGrid",
+    "AlignerKind",
     "AlignerQuality",
+    "Kind",
+    "MomentKind",
+    "PairedMoments",
+    "RowKind",
+    "RowMap",
+    "applicable_kinds",
     "fit_aligner",
     "fit_aligner_grid",
+    "fit_aligner_grid_from_moments",
+    "register_aligner",
 ]

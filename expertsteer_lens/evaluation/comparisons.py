@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from expertsteer_lens.align.fit import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.align import AlignerConfig, fit_aligner_grid
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.learn.directions import (
     expert_minus_base,

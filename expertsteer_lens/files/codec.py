@@ -32,7 +32,7 @@ KINDS = {
 """What a user may save, and where it lives."""
 _PARTS = {
     "AffineMap": "align.aligner",
-    "AlignerConfig": "align.aligner",
+    "AlignerConfig": "align.config",
     "AlignerQuality": "align.aligner",
     "Behaviour": "data.contrast",
     "Chat": "data.chat",

@@ -24,7 +24,7 @@ from expertsteer_lens.linalg.kernels import (
     distances_from_products,
     gradient_operator,
     kernel_values,
-    solve_ridge,
+    solve_kernel_ridge,
 )
 from expertsteer_lens.linalg.row_space import inner_products, standardised
 
@@ -241,7 +241,7 @@ def _one_round(
     )
     length = setting.bandwidth * (_median_distance(distance[:n]) if setting.relative else 1.0)
     values = kernel_values(distance, length, kernel=setting.kernel)
-    alpha = solve_ridge(values[:n], targets, setting.ridge)
+    alpha = solve_kernel_ridge(values[:n], targets, setting.ridge)
     predictions = values[n:] @ alpha
     weights = gradient_operator(distance[:n], values[:n], alpha, length, kernel=setting.kernel)
     gradients = _gradient_coefficients(fold, weights, images, metric)

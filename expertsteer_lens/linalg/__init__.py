@@ -1,1 +1,1 @@
-"""Mathematics on tensors that knows no model: kernels, row spaces, streaming moments."""
+"""Mathematics on tensors: kernels, row spaces, streaming moments, clipping."""

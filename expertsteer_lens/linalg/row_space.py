@@ -15,9 +15,49 @@ from torch import Tensor
 from expertsteer_lens._checks import check_matrix, check_number
 
 RANK_TOLERANCE = 1e-6
-"""Default of `row_space`: a Gram matrix in float64 resolves singular values down to about sqrt(n *
-2e-16) of the largest (3e-7 at n = 512); what lies below 1e-6 is rounding, and below the resolution
-of float32 activations."""
+"""Default of `row_space`, on singular values: a Gram matrix in float64 resolves them down to about
+sqrt(n * 2e-16) of the largest (3e-7 at n = 512); what lies below 1e-6 is rounding, and below the
+resolution of float32 activations."""
+EIGENVALUE_TOLERANCE = 1e-12
+"""The same limit on eigenvalues of a covariance or Gram matrix, the squares of singular values."""
+
+
+def smaller_gram(rows: Float[Tensor, "n d"]) -> Float[Tensor, "m m"]:
+    """`X X^T` where `n < d`, else `X^T X`: m = min(n, d). Both have the same non-zero eigenvalues,
+    the same trace and the same norm. In the dtype of `rows`; O(n d min(n, d)).
+
+    >>> smaller_gram(torch.ones(2, 5)).shape, smaller_gram(torch.ones(5, 2)).shape
+    (torch.Size([2, 2]), torch.Size([2, 2]))
+    """
+    return rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+
+
+@dataclass(frozen=True, eq=False)
+class GramAxes:
+    """Eigenvalues and eigenvectors of the smaller Gram matrix of `X = U S V^T`."""
+
+    values: Float[Tensor, " m"]
+    """Squared singular values of X, descending; float64. Those that are only rounding are still
+    here, and may be negative."""
+    vectors: Float[Tensor, "m m"]
+    """In columns: U where `of_rows`, else V; float64."""
+    of_rows: bool
+    """Whether `X X^T` was the smaller one."""
+
+
+def gram_axes(rows: Float[Tensor, "n d"]) -> GramAxes:
+    """Singular values of `X` and its singular vectors on the shorter side, as PCA needs them.
+
+    The Gram matrix is summed in the dtype of `rows` and decomposed in float64. The side that is
+    not given follows from `X = U S V^T`: `V = X^T U / S`, or `U = X V / S`.
+
+    >>> rows = torch.tensor([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    >>> axes = gram_axes(rows)
+    >>> axes.values.tolist(), axes.of_rows
+    ([9.0, 4.0], True)
+    """
+    values, vectors = torch.linalg.eigh(smaller_gram(rows).double())
+    return GramAxes(values.flip(0), vectors.flip(1), rows.shape[0] < rows.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +81,6 @@ class RowSpace:
     def rank(self) -> int:
         """Number of axes kept."""
         return self.basis.shape[1]
-
-    def reduce(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m r"]:
-        """Coordinates of other rows; the part outside the row space is dropped.
-
-        Raises:
-            DataError, WidthError: not a finite floating matrix of width d.
-        """
-        check_matrix("rows", rows, width=self.basis.shape[0])
-        return rows.to(self.basis) @ self.basis
 
     def lift(self, coordinates: Float[Tensor, "m r"]) -> Float[Tensor, "m d"]:
         """Rows of width d from coordinates: the map back, an isometry.
@@ -77,26 +108,32 @@ def row_space(rows: Float[Tensor, "n d"], *, tolerance: float = RANK_TOLERANCE) 
     Raises:
         DataError: not a finite floating matrix.
         ArgumentError: `tolerance` outside [0, 1).
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 0.0, 1.0], [2.0, 0.0, 2.0]])
+        >>> space = row_space(rows)
+        >>> space
+        RowSpace(n=2, d=3, rank=1, tolerance=1e-06)
+        >>> torch.allclose(space.lift(space.coordinates), rows.double())
+        True
     """
     check_matrix("rows", rows)
     check_number("tolerance", tolerance, low=0.0, high=1.0 - 1e-12)
     x = rows.detach().to(torch.float64)
-    n, d = x.shape
-    wide = n < d
-    values, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
-    values, vectors = values.flip(0), vectors.flip(1)
-    singular = values.clamp(min=0.0).sqrt()
+    axes = gram_axes(x)
+    singular = axes.values.clamp(min=0.0).sqrt()
     # At least one axis, so that shapes stay usable when every row is zero.
     rank = max(1, int((singular > tolerance * singular[0]).sum()))
-    if not wide:
-        basis = vectors[:, :rank]
+    vectors = axes.vectors[:, :rank]
+    if not axes.of_rows:
+        basis = vectors
     elif float(singular[0]) > 0.0:
         # X^T U / S loses orthogonality for small S; one QR restores it and leaves well-conditioned
         # columns alone.
-        basis, upper = torch.linalg.qr(x.T @ (vectors[:, :rank] / singular[:rank]))
+        basis, upper = torch.linalg.qr(x.T @ (vectors / singular[:rank]))
         basis = basis * upper.diagonal().sign()
     else:
-        basis = torch.eye(d, 1, dtype=x.dtype, device=x.device)
+        basis = torch.eye(x.shape[1], 1, dtype=x.dtype, device=x.device)
     return RowSpace(
         (x @ basis).contiguous(), basis.contiguous(), singular[:rank].clone(), tolerance
     )
@@ -113,7 +150,12 @@ def inner_products(
     """`((rows - shift) / scale) @ ((others - shift) / scale).T`, in float64 over chunks of columns.
 
     Chunks, because a widened and shifted copy of the activations would be the largest tensor of an
-    RFM fit."""
+    RFM fit.
+
+    >>> inner_products(torch.eye(2), torch.eye(2), shift=torch.zeros(2), scale=torch.ones(2))
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
     out = torch.zeros(rows.shape[0], others.shape[0], dtype=torch.float64, device=rows.device)
     for start in range(0, rows.shape[1], chunk):
         part = slice(start, start + chunk)
@@ -129,7 +171,11 @@ def standardised(
     scale: Float[Tensor, " d"],
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "m d"]:
-    """`(rows - shift) / scale`, computed in `dtype`; never the memory of `rows`."""
+    """`(rows - shift) / scale`, computed in `dtype`; never the memory of `rows`.
+
+    >>> standardised(torch.tensor([[3.0, 5.0]]), torch.tensor([1.0, 1.0]), torch.tensor([2.0, 4.0]))
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
     return (rows.to(dtype) - shift.to(dtype)).div_(scale.to(dtype))
 
 
@@ -141,19 +187,26 @@ def top_eigenpair(
     Lanczos with full reorthogonalisation, O(n^2) a step, from a seeded random start, until the
     residual `||A v - theta v||` is below `tolerance * theta` (or the rounding level of the dtype,
     if larger). When `max_steps` do not suffice (a cluster at the top) or the matrix is small, a
-    full `eigh` gives the same pair in O(n^3). The sign of the vector is arbitrary."""
+    full `eigh` gives the same pair in O(n^3). The sign of the vector is arbitrary.
+
+    By hand, because `eigh` of all n axes would cost more than the rounds of an RFM, of which only
+    the first axis is used, and `torch.lobpcg` draws its start from the global generator.
+
+    >>> value, vector = top_eigenpair(torch.diag(torch.tensor([1.0, 5.0, 2.0])))
+    >>> round(value, 6), [round(abs(float(v)), 6) for v in vector]
+    (5.0, [0.0, 1.0, 0.0])
+    """
     n = matrix.shape[0]
     if n > 2 * max_steps:
-        found = _lanczos(
-            matrix, seed, max(tolerance, 8.0 * torch.finfo(matrix.dtype).eps), max_steps
-        )
-        if found is not None:
-            return found
+        resolved = max(tolerance, 8.0 * torch.finfo(matrix.dtype).eps)
+        pair = _run_lanczos(matrix, seed, resolved, max_steps)
+        if pair is not None:
+            return pair
     values, vectors = torch.linalg.eigh(matrix)
     return float(values[-1]), vectors[:, -1].contiguous()
 
 
-def _lanczos(
+def _run_lanczos(
     matrix: Tensor, seed: int, tolerance: float, max_steps: int
 ) -> tuple[float, Tensor] | None:
     """The pair of `top_eigenpair`, or None when `max_steps` steps did not reach the tolerance."""
@@ -166,9 +219,8 @@ def _lanczos(
         image = matrix @ basis[step]
         known = basis[: step + 1]
         small[step, step] = torch.dot(image, basis[step])
-        for _ in range(
-            2
-        ):  # once is not enough: the second pass removes what rounding left of the first
+        # Twice: the second pass removes what rounding left of the first.
+        for _ in range(2):
             image = image - known.T @ (known @ image)
         norm = float(image.norm())
         done = norm <= torch.finfo(matrix.dtype).eps * float(small[0, 0].abs())

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
-from expertsteer_lens.align.fit import Aligner, AlignerConfig, fit_aligner_grid
-from expertsteer_lens.align.solvers import Side
+from expertsteer_lens.align import Aligner, AlignerConfig, AlignerGrid
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
@@ -298,23 +297,23 @@ class _Fit:
         )
         if self.config.align_on_pairs:
             fit_on = (_joined(fit_on[0], expert_pairs), _joined(fit_on[1], readings.target_pairs))
+        grid = AlignerGrid(fit_on[1], self.config.aligner, seed=self.seed)
         names_e, names_t = list(expert_pairs), list(readings.target_pairs)
         labels = _labels(expert_pairs)
         if c.rule != "attribution":
             scores = mi.matrix if c.rule in ("min_mi", "max_mi") else None
             chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=self.seed)
-            maps = self.align(*fit_on, chosen.keys())
+            maps = grid.fit(fit_on[0], pairs=chosen.keys())
             return chosen, maps, self.learn(maps, expert_pairs)
         units = {name: gradients[name] * target_anchors.median_norm(name) for name in gradients}
         allowed = [names_t[j] for j in allowed_targets(len(names_t), c)]
         keep = max(c.n_candidates, c.n_pairs)
         aligners: dict[PairKey, Aligner] = {}
         effects: dict[PairKey, float] = {}
-        decomposed: dict[str, Side] = {}
         for hook in (
             names_e
         ):  # one expert layer at a time: never more than n_target + n_candidates maps are held
-            aligners |= self.align(*fit_on, [(hook, t) for t in allowed], decomposed)
+            aligners |= grid.fit(fit_on[0], pairs=[(hook, t) for t in allowed])
             for target_hook in allowed:
                 mapped = aligners[hook, target_hook].encode(expert_pairs[hook])
                 difference = mean_difference(mapped, labels)
@@ -368,22 +367,6 @@ class _Fit:
             layers=len(names),
         )
         return found
-
-    def align(
-        self,
-        expert_anchors: Mapping[str, Tensor],
-        target_anchors: Mapping[str, Tensor],
-        keys: Sequence[PairKey],
-        decomposed: dict[str, Side] | None = None,
-    ) -> dict[PairKey, Aligner]:
-        return fit_aligner_grid(
-            expert_anchors,
-            target_anchors,
-            self.config.aligner,
-            seed=self.seed,
-            pairs=list(keys),
-            decomposed=decomposed,
-        )
 
     def learn(
         self, aligners: dict[PairKey, Aligner], expert_pairs: ActivationStore

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import unknown_hook
-from expertsteer_lens.align.fit import Aligner
+from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
