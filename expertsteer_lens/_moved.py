@@ -66,6 +66,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
         forward = ModuleType(spec.name, module.__doc__)
+        # Copied, not only looked up: nnsight mounts a method `save` on every object, and so on
+        # every module, where it would be found in place of ours.
+        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
         forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
         return forward
 
