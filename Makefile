@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV3 ?= .venv-tl3
+# What is installed: these versions, constraints-lowest.txt, or the newest that pyproject.toml allows
+# (`make test CONSTRAINTS=constraints-none.txt`).
+CONSTRAINTS ?= constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Tests in parallel, one file on one worker, one thread each: tiny models gain nothing from more.
@@ -10,16 +13,16 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl3 check notebooks notebooks-stored bench sizes clean
+.PHONY: help demo test doctest coverage test-tl3 check sdist notebooks notebooks-stored bench sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # torch first, with its pinned version: otherwise a resolver may pick a build with gigabytes of CUDA.
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 $(VENV3)/.done: pyproject.toml constraints.txt constraints-tl3.txt
@@ -33,6 +36,21 @@ demo: $(VENV)/.done ## the four steps on the bundled pair of models, under two m
 
 test: $(VENV)/.done ## the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+
+doctest: $(VENV)/.done ## the examples in docstrings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules expertsteer_lens
+
+coverage: $(VENV)/.done ## the test suite, and which lines and branches it never reaches
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term
+
+# In a folder of its own, so that nothing of the checkout can help.
+SDIST_TESTS = test_docs test_layers test_public_api test_recipe test_tooling
+sdist: $(VENV)/.done ## build the source distribution and run some of its tests where it is unpacked
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(BIN)/pip install -q --disable-pip-version-check build
+	$(BIN)/python -m build --sdist --outdir build/sdist .
+	tar -xzf build/sdist/*.tar.gz -C build/sdist --strip-components 1
+	cd build/sdist && PYTHONPATH=. OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -m "not slow" $(SDIST_TESTS:%=tests/%.py)
 
 TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_module test_interrupts test_gates_on_hosts test_stacking \
 	test_plan test_positions
@@ -54,7 +72,7 @@ notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs,
 
 bench: $(VENV)/.done ## the offline benchmark and the speed benchmarks (installs xrfm)
 	$(BIN)/expertsteer-lens bench
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt xrfm
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) xrfm
 	$(BIN)/python benchmarks/rfm_speed.py
 	$(BIN)/python benchmarks/mi_speed.py --repeats 3
 

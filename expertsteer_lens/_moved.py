@@ -66,8 +66,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
         forward = ModuleType(spec.name, module.__doc__)
-        # Copied, not looked up: nnsight gives every object a method `save`, which would come first.
-        forward.__dict__.update({k: v for k, v in vars(module).items() if not k.startswith("__")})
+        # Copied, not only looked up: nnsight mounts a method `save` on every object, and so on
+        # every module, where it would be found in place of ours.
+        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
+        forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
         return forward
 
     def exec_module(self, module: ModuleType) -> None:

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +21,14 @@ from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 def unit(seed: int, d: int = 8) -> torch.Tensor:
     v = torch.randn(d, generator=torch.Generator().manual_seed(seed))
     return v / v.norm()
+
+
+def declare_edit(folder: Path, **changes: Any) -> None:
+    """Change the fields of `config.json` by hand, and say so."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text()), **changes}
+    config.pop("content_sha256", None)
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not MISSING}))
 
 
 @pytest.fixture
@@ -117,37 +130,97 @@ def test_a_file_cut_in_half_is_noticed(plan, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format_version 99, this package reads 1"),
+        ({"format_version": 99}, "format_version 99, this package reads 1 and 2"),
+        ({"format_version": True}, "format_version True, this package reads"),
+        ({"format_version": 2.0}, "format_version 2.0, this package reads"),
+        ({"kind": "Popen"}, "holds a 'Popen', which this package does not know"),
+        ({"basis": "sideways"}, "basis must be 'raw', 'centred' or None"),
+        ({"target": 1.0}, "config.json: "),
         ({"surprise": 1}, "unknown field 'surprise'"),
         ({"positions": {"slices": []}}, "positions must be one of"),
     ],
 )
 def test_a_config_that_is_not_ours_is_refused(plan, tmp_path, change, message):
     folder = esl.save(plan, tmp_path / "plan")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    declare_edit(folder, **change)
     with pytest.raises(ArtifactError, match=message):
+        esl.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("find", "put"),
+    [
+        ('"coefficient": 0.25', '"coefficient": 0.75'),
+        ('"median_norm": 3.5', '"median_norm": 3.6'),
+        ('"edit": "ablate"', '"edit": "add"'),
+        ('"seed": 0', '"seed": 1'),
+        ('"format_version": 2', '"format_version": 1'),
+    ],
+)
+def test_one_changed_digit_is_noticed_and_a_declared_edit_is_taken(plan, tmp_path, find, put):
+    folder = esl.save(plan, tmp_path / "plan")
+    file = folder / "config.json"
+    assert find in file.read_text()
+    file.write_text(file.read_text().replace(find, put))
+    with pytest.raises(ArtifactError, match=r'was edited.*delete the "content_sha256" entry'):
+        esl.load(folder)
+    file.write_text(re.sub(r',?\s*"content_sha256": "\w+"', "", file.read_text()))
+    loaded = esl.load(folder)
+    if "coefficient" in find:
+        assert loaded.vectors[0].coefficient == 0.75
+
+
+def test_indenting_and_reordering_a_file_is_no_edit(plan, tmp_path):
+    folder = esl.save(plan, tmp_path / "plan")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=7, sort_keys=True))
+    assert esl.load(folder).target == plan.target
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": 2, "format_version": 2}', "'format_version' stands twice"),
+        ('{"format_version": NaN}', "NaN is no JSON"),
+        ('{"format_version": ' + "[" * 10**5, "damaged"),
+        ('{"format_version": 1' + "0" * 5000 + "}", "damaged"),
+        ("{}", "no format_version"),
+    ],
+)
+def test_json_that_readers_disagree_about_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        esl.load(tmp_path)
+
+
+def test_a_tensor_file_that_is_none_is_refused_even_with_its_checksum(plan, tmp_path):
+    folder = esl.save(plan, tmp_path / "plan")
+    (folder / "vectors.safetensors").write_bytes(b"not tensors")
+    digest = hashlib.sha256(b"not tensors").hexdigest()
+    declare_edit(folder, vectors_sha256=digest)
+    with pytest.raises(ArtifactError, match="is no safetensors file"):
         esl.load(folder)
 
 
 def test_missing_fields_files_and_bad_vectors_are_named(plan, tmp_path):
     folder = esl.save(plan, tmp_path / "plan")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "basis"})
-    )
+    declare_edit(folder, basis=MISSING)
     with pytest.raises(ArtifactError, match="lacks the field 'basis'"):
         esl.load(folder)
     config["vectors"][0]["edit"] = "explode"
-    (folder / "config.json").write_text(json.dumps(config))
+    declare_edit(folder, basis="centred", vectors=config["vectors"])
     with pytest.raises(ArtifactError, match=r"vectors\[0\] is invalid: edit must be one of"):
+        esl.load(folder)
+    config["vectors"][0] = {**config["vectors"][1], "gate": {"threshold": 0}}
+    declare_edit(folder, vectors=config["vectors"])
+    with pytest.raises(ArtifactError, match=r"vectors\[0\] is invalid: "):
+        esl.load(folder)
+    declare_edit(folder, vectors=[*config["vectors"], config["vectors"][2]])
+    with pytest.raises(ArtifactError, match=r"vectors\["):
         esl.load(folder)
     (folder / "vectors.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"vectors\.safetensors is missing"):
-        esl.load(folder)
-    (folder / "config.json").write_text("{}")
-    (folder / "vectors.safetensors").write_bytes(b"")
-    with pytest.raises(ArtifactError, match="no format_version"):
         esl.load(folder)
 
 

@@ -381,10 +381,8 @@ def test_given_validation_rows_choose_but_are_never_fitted() -> None:
 def test_predictions_in_chunks_are_those_of_the_whole(shape, n_rounds) -> None:
     rows, labels = nonlinear(*shape)
     fitted = fit(rows, labels, n_rounds=n_rounds)
-    whole = fitted._fold.predict(rows, fitted._round, "laplace")
-    torch.testing.assert_close(
-        fitted._fold.predict(rows, fitted._round, "laplace", chunk=7), whole, atol=1e-9, rtol=0
-    )
+    whole = fitted.predictor.predict(rows)
+    torch.testing.assert_close(fitted.predictor.predict(rows, chunk=7), whole, atol=1e-9, rtol=0)
 
 
 def test_settings_that_fail_are_recorded_and_the_rest_decides() -> None:
@@ -415,7 +413,7 @@ def test_history_is_a_table_with_a_line_per_round() -> None:
 
 def test_reference_settings_are_those_of_the_published_code() -> None:
     config = RFMConfig.reference()
-    assert (config.bandwidths, config.centerings, config.ridge) == (
+    assert (config.bandwidth, config.center_gradients, config.ridge) == (
         (1.0, 10.0, 100.0),
         (True, False),
         1e-3,

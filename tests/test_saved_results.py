@@ -6,10 +6,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import results
@@ -17,7 +18,7 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, ModelStateError
-from expertsteer_lens.files import codec
+from expertsteer_lens.files import codec, kinds
 from expertsteer_lens.hosts import Host
 
 SMALL = esl.ExpertSteerConfig(
@@ -91,7 +92,7 @@ def things(fit: esl.ExpertSteering) -> dict[str, Any]:
     return {type(thing).__name__: thing for thing in made}
 
 
-@pytest.mark.parametrize("kind", sorted(codec.KINDS))
+@pytest.mark.parametrize("kind", sorted(set(kinds.KINDS) - {"SteeringPlan"}))
 def test_every_result_survives_saving_to_the_last_bit(fit, kind, tmp_path):
     thing = things(fit)[kind]
     loaded = esl.load(esl.save(thing, tmp_path / "it"))
@@ -184,17 +185,22 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("find", "put", "message"),
         [
-            (
-                '"kind": "RFM"',
-                '"kind": "Popen"',
-                "holds a 'Popen', which this package does not know",
-            ),
             ('"kind": "RFM"', '"kind": "Aligner"', "says it holds a Aligner, but it does not"),
-            ('"$class": "Fold"', '"$class": "system"', r"\$class: 'system' is not understood"),
+            (
+                '"$class": "KernelPredictor"',
+                '"$class": "system"',
+                r"\$class: 'system' is not understood",
+            ),
+            ('"$tensor": 0', '"$tensor": 0, "and": 1', r"\$tensor stands beside other keys"),
             ('"$tensor": 0', '"$tensor": 99', r"\$tensor: 99 is not understood"),
             ('"$tuple": [', '"$items": [', "config.json: "),
-            ('"dual":', '"duel":', "Fold has an unknown field 'duel'"),
-            ('"eigenvalue_share":', '"config":', "RFM lacks the field 'eigenvalue_share'"),
+            ('"length":', '"lenth":', "has an unknown field 'lenth'"),
+            (
+                '"length": ',
+                '"length": -',
+                r"(KernelPredictor|RFMRound) is invalid: length must be a number",
+            ),
+            ('"eigenvalue_share":', '"config":', "'config' stands twice in one object"),
             ('"kernel": "', '"kernel": "un', "RFMConfig is invalid: kernel must be"),
         ],
     )
@@ -202,8 +208,34 @@ class TestFiles:
         config = folder / "config.json"
         text = config.read_text()
         assert find in text
-        config.write_text(text.replace(find, put))
+        declared = re.sub(r',?\s*"content_sha256": "\w+"', "", text)
+        config.write_text(declared.replace(find, put))
         with pytest.raises(ArtifactError, match=message):
+            esl.load(folder)
+
+    def test_a_field_that_is_missing_is_named(self, folder):
+        config = json.loads((folder / "config.json").read_text())
+        del config["content"]["fields"]["eigenvalue_share"], config["content_sha256"]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ArtifactError, match="RFM lacks the field 'eigenvalue_share'"):
+            esl.load(folder)
+
+    def test_shapes_that_do_not_belong_together_are_refused(self, fit):
+        predictor = fit.rfms[next(iter(fit.rfms))].predictor
+        for name in ("mean", "coefficients", "gradients"):
+            short = getattr(predictor, name)[..., :-1]
+            with pytest.raises(ArgumentError, match=f"{name} must have shape"):
+                dataclasses.replace(predictor, **{name: short})
+
+    @pytest.mark.parametrize("kind", ["LayerPairMI", "Evaluation", "ActivationStore"])
+    def test_a_changed_number_of_a_result_is_noticed(self, fit, kind, tmp_path):
+        folder = esl.save(things(fit)[kind], tmp_path / kind)
+        file = folder / "config.json"
+        text = file.read_text()
+        digit = re.search(r'"(?:\$tensor|effect|n_samples)": [-0-9.]*?([1-9])', text)
+        file.write_text(text[: digit.start(1)] + "7" + text[digit.end(1) :])
+        assert file.read_text() != text
+        with pytest.raises(ArtifactError, match=r"config\.json is damaged or was edited"):
             esl.load(folder)
 
     def test_a_damaged_or_missing_file_is_named(self, folder):
@@ -249,6 +281,43 @@ class TestFiles:
         for got, want in zip(tensors.values(), (whole, whole[0], whole.T, whole), strict=True):
             assert got.is_contiguous()
             assert torch.equal(got, want)
+
+    def test_a_class_and_a_kind_of_the_users_own_are_written_and_read(self, tmp_path):
+        class Slope(NamedTuple):
+            by: torch.Tensor
+            name: str = "slope"
+
+        with pytest.raises(ArgumentError, match="a Slope cannot be saved"):
+            esl.save(Slope(torch.ones(2)), tmp_path / "slope")
+        codec.register_class(Slope)
+        kinds.register_kind(kinds.result_kind("Slope"))
+        try:
+            loaded = esl.load(esl.save(Slope(torch.ones(2)), tmp_path / "slope"))
+            assert differences(loaded, Slope(torch.ones(2))) == []
+            with pytest.raises(ArgumentError, match="'Slope' is registered already"):
+                codec.register_class(Slope)
+            with pytest.raises(ArgumentError, match="'Slope' is registered already"):
+                kinds.register_kind(kinds.result_kind("Slope"))
+        finally:
+            del codec.CLASSES["Slope"], kinds.KINDS["Slope"]
+        with pytest.raises(ArtifactError, match="holds a 'Slope', which this package does not"):
+            esl.load(tmp_path / "slope")
+        with pytest.raises(ArgumentError, match="must be a dataclass or a named tuple"):
+            codec.register_class(object)
+
+    def test_a_class_that_has_only_the_name_of_one_of_ours_is_not_written(self):
+        class AlignerConfig(NamedTuple):
+            kind: str
+
+        assert codec.encode(AlignerConfig("ridge"), {}) == {"$tuple": ["ridge"]}
+
+    def test_files_name_no_module_and_no_private_class_or_field(self, fit, tmp_path):
+        written = (esl.save(fit, tmp_path / "fit") / "config.json").read_text()
+        classes = set(re.findall(r'"\$class": "(\w+)"', written))
+        public = {"RFM", "KernelPredictor", "Aligner", "AffineMap", "RFMHistory"}
+        assert public <= classes <= set(codec.CLASSES)
+        assert not re.search(r'"_\w+":', written)
+        assert "expertsteer_lens." not in written
 
     def test_numbers_that_json_lacks_and_keys_that_are_no_text_come_back(self):
         value = {

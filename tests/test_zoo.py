@@ -13,10 +13,11 @@ import sys
 
 import pytest
 import torch
+import train_zoo
 
 from expertsteer_lens import zoo
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.zoo import lexicon, train, world
+from expertsteer_lens.zoo import lexicon, world
 
 FEELING_WORDS = {word for mood in ("happy", "sad") for word in lexicon.FEELINGS[mood]}
 
@@ -413,7 +414,7 @@ def test_mood_is_read_off_a_middle_layer_and_steers_both_ways_beyond_random_dire
 
 # ---------------------------------------------------------------- the recipe
 
-TINY = train.Recipe(
+TINY = train_zoo.Recipe(
     family="llama",
     d_model=16,
     n_layers=1,
@@ -428,14 +429,14 @@ TINY = train.Recipe(
 def test_recipes_state_what_was_shipped():
     for name in zoo.names():
         stored = json.loads((zoo.model_path(name) / "recipe.json").read_text())
-        assert stored["recipe"] == dataclasses.asdict(train.RECIPES[name])
+        assert stored["recipe"] == dataclasses.asdict(train_zoo.RECIPES[name])
         assert stored["measured"]["validation_loss"] < 1.0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_twice_gives_the_same_folder(tmp_path, family):
     recipe = dataclasses.replace(TINY, family=family)
-    facts = [train.train("m", recipe, tmp_path / run, log_every=0) for run in ("a", "b")]
+    facts = [train_zoo.train("m", recipe, tmp_path / run, log_every=0) for run in ("a", "b")]
     assert facts[0]["validation_loss"] == facts[1]["validation_loss"]
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "a/m" / file).read_bytes() == (tmp_path / "b/m" / file).read_bytes()
@@ -459,23 +460,27 @@ def test_training_twice_gives_the_same_folder(tmp_path, family):
     ids=lambda change: next(iter(change)),
 )
 def test_every_recipe_field_acts(tmp_path, change, models, monkeypatch):
-    monkeypatch.setattr(train, "build_tokenizer", lambda recipe, source: models["target"].tokenizer)
-    monkeypatch.setattr(train, "validation_loss", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(
+        train_zoo, "build_tokenizer", lambda recipe, source: models["target"].tokenizer
+    )
+    monkeypatch.setattr(train_zoo, "validation_loss", lambda *args, **kwargs: 0.0)
     weights = []
     for name, recipe in (("a", TINY), ("b", dataclasses.replace(TINY, **change))):
-        train.train(name, recipe, tmp_path, log_every=0)
+        train_zoo.train(name, recipe, tmp_path, log_every=0)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] != weights[1]
 
 
 def test_vocab_size_is_the_size_of_the_tokenizer():
-    assert len(train.build_tokenizer(TINY)) == 300
+    assert len(train_zoo.build_tokenizer(TINY)) == 300
 
 
 def test_batches_are_padded_rows_within_the_limits(models):
     tokenizer = models["target"].tokenizer
-    recipe = train.RECIPES["target"]
-    drawn = list(itertools.islice(train.batches(tokenizer, recipe, split="validation", seed=0), 60))
+    recipe = train_zoo.RECIPES["target"]
+    drawn = list(
+        itertools.islice(train_zoo.batches(tokenizer, recipe, split="validation", seed=0), 60)
+    )
     assert all(batch.numel() <= recipe.tokens_per_batch for batch in drawn)
     assert max(batch.shape[1] for batch in drawn) == recipe.n_ctx
     starts = torch.cat([batch[:, 0] for batch in drawn])
@@ -485,7 +490,9 @@ def test_batches_are_padded_rows_within_the_limits(models):
 
 def test_the_command_line_trains_the_model_asked_for(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "train", lambda name, recipe, out: calls.append((name, recipe, out)))
+    monkeypatch.setattr(
+        train_zoo, "train", lambda name, recipe, out: calls.append((name, recipe, out))
+    )
     monkeypatch.setattr(sys, "argv", ["train", "--model", "target", "--out", str(tmp_path)])
-    train.main()
-    assert calls == [("target", train.RECIPES["target"], tmp_path)]
+    train_zoo.main()
+    assert calls == [("target", train_zoo.RECIPES["target"], tmp_path)]

@@ -3,15 +3,17 @@
 A value becomes JSON that JSON readers understand, and every tensor in it becomes a numbered entry
 beside it. What JSON has no word for is an object with one key that begins with "$": "$tensor" (its
 number), "$tuple", "$items" (a dict whose keys are not texts), "$float" (NaN and infinities),
-"$model" (facts of a model, which is never saved) and "$class" with "fields". Only the classes
-listed here are ever built, by their constructors, which check what they are given."""
+"$model" (facts of a model, which is never saved) and "$class" with "fields". A class is known by
+its name: only those in `CLASSES` are ever built, by their constructors, which check what they are
+given.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,38 +21,15 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
-KINDS = {
-    "ActivationStore": "data.activations",
-    "Aligner": "align.aligner",
-    "Calibration": "measure.calibration",
-    "Evaluation": "evaluation.run",
-    "ExpertSteering": "pipeline.fitted",
-    "LayerPairMI": "pair.result",
-    "LayerPairs": "pair.rules",
-    "RFM": "learn.rfm",
-}
-"""What a user may save, and where it lives."""
-_PARTS = {
-    "AffineMap": "align.aligner",
-    "AlignerConfig": "align.config",
-    "AlignerQuality": "align.aligner",
-    "Behaviour": "data.contrast",
-    "Chat": "data.chat",
-    "ClassMedians": "learn.rfm",
-    "EvaluationRow": "evaluation.run",
-    "ExpertSteerConfig": "pipeline.expert_steer",
-    "Fold": "learn.recursion",
-    "LayerPair": "pair.rules",
-    "MIConfig": "pair.result",
-    "PairingConfig": "pair.rules",
-    "RFMConfig": "learn.config",
-    "RFMHistory": "learn.config",
-    "RFMRound": "learn.config",
-    "Readings": "pipeline.fit_data",
-    "Round": "learn.recursion",
-}
-"""What these are made of."""
-_HOMES = {**KINDS, **_PARTS}
+
+@dataclass(frozen=True)
+class WrittenClass:
+    """How the objects of one class are written: as named fields."""
+
+    locate: Callable[[], type]
+    """Gives the class; called when it is needed, so that reading a plan imports no results."""
+    to_fields: Callable[[Any], dict[str, Any]]
+    from_fields: Callable[[type, dict[str, Any]], Any]
 
 
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -59,20 +38,20 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
 
     Raises:
         ArgumentError: the value holds something that a file cannot, such as a function.
+
+    >>> encode({"pair": (1, float("inf"))}, {})
+    {'pair': {'$tuple': [1, {'$float': 'inf'}]}}
     """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        tensors[str(len(tensors))] = _alone(value.detach().cpu(), tensors)
+        tensors[str(len(tensors))] = _own_memory(value.detach().cpu(), tensors)
         return {"$tensor": len(tensors) - 1}
     name = type(value).__name__
-    if f"expertsteer_lens.{_HOMES.get(name)}" == type(value).__module__:
-        if is_dataclass(value):
-            content = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        else:
-            content = value._asdict() if hasattr(value, "_asdict") else {"items": list(value)}
+    if name in CLASSES and class_of(name) is type(value):
+        content = CLASSES[name].to_fields(value)
         return {"$class": name, "fields": {k: encode(v, tensors) for k, v in content.items()}}
     if isinstance(value, tuple):
         return {"$tuple": [encode(v, tensors) for v in value]}
@@ -82,20 +61,9 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(k, str) and not k.startswith("$") for k in value):
             return {k: encode(v, tensors) for k, v in value.items()}
         return {"$items": [[encode(k, tensors), encode(v, tensors)] for k, v in value.items()]}
-    if hasattr(value, "facts"):
+    if callable(getattr(value, "facts", None)):
         return {"$model": value.facts()}
     raise ArgumentError(f"a {type(value).__module__}.{name} cannot be written to a file.")
-
-
-def _alone(value: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-    """The tensor in memory of its own, copied only where it is part of a larger one or shared with
-    one already there."""
-    storage = value.untyped_storage()
-    own = storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
-    taken = any(
-        storage.data_ptr() == other.untyped_storage().data_ptr() for other in others.values()
-    )
-    return value if own and not taken else value.clone(memory_format=torch.contiguous_format)
 
 
 def decode(
@@ -110,6 +78,9 @@ def decode(
 
     Raises:
         ArtifactError: the JSON is none of ours, or a constructor refuses its content.
+
+    >>> decode({"pair": {"$tuple": [1, {"$float": "inf"}]}}, {}, dict)
+    {'pair': (1, inf)}
     """
 
     def inner(part: Any) -> Any:
@@ -121,6 +92,8 @@ def decode(
         if tag is None:
             return {k: inner(v) for k, v in part.items()}
         content = part[tag]
+        if set(part) - ({tag, "fields"} if tag == "$class" else {tag}):
+            raise ArtifactError(f"{tag} stands beside other keys: {sorted(part)}.")
         if tag == "$tensor" and str(content) in tensors:
             return tensors[str(content)]
         if tag == "$tuple" and isinstance(content, list):
@@ -131,39 +104,139 @@ def decode(
             return float(content)
         if tag == "$model" and isinstance(content, dict):
             return model(content)
-        if tag == "$class" and content in _HOMES and isinstance(part.get("fields"), dict):
-            return _built(content, {k: inner(v) for k, v in part["fields"].items()})
+        if tag == "$class" and content in CLASSES and isinstance(part.get("fields"), dict):
+            return _build(content, {k: inner(v) for k, v in part["fields"].items()})
         raise ArtifactError(f"{tag}: {content!r} is not understood.")
 
     return inner(value)
 
 
-def class_of(name: str) -> Any:
-    """The class of this name, if it is one of those that files may hold."""
-    return getattr(importlib.import_module(f"expertsteer_lens.{_HOMES[name]}"), name)
+def class_of(name: str) -> type:
+    """The class of this name in `CLASSES`."""
+    return CLASSES[name].locate()
 
 
-def _built(name: str, content: dict[str, Any]) -> Any:
-    cls = class_of(name)
-    if name == "RFMHistory":
-        return cls(content["items"])
+def register_class(
+    cls: type,
+    *,
+    to_fields: Callable[[Any], dict[str, Any]] | None = None,
+    from_fields: Callable[[type, dict[str, Any]], Any] | None = None,
+) -> None:
+    """Let objects of a class of yours stand in saved results, e.g. the map of your own aligner.
+
+    Args:
+        cls: a dataclass or named tuple, known in files by its bare name; any class if both
+            functions are given. A program that loads the files must register it as well.
+        to_fields: its content by name: numbers, texts, tensors, tuples, dicts, registered classes.
+        from_fields: builds it from the class and that content.
+
+    Raises:
+        ArgumentError: the name is taken, or it is not clear how the class is written.
+
+    >>> from typing import NamedTuple
+    >>> class Shift(NamedTuple):
+    ...     by: float
+    >>> register_class(Shift)
+    >>> encode(Shift(0.5), {})
+    {'$class': 'Shift', 'fields': {'by': 0.5}}
+    >>> del CLASSES["Shift"]
+    """
+    if cls.__name__ in CLASSES:
+        raise ArgumentError(f"a class {cls.__name__!r} is registered already; rename yours.")
+    if (to_fields is None or from_fields is None) and not (
+        is_dataclass(cls) or hasattr(cls, "_fields")
+    ):
+        raise ArgumentError(
+            f"{cls.__name__} must be a dataclass or a named tuple, or come with to_fields and "
+            "from_fields."
+        )
+    CLASSES[cls.__name__] = WrittenClass(
+        lambda: cls, to_fields or _constructor_fields, from_fields or _construct
+    )
+
+
+def _own_memory(value: Tensor, written: Mapping[str, Tensor]) -> Tensor:
+    """The tensor in memory of its own, copied only where it is part of a larger one or shared with
+    one already there."""
+    storage = value.untyped_storage()
+    whole = storage.nbytes() == value.numel() * value.element_size() and value.is_contiguous()
+    shared = any(
+        storage.data_ptr() == earlier.untyped_storage().data_ptr() for earlier in written.values()
+    )
+    return value if whole and not shared else value.clone(memory_format=torch.contiguous_format)
+
+
+def _build(name: str, content: dict[str, Any]) -> Any:
+    try:
+        return CLASSES[name].from_fields(class_of(name), content)
+    except ArtifactError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        raise ArtifactError(f"{name} is invalid: {error}") from error
+
+
+def _constructor_fields(value: Any) -> dict[str, Any]:
+    """What the constructor of a dataclass or a named tuple takes."""
+    return {field: getattr(value, field) for field in _known_fields(type(value))}
+
+
+def _known_fields(cls: Any) -> dict[str, bool]:
+    """Names of the constructor's fields, and whether each must be given."""
     if is_dataclass(cls):
-        known = {
+        return {
             f.name: f.default is MISSING and f.default_factory is MISSING
             for f in fields(cls)
             if f.init
         }
-    else:
-        known = {field: field not in cls._field_defaults for field in cls._fields}
+    return {field: field not in cls._field_defaults for field in cls._fields}
+
+
+def _construct(cls: type, content: dict[str, Any]) -> Any:
+    known = _known_fields(cls)
     unknown = sorted(set(content) - set(known))
     if unknown:
         raise ArtifactError(
-            f"{name} has an unknown field {unknown[0]!r}; known fields are {sorted(known)}."
+            f"{cls.__name__} has an unknown field {unknown[0]!r}; known fields are {sorted(known)}."
         )
     missing = sorted(field for field, needed in known.items() if needed and field not in content)
     if missing:
-        raise ArtifactError(f"{name} lacks the field {missing[0]!r}.")
-    try:
-        return cls(**content)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{name} is invalid: {error}") from error
+        raise ArtifactError(f"{cls.__name__} lacks the field {missing[0]!r}.")
+    return cls(**content)
+
+
+def _ours(module: str, name: str) -> Callable[[], type]:
+    def locate() -> type:
+        cls: type = getattr(importlib.import_module(f"expertsteer_lens.{module}"), name)
+        return cls
+
+    return locate
+
+
+_HOMES = {
+    "align.aligner": ("AffineMap", "Aligner", "AlignerQuality"),
+    "align.config": ("AlignerConfig",),
+    "data.activations": ("ActivationStore",),
+    "data.chat": ("Chat",),
+    "data.contrast": ("Behaviour",),
+    "evaluation.run": ("Evaluation", "EvaluationRow"),
+    "learn.config": ("RFMConfig", "RFMRound"),
+    "learn.predictor": ("KernelPredictor",),
+    "learn.rfm": ("RFM", "ClassMedians"),
+    "measure.calibration": ("Calibration",),
+    "pair.result": ("LayerPairMI", "MIConfig"),
+    "pair.rules": ("LayerPair", "LayerPairs", "PairingConfig"),
+    "pipeline.expert_steer": ("ExpertSteerConfig",),
+    "pipeline.fit_data": ("Readings",),
+    "pipeline.fitted": ("ExpertSteering",),
+}
+CLASSES = {
+    name: WrittenClass(_ours(module, name), _constructor_fields, _construct)
+    for module, names in _HOMES.items()
+    for name in names
+}
+"""Every class that a file may hold, by its name."""
+CLASSES["RFMHistory"] = WrittenClass(
+    _ours("learn.config", "RFMHistory"),
+    to_fields=lambda history: {"items": list(history)},
+    from_fields=lambda cls, content: cls(content["items"]),
+)

@@ -1,8 +1,10 @@
 """Save, load and share plans and results: a folder with `config.json`, safetensors and a card.
 Never pickle.
 
-A plan is written field by field (`_plan_format`), for others to read; everything else as `_codec`
-says."""
+`config.json` has what all kinds share (format, kind, checksums, versions) and beside it what the
+kind writes, see the table in `kinds.py`. Format 2 has a checksum over the whole of it, of which the
+checksum of the tensor file is a part; format 1 (version 0.1.0) is still read.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,13 @@ import torch
 
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
-from .codec import KINDS, class_of, decode, encode
-from .plan_file import check_fields, plan_card, plan_content, plan_from
+from .kinds import KINDS, Kind, SavedContent, kind_of
+from .upgrade import upgrade
 
-FORMAT_VERSION = 1
-PLAN, VECTORS, TENSORS = "SteeringPlan", "vectors.safetensors", "tensors.safetensors"
-FILES = ("config.json", VECTORS, TENSORS)
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+_NOT_OURS = (KeyError, TypeError, AttributeError, RecursionError)
+"""What JSON of another shape than ours leads to."""
 
 
 def save(thing: Any, path: str | Path) -> Path:
@@ -32,16 +35,25 @@ def save(thing: Any, path: str | Path) -> Path:
     Args:
         thing: a `SteeringPlan`; or an `ExpertSteering` (all of a fit: states, maps, RFMs, scores,
             texts kept apart; no model), `ActivationStore`, `Aligner`, `RFM`, `LayerPairMI`,
-            `LayerPairs`, `Calibration` or `Evaluation`.
+            `LayerPairs`, `Calibration` or `Evaluation`; or a registered kind of yours.
         path: the folder.
 
     Raises:
         ArgumentError: something else, or it holds a function (positions, the score of a gate),
             which a file cannot.
         ArtifactError: the folder exists and holds something else.
+
+    >>> import tempfile
+    >>> from expertsteer_lens import ActivationStore
+    >>> states = ActivationStore({"blocks.0.hook_resid_post": torch.eye(2)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(states, folder + "/states")
+    ...     load(path)["blocks.0.hook_resid_post"].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
-    path, kind = Path(path), _kind_of(thing)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and kind_of_saved(path) != kind:
+    path, kind = Path(path), kind_of(thing)
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and kind_of_saved(path) != kind.name:
         raise ArtifactError(
             f"{path} exists and is not a saved plan or result of this kind; choose another folder "
             "or remove it yourself."
@@ -49,14 +61,11 @@ def save(thing: Any, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        _write(thing, work)
+        _write(thing, kind, work)
         path.mkdir(exist_ok=True)
-        for file in (
-            work.iterdir()
-        ):  # each replaced atomically; config.json last, since it vouches for the others
-            if file.name != "config.json":
-                file.replace(path / file.name)
-        (work / "config.json").replace(path / "config.json")
+        # Each is replaced atomically; config.json last, since it vouches for the others.
+        for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(path / file.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return path
@@ -83,37 +92,36 @@ def load(
         allow_mismatch: take a target other than the one the fit was made for.
 
     Raises:
-        ArtifactError: a file is missing or damaged, a field is unknown, the format is newer than
-            this package, or `target` is another model.
+        ArtifactError: a file is missing, damaged or changed, a field is unknown, the format is
+            newer than this package, or `target` is another model.
         ArgumentError: `target` for something that is no fit.
     """
     folder = Path(path)
     if not folder.exists():
         folder = _download(str(path), revision)
-    config = _config_in(folder)
-    if config["format_version"] != FORMAT_VERSION:
+    config, file = _read_config(folder), folder / "config.json"
+    _check_version(config, folder)
+    _check_content(config, file)
+    try:
+        config = upgrade(config)
+    except _NOT_OURS as error:
+        raise ArtifactError(f"{file} lacks what its format has: {error}.") from error
+    kind = KINDS.get(str(config.get("kind")))
+    if kind is None:
         raise ArtifactError(
-            f"{folder} has format_version {config['format_version']}, this package reads "
-            f"{FORMAT_VERSION}; "
-            "install the version of expertsteer-lens that wrote it (see 'versions' in config.json)."
+            f"{folder} holds a {config.get('kind')!r}, which this package does not know; known are "
+            f"{list(KINDS)}."
         )
-    kind = str(config.get("kind", PLAN))
-    if kind != PLAN and kind not in KINDS:
-        raise ArtifactError(
-            f"{folder} holds a {kind!r}, which this package does not know; known are "
-            f"{[PLAN, *KINDS]}."
-        )
-    if target is not None and kind != "ExpertSteering":
+    if target is not None and not kind.takes_target:
         raise ArgumentError(
-            f"target= goes with a saved fit, but {folder} holds a {kind}; leave it out."
+            f"target= goes with a saved fit, but {folder} holds a {kind.name}; leave it out."
         )
-    tensors = _tensors_in(folder / (VECTORS if kind == PLAN else TENSORS), config)
-    return (
-        plan_from(config, tensors, folder)
-        if kind == PLAN
-        else _result_from(
-            config, tensors, folder, lambda facts: _model_for(facts, target, allow_mismatch)
-        )
+    tensors = _read_tensors(folder / kind.tensor_file, config)
+    shared = ("format_version", "kind", "versions", "content_sha256", _digest_key(kind.tensor_file))
+    content = {name: value for name, value in config.items() if name not in shared}
+    return kind.read(
+        SavedContent(content, tensors, str(file)),
+        lambda facts: _model_for(facts, target, allow_mismatch),
     )
 
 
@@ -127,116 +135,135 @@ def push_to_hub(
     all others."""
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token)
+    kind, api = kind_of(thing), HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        _write(thing, Path(folder))
+        _write(thing, kind, Path(folder))
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
 def kind_of_saved(folder: Path) -> str | None:
     """The class of what `save` wrote there; None if it wrote nothing there."""
     try:
-        config = _config_in(folder)
-    except ArtifactError:
+        return str(upgrade(_read_config(folder)).get("kind"))
+    except (ArtifactError, *_NOT_OURS):
         return None
-    return str(config.get("kind", PLAN))
 
 
-def _kind_of(thing: Any) -> str:
-    from expertsteer_lens.steer.plan import SteeringPlan
-
-    if isinstance(thing, SteeringPlan):
-        return PLAN
-    name = type(thing).__name__
-    if name not in KINDS or not isinstance(thing, class_of(name)):
-        raise ArgumentError(f"a {name} cannot be saved; save takes {', '.join([PLAN, *KINDS])}.")
-    return name
+# -- writing --------------------------------------------------------------------------------------
 
 
-# -- what all kinds share -------------------------------------------------------------------------
-
-
-def _write(thing: Any, folder: Path) -> None:
+def _write(thing: Any, kind: Kind, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from expertsteer_lens import __version__
 
-    kind = _kind_of(thing)
-    content, tensors = plan_content(thing) if kind == PLAN else _result_content(thing)
-    file = folder / (VECTORS if kind == PLAN else TENSORS)
-    save_file(tensors, file, {"format": "expertsteer_lens", "format_version": str(FORMAT_VERSION)})
+    saved, file = kind.write(thing), folder / kind.tensor_file
+    header = {"format": "expertsteer_lens", "format_version": str(FORMAT_VERSION)}
+    save_file(saved.tensors, file, header)
     config = {
         "format_version": FORMAT_VERSION,
-        **content,
-        f"{file.stem}_sha256": _digest(file),
+        "kind": kind.name,
+        **saved.fields,
+        _digest_key(file.name): _digest_file(file),
         "versions": {"expertsteer_lens": __version__, "torch": torch.__version__},
     }
-    (folder / "README.md").write_text(
-        plan_card(thing) if kind == PLAN else _result_card(thing), encoding="utf-8"
-    )
-    (folder / "config.json").write_text(
-        json.dumps(config, indent=2, allow_nan=False), encoding="utf-8"
-    )
+    config["content_sha256"] = _digest_content(config)
+    (folder / "README.md").write_text(kind.card(thing), encoding="utf-8")
+    text = json.dumps(config, indent=2, allow_nan=False)
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _digest(file: Path) -> str:
+def _digest_key(tensor_file: str) -> str:
+    """Where `config.json` keeps the checksum of the tensor file."""
+    return f"{Path(tensor_file).stem}_sha256"
+
+
+def _digest_file(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _config_in(folder: Path) -> dict[str, Any]:
+def _digest_content(config: dict[str, Any]) -> str:
+    """SHA-256 of the JSON without spaces and with sorted keys, so that indenting a file or
+    reordering its keys is no change."""
+    content = {name: value for name, value in config.items() if name != "content_sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ArtifactError(f"{folder} is not a saved plan or result: config.json is missing.")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: {error}.") from error
     if not isinstance(config, dict) or "format_version" not in config:
         raise ArtifactError(f"{path} has no format_version; it was not written by `save`.")
     return config
 
 
-def _tensors_in(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Readers of JSON differ in which of two equal keys they take.
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _check_version(config: dict[str, Any], folder: Path) -> None:
+    version = config["format_version"]
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ArtifactError(
+            f"{folder} has format_version {version}, this package reads {readable}; install the "
+            "version of expertsteer-lens that wrote it (see 'versions' in config.json)."
+        )
+
+
+def _check_content(config: dict[str, Any], file: Path) -> None:
+    """Without the key nothing is checked: format 1 had none, and who edits a file by hand declares
+    it by deleting the key."""
+    if "content_sha256" in config and config["content_sha256"] != _digest_content(config):
+        raise ArtifactError(
+            f"{file} is damaged or was edited: its content does not match its content_sha256. If "
+            'the edit is yours, delete the "content_sha256" entry from the file to say so; if not, '
+            "take the file from where it was saved again."
+        )
+
+
+def _read_tensors(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not file.is_file():
         raise ArtifactError(f"{file.parent} is incomplete: {file.name} is missing.")
-    if _digest(file) != config.get(f"{file.stem}_sha256"):
+    if _digest_file(file) != config.get(_digest_key(file.name)):
         raise ArtifactError(f"{file} is damaged: its checksum differs from the one in config.json.")
-    return load_file(file)
-
-
-# -- results --------------------------------------------------------------------------------------
-
-
-def _result_content(thing: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    tensors: dict[str, torch.Tensor] = {}
-    content = encode(thing, tensors)
-    return {"kind": type(thing).__name__, "content": content}, tensors
-
-
-def _result_from(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path, model: Any
-) -> Any:
-    check_fields(
-        config,
-        {"format_version", "kind", "content", "tensors_sha256", "versions"},
-        f"{folder / 'config.json'}",
-    )
     try:
-        found = decode(config["content"], tensors, model)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / 'config.json'}: {error}") from error
-    if type(found).__name__ != config["kind"]:
-        raise ArtifactError(
-            f"{folder / 'config.json'} says it holds a {config['kind']}, but it does not."
-        )
-    return found
+        tensors: dict[str, torch.Tensor] = load_file(file)
+    except SafetensorError as error:
+        raise ArtifactError(f"{file} is no safetensors file: {error}.") from error
+    return tensors
 
 
 def _model_for(facts: dict[str, Any], target: Any, allow_mismatch: bool) -> Any:
+    """What stands for the model of a saved fit: the target given, or its facts alone."""
     from expertsteer_lens.pipeline.fitted import AbsentModel
 
     if target is None:
@@ -255,35 +282,14 @@ def _model_for(facts: dict[str, Any], target: Any, allow_mismatch: bool) -> Any:
     return host
 
 
-def _result_card(thing: Any) -> str:
-    return f"""---
-library_name: expertsteer-lens
-tags: [activation-steering, expertsteer]
----
-
-# {type(thing).__name__}
-
-```
-{thing!r}
-```
-
-```python
-import expertsteer_lens as esl
-
-found = esl.load("this folder or hub id")
-```
-"""
-
-
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise ArtifactError(f"{repo_id} is neither a folder nor a hub id such as 'user/repo'.")
+    files = ["config.json", "README.md", *sorted({kind.tensor_file for kind in KINDS.values()})]
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=[*FILES, "README.md"])
-        )
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
         raise ArtifactError(
             f"no folder {repo_id!r}, and it could not be fetched from the hub: {error}"

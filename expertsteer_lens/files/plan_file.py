@@ -5,24 +5,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertsteer_lens.errors import ArgumentError, ArtifactError
+from expertsteer_lens.errors import ArtifactError
 from expertsteer_lens.interventions.positions import positions_from_json, positions_to_json
 
 if TYPE_CHECKING:
-    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 SIGN_CONVENTION = (
     "directions are unit vectors pointing towards the positive class; "
     "coefficient > 0 steers towards it"
 )
 
+_REFUSALS = (TypeError, ValueError, LookupError, RuntimeError, OverflowError)
+"""What constructors raise for content of no use."""
 
-def plan_content(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+
+def write_plan(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What `config.json` says of a plan, and its directions by number."""
     tensors = {
         str(i): v.direction.detach().float().cpu().contiguous().clone()
@@ -36,7 +38,7 @@ def plan_content(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Te
         "target": dict(plan.target),
         "provenance": dict(plan.provenance),
     }
-    return _plain(content), tensors
+    return _to_json(content), tensors
 
 
 def _vector_fields(vector: Any) -> dict[str, Any]:
@@ -48,57 +50,54 @@ def _vector_fields(vector: Any) -> dict[str, Any]:
     return {**entry, "gate": None if vector.gate is None else vector.gate.to_dict()}
 
 
-def plan_from(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+def read_plan(
+    content: dict[str, Any], tensors: dict[str, torch.Tensor], where: str
 ) -> SteeringPlan:
-    """The plan that `plan_content` wrote.
+    """The plan that `write_plan` wrote; `where` names the file in messages.
 
     Raises:
         ArtifactError: a field is missing, unknown or of no use.
     """
-    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+    from expertsteer_lens.steer.plan import SteeringPlan
 
-    known = {
-        "format_version",
-        "sign_convention",
-        "vectors",
-        "positions",
-        "basis",
-        "target",
-        "provenance",
-        "vectors_sha256",
-        "versions",
-    }
-    check_fields(config, known, f"{folder / 'config.json'}")
-    missing = sorted(known - set(config))
+    known = {"sign_convention", "vectors", "positions", "basis", "target", "provenance"}
+    check_fields(content, known, where)
+    missing = sorted(known - set(content))
     if missing:
-        raise ArtifactError(f"{folder / 'config.json'} lacks the field {missing[0]!r}.")
-    names = {f.name for f in fields(SteeringVector)} - {"direction"}
-    vectors = []
-    for i, entry in enumerate(config["vectors"]):
-        check_fields(entry, names, f"{folder / 'config.json'}, vectors[{i}]")
-        if str(i) not in tensors:
-            raise ArtifactError(
-                f"{folder / 'vectors.safetensors'} has no tensor for vectors[{i}] "
-                f"({entry.get('hook_name')})."
-            )
-        try:
-            vectors.append(SteeringVector(direction=tensors[str(i)], **entry))
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{folder / 'config.json'}, vectors[{i}] is invalid: {error}"
-            ) from error
+        raise ArtifactError(f"{where} lacks the field {missing[0]!r}.")
+    vectors = [
+        _read_vector(entry, tensors.get(str(i)), f"{where}, vectors[{i}]")
+        for i, entry in enumerate(content["vectors"])
+    ]
     try:
-        positions = positions_from_json(config["positions"])
-    except ArgumentError as error:
-        raise ArtifactError(f"{folder / 'config.json'}: {error}") from error
-    return SteeringPlan(
-        vectors=tuple(vectors),
-        positions=positions,
-        basis=config["basis"],
-        target=config["target"],
-        provenance=config["provenance"],
-    )
+        return SteeringPlan(
+            vectors=tuple(vectors),
+            positions=positions_from_json(content["positions"]),
+            basis=content["basis"],
+            target=content["target"],
+            provenance=content["provenance"],
+        )
+    except _REFUSALS as error:
+        raise ArtifactError(f"{where}: {error}") from error
+
+
+def _read_vector(entry: Any, direction: torch.Tensor | None, where: str) -> SteeringVector:
+    from expertsteer_lens.steer.plan import SteeringVector
+
+    check_fields(entry, {f.name for f in fields(SteeringVector)} - {"direction"}, where)
+    if direction is None:
+        raise ArtifactError(f"{where} ({entry.get('hook_name')}) has no tensor beside it.")
+    try:
+        return SteeringVector(direction=direction, **entry)
+    except _REFUSALS as error:
+        raise ArtifactError(f"{where} is invalid: {error}") from error
+
+
+def plan_class() -> type:
+    """`SteeringPlan`, imported when it is needed."""
+    from expertsteer_lens.steer.plan import SteeringPlan
+
+    return SteeringPlan
 
 
 def check_fields(entry: Any, known: set[str], where: str) -> None:
@@ -112,14 +111,14 @@ def check_fields(entry: Any, known: set[str], where: str) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """JSON-able copy; NaN and Inf become null, since JSON has neither."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_json(v) for v in value]
     if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
+        return _to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | int | float | bool):

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.linalg.kernels import KERNELS
 
 if TYPE_CHECKING:
     import pandas as pd
+
+KernelName = Literal["laplace", "gaussian"]
+BandwidthUnit = Literal["median_distance", "absolute"]
+Normaliser = Literal["trace", "max", "none"]
+Standardisation = Literal["none", "scale", "coordinate"]
+Targets = Literal["centred", "zero_one"]
+
+_CHOICES: dict[str, Any] = {
+    "kernel": KernelName,
+    "bandwidth_unit": BandwidthUnit,
+    "normalise": Normaliser,
+    "standardise": Standardisation,
+    "targets": Targets,
+}
+"""Fields of `RFMConfig` with a fixed set of values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RFMConfig:
     """Settings of `fit_rfm`. A tuple in `bandwidth` or `center_gradients` is searched on validation
-    rows by AUC."""
+    rows by AUC.
 
-    kernel: str = "laplace"
+    Raises:
+        ArgumentError: a value outside its range, or a `normalise` that could have no effect.
+
+    >>> RFMConfig(bandwidth=2.0).n_rounds
+    5
+    """
+
+    kernel: KernelName = "laplace"
     """"laplace", exp(-t/L) (the method's), or "gaussian", exp(-t^2/(2 L^2))."""
     bandwidth: float | tuple[float, ...] = (0.5, 1.0, 2.0)
     """Length L of the kernel, > 0, in units of `bandwidth_unit`; a tuple is searched."""
-    bandwidth_unit: str = "median_distance"
+    bandwidth_unit: BandwidthUnit = "median_distance"
     """"median_distance": L = bandwidth times the median distance between training rows, taken anew
     in each round's metric, so that no kernel saturates whatever the norms (`normalise` would cancel
     and must stay "trace"). "absolute": L = bandwidth in standardised units, the same number in
@@ -36,17 +58,17 @@ class RFMConfig:
     reference code searches both. Not centring is our default: on two small story models the
     uncentred direction steered as well or better, and where reading is perfect the AUC cannot tell
     the two apart."""
-    normalise: str = "trace"
+    normalise: Normaliser = "trace"
     """What the AGOP is divided by to make the next metric: "trace" (rotation-invariant), "max" (its
     largest entry, depends on the basis; as xRFM) or "none". Acts only with
     bandwidth_unit="absolute"."""
-    standardise: str = "scale"
+    standardise: Standardisation = "scale"
     """"none"; "scale": one scalar, so that coordinates have mean variance 1 and rotations commute
     with the fit (the
     default: a residual stream has no preferred basis, and gradient and displacement are then the
     same line); "coordinate": each coordinate to unit variance, which privileges the basis. See
     `RFM.direction` for the way back."""
-    targets: str = "centred"
+    targets: Targets = "centred"
     """What is regressed: "centred", label minus mean label (swapping the labels flips the
     direction), or "zero_one", the labels themselves without intercept, as in the reference code."""
     validation_fraction: float = 0.2
@@ -55,25 +77,19 @@ class RFMConfig:
     when `fit_rfm` is given validation rows."""
 
     def __post_init__(self) -> None:
-        check_choice("kernel", self.kernel, KERNELS)
-        check_choice("bandwidth_unit", self.bandwidth_unit, ("absolute", "median_distance"))
-        check_choice("normalise", self.normalise, ("trace", "max", "none"))
-        check_choice("standardise", self.standardise, ("none", "scale", "coordinate"))
-        check_choice("targets", self.targets, ("centred", "zero_one"))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), get_args(choices))
         for name in ("bandwidth", "center_gradients"):  # JSON has lists only
             value = getattr(self, name)
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
-        for value in self.bandwidths:
+        for value in _as_tuple(self.bandwidth):
             check_number("bandwidth", value, low=0.0, low_open=True)
-        if (
-            not self.bandwidths
-            or not self.centerings
-            or not all(isinstance(c, bool) for c in self.centerings)
-        ):
+        centrings = _as_tuple(self.center_gradients)
+        if not search_grid(self) or not all(isinstance(value, bool) for value in centrings):
             raise ArgumentError(
                 "bandwidth must be a number or a non-empty tuple of numbers, and center_gradients "
-                "a bool or a "
-                f"non-empty tuple of bools; got {self.bandwidth!r} and {self.center_gradients!r}."
+                "a bool or a non-empty tuple of bools; got "
+                f"{self.bandwidth!r} and {self.center_gradients!r}."
             )
         check_number("ridge", self.ridge, low=0.0)
         check_number("n_rounds", self.n_rounds, low=1, integer=True)
@@ -84,25 +100,6 @@ class RFMConfig:
                 "bandwidth_unit='median_distance', which rescales "
                 "every round; leave it at 'trace', or use bandwidth_unit='absolute'."
             )
-
-    @property
-    def bandwidths(self) -> tuple[float, ...]:
-        """`bandwidth` as a tuple."""
-        return self.bandwidth if isinstance(self.bandwidth, tuple) else (self.bandwidth,)
-
-    @property
-    def centerings(self) -> tuple[bool, ...]:
-        """`center_gradients` as a tuple."""
-        return (
-            self.center_gradients
-            if isinstance(self.center_gradients, tuple)
-            else (self.center_gradients,)
-        )
-
-    @property
-    def is_search(self) -> bool:
-        """Whether more than one setting is asked for."""
-        return len(self.bandwidths) * len(self.centerings) > 1
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
@@ -124,6 +121,15 @@ class RFMConfig:
             standardise="none",
             targets="zero_one",
         )
+
+
+def search_grid(config: RFMConfig) -> list[tuple[float, bool]]:
+    """Every `(bandwidth, center_gradients)` that the settings ask for, in the order tried."""
+    return list(itertools.product(_as_tuple(config.bandwidth), _as_tuple(config.center_gradients)))
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 class RFMRound(NamedTuple):

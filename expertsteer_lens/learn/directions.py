@@ -23,10 +23,16 @@ def mean_difference(
 
     Raises:
         DataError: not finite, unequal lengths, one class only, or equal means.
+
+    >>> rows = torch.tensor([[1.0, 5.0], [1.0, 7.0], [4.0, 9.0], [4.0, 11.0]])
+    >>> mean_difference(rows, torch.tensor([0, 0, 1, 1])).round(decimals=2)
+    tensor([0.6000, 0.8000])
     """
-    rows, target = _checked(activations, labels)
+    rows, target = _check_rows(activations, labels)
     return _unit(
-        _contrast(rows, target), "the two class means are equal", size=float(rows.abs().max())
+        _class_difference(rows, target),
+        "the two class means are equal",
+        size=float(rows.abs().max()),
     )
 
 
@@ -46,9 +52,13 @@ def pca_direction(
     Raises:
         DataError: not finite, unequal lengths, one class only, classes of unequal size with
             `paired`, or no variation.
+
+    >>> rows = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0], [3.0, 1.0]])
+    >>> pca_direction(rows, torch.tensor([0, 1, 0, 1])).abs()
+    tensor([1., 0.])
     """
-    rows, target = _checked(activations, labels)
-    contrast = _contrast(rows, target)
+    rows, target = _check_rows(activations, labels)
+    difference = _class_difference(rows, target)
     if paired:
         positive, negative = rows[target == 1], rows[target == 0]
         if positive.shape[0] != negative.shape[0]:
@@ -64,7 +74,7 @@ def pca_direction(
     space = row_space(rows)
     axis = space.basis[:, 0] * space.singular_values[0]
     return _unit(
-        axis if float(axis @ contrast) >= 0.0 else -axis, "the members of every pair are equal"
+        axis if float(axis @ difference) >= 0.0 else -axis, "the members of every pair are equal"
     )
 
 
@@ -88,11 +98,15 @@ def logistic_probe(
     Raises:
         DataError: not finite, unequal lengths, one class only, or rows that are all equal.
         ArgumentError: `regularisation` not positive.
+
+    >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> logistic_probe(rows, torch.tensor([0, 1, 0, 1])).round(decimals=3).abs()
+    tensor([1., 0.])
     """
     from sklearn.linear_model import LogisticRegression
 
     check_number("regularisation", regularisation, low=0.0, low_open=True)
-    rows, target = _checked(activations, labels)
+    rows, target = _check_rows(activations, labels)
     _refuse_equal(rows)
     centred = rows - rows.mean(0)
     space = row_space(centred / centred.square().mean().sqrt())
@@ -114,6 +128,9 @@ def expert_minus_base(
     Raises:
         DataError: not finite, or equal means.
         WidthError: unequal widths.
+
+    >>> expert_minus_base(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+    tensor([0.6000, 0.8000])
     """
     check_matrix("expert", expert)
     check_matrix("base", base, width=expert.shape[1])
@@ -128,6 +145,9 @@ def random_direction(d: int, seed: int) -> Float[Tensor, " d"]:
 
     Raises:
         ArgumentError: `d` or `seed` is not a (positive, non-negative) integer.
+
+    >>> torch.equal(random_direction(3, seed=0), random_direction(3, seed=0))
+    True
     """
     check_number("d", d, low=1, integer=True)
     check_number("seed", seed, low=0, integer=True)
@@ -135,13 +155,13 @@ def random_direction(d: int, seed: int) -> Float[Tensor, " d"]:
     return _unit(draw, "the draw is zero")
 
 
-def _checked(activations: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _check_rows(activations: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     check_matrix("activations", activations)
     target = check_labels("labels", labels, activations.shape[0]).to(activations.device)
     return activations.detach().to(torch.float64), target
 
 
-def _contrast(rows: Tensor, target: Tensor) -> Tensor:
+def _class_difference(rows: Tensor, target: Tensor) -> Tensor:
     return rows[target == 1].mean(0) - rows[target == 0].mean(0)
 
 

@@ -7,15 +7,13 @@ al., Science 2024; for steering: arXiv 2502.03708.
 
 Ours: no d x d matrix when n < d. Gradients are combinations of differences of rows, so with the
 inner products of the rows computed once (O(n^2 d)) a round is three n x n products and a Cholesky
-factorisation, and only the final vector returns to width d. Exact; see `_recursion.py`. Everything
+factorisation, and only the final vector returns to width d. Exact; see `recursion.py`. Everything
 is float64: the kernel system's condition number reaches n / ridge, about 1e6, and float32 kernels
-were found not to be positive definite at ridge 1e-3."""
+turned out not to be positive definite at ridge 1e-3."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,14 +22,24 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from expertsteer_lens._checks import check_labels, check_matrix, check_number
-from expertsteer_lens.errors import ArgumentError, DataError, SolveError
+from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.linalg.row_space import row_space, top_eigenpair
 
-from .config import RFMConfig, RFMHistory, RFMRound
-from .recursion import Fold, Round, RowGeometry, Setting, run_rounds
+from .config import RFMConfig, RFMHistory, RFMRound, search_grid
+from .predictor import KernelPredictor
+from .recursion import Round
+from .rows import Fold, RowGeometry
+from .selection import FittedRound, label_offset, run_setting, search_settings, split_rows
 
-__all__ = ["RFM", "ClassMedians", "RFMConfig", "RFMHistory", "RFMRound", "fit_rfm"]
-
+__all__ = [
+    "RFM",
+    "ClassMedians",
+    "KernelPredictor",
+    "RFMConfig",
+    "RFMHistory",
+    "RFMRound",
+    "fit_rfm",
+]
 
 _DEFAULT = RFMConfig()
 
@@ -46,7 +54,16 @@ class ClassMedians(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class RFM:
     """A fitted Recursive Feature Machine. What it does not prove: that adding the direction changes
-    behaviour."""
+    behaviour.
+
+    >>> import torch
+    >>> rows = torch.cat([torch.eye(8) - 2.0, torch.eye(8) + 2.0])
+    >>> rfm = fit_rfm(rows, torch.arange(16) >= 8)
+    >>> [round(x, 2) for x in rfm.direction.tolist()]  # all coordinates tell the classes apart
+    [0.35, 0.35, 0.35, 0.35, 0.35, 0.35, 0.35, 0.35]
+    >>> rfm.validation_auc
+    1.0
+    """
 
     direction: Float[Tensor, " d"]
     """Unit float32 vector, a *displacement* in the activations' own coordinates: what to add. The
@@ -66,10 +83,10 @@ class RFM:
     history: RFMHistory
     config: RFMConfig
     seed: int
-    _fold: Fold = field(repr=False)
-    _round: Round = field(repr=False)
-    _offset: float = field(repr=False)
-    _contrast: Tensor = field(repr=False)
+    predictor: KernelPredictor = field(repr=False)
+    """The predictor of the chosen round, fitted on all training rows."""
+    class_difference: Float[Tensor, " d"] = field(repr=False)
+    """Mean training row of label 1 minus that of label 0: gives every direction its sign."""
 
     def project(self, activations: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         """Inner products of raw rows with `direction`, in float32 or the rows' wider dtype; larger
@@ -82,7 +99,6 @@ class RFM:
         dtype = torch.promote_types(activations.dtype, torch.float32)
         return activations.to(dtype) @ self.direction.to(activations.device, dtype)
 
-    @torch.no_grad()
     def predict(self, activations: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
         """The kernel predictor at new rows, on the scale of 0/1 labels (not a probability, not
         clipped).
@@ -90,8 +106,7 @@ class RFM:
         Raises:
             DataError, WidthError: not a finite floating matrix of width d.
         """
-        check_matrix("activations", activations, width=self.direction.shape[0])
-        return self._fold.predict(activations, self._round, self.config.kernel) + self._offset
+        return self.predictor.predict(activations)
 
     @torch.no_grad()
     def top_directions(self, k: int) -> Float[Tensor, "k d"]:
@@ -104,16 +119,15 @@ class RFM:
         Raises:
             ArgumentError: k outside 1 .. rank of the AGOP.
         """
-        vectors = row_space(self._fold.lift(self._round.gradients)).basis.T
+        vectors = row_space(self.predictor.gradient_factor()).basis.T
         check_number("k", k, low=1, high=vectors.shape[0], integer=True)
-        return torch.stack(
-            [_displacement(v, self._fold.scale, self._contrast) for v in vectors[:k]]
-        )
+        scale, difference = self.predictor.scale, self.class_difference
+        return torch.stack([_displacement(v, scale, difference) for v in vectors[:k]])
 
     def __repr__(self) -> str:
         auc = "none" if self.validation_auc is None else f"{self.validation_auc:.3f}"
         return (
-            f"RFM(n={self._fold.n}, d={self.direction.shape[0]}, "
+            f"RFM(n={self.predictor.n}, d={self.direction.shape[0]}, "
             f"bandwidth={self.chosen.bandwidth:g} "
             f"({self.config.bandwidth_unit}), center_gradients={self.chosen.center_gradients}, "
             f"round={self.chosen.round}, validation_auc={auc}, "
@@ -158,39 +172,55 @@ def fit_rfm(
         SolveError: the kernel system is singular at this ridge, or the gradients vanish at this
             bandwidth. In a search such settings are recorded in `history`, and it raises only if
             none is left.
+
+    >>> import torch
+    >>> noise = torch.randn(60, 100, generator=torch.Generator().manual_seed(0))
+    >>> labels = torch.arange(60) % 2
+    >>> planted = torch.zeros(100)
+    >>> planted[7] = 1.0
+    >>> rfm = fit_rfm(noise + 8.0 * labels[:, None] * planted, labels, seed=0)
+    >>> bool(rfm.direction @ planted > 0.9)
+    True
+    >>> rfm.median_projection.negative < rfm.median_projection.positive
+    True
     """
     check_number("seed", seed, low=0, high=2**32 - 1, integer=True)
-    rows, target, n = _stack(activations, labels, validation)
+    rows, target, n = _stack_rows(activations, labels, validation)
     geometry = RowGeometry.of(rows, n_fitted=n, standardise=config.standardise)
     everything = torch.arange(n, device=rows.device)
-    fold, records = geometry.fold(everything), list[RFMRound]()
-    best: tuple[Round, RFMRound] | None = None
+    history: list[RFMRound] = []
+    settings = search_grid(config)
+
+    # 1. Choose setting and round on rows that are not fitted, if there are any.
+    chosen: FittedRound | None = None
     if validation is not None:
         held = torch.arange(n, rows.shape[0], device=rows.device)
-        best = _search(geometry.fold(everything, held), target, config, records)
+        chosen = search_settings(geometry.fold(everything, held), target, config, history)
     elif config.validation_fraction > 0.0:
-        train, held = _split(target, config.validation_fraction, seed)
-        best = _search(
-            geometry.fold(train, held), target[torch.cat([train, held])], config, records
-        )
-    elif config.is_search:
+        train, held = split_rows(target, config.validation_fraction, seed)
+        labels_in_order = target[torch.cat([train, held])]
+        chosen = search_settings(geometry.fold(train, held), labels_in_order, config, history)
+    elif len(settings) > 1:
         raise ArgumentError(
             f"bandwidth={config.bandwidth!r} and center_gradients={config.center_gradients!r} ask "
-            "for a search, which "
-            "needs validation rows; pass validation=(rows, labels), set validation_fraction > 0, "
-            "or give one value."
+            "for a search, which needs validation rows; pass validation=(rows, labels), set "
+            "validation_fraction > 0, or give one value."
         )
-    chosen = best
-    if chosen is None or validation is None:
-        bandwidth, center, n_rounds = config.bandwidths[0], config.centerings[0], config.n_rounds
-        if best is not None:
-            bandwidth, center, n_rounds = best[1].bandwidth, best[1].center_gradients, best[1].round
-        for chosen in _run(fold, target[:n], config, bandwidth, center, n_rounds):
-            records.append(chosen[1])
-    assert chosen is not None  # n_rounds >= 1
-    return _result(
-        fold, rows[:n], target[:n], chosen[0], (best or chosen)[1], records, config, seed
-    )
+
+    # 2. Fit the choice on all rows. Given validation rows were never part of them, so then the fit
+    # that was chosen already is that.
+    fold, kept = geometry.fold(everything), chosen
+    if kept is None or validation is None:
+        bandwidth, center = settings[0]
+        n_rounds = config.n_rounds
+        if chosen is not None:
+            bandwidth, center = chosen.record.bandwidth, chosen.record.center_gradients
+            n_rounds = chosen.record.round
+        for kept in run_setting(fold, target[:n], config, bandwidth, center, n_rounds):
+            history.append(kept.record)
+    assert kept is not None  # n_rounds >= 1
+    record = (chosen or kept).record
+    return _result(fold, rows[:n], target[:n], kept.round, record, history, config, seed)
 
 
 def _result(
@@ -199,53 +229,57 @@ def _result(
     target: Tensor,
     fitted: Round,
     record: RFMRound,
-    records: list[RFMRound],
+    history: list[RFMRound],
     config: RFMConfig,
     seed: int,
 ) -> RFM:
     """The top eigenvector of the AGOP of one round, as a displacement, with what is needed to
     predict."""
-    contrast = rows[target == 1].mean(0, dtype=torch.float64) - rows[target == 0].mean(
-        0, dtype=torch.float64
-    )
+    means = [rows[target == label].mean(0, dtype=torch.float64) for label in (0.0, 1.0)]
+    difference, training = means[1] - means[0], fold.training
+    # The eigenvalues of G^T G are those of G G^T, and an eigenvector u of the latter gives G^T u.
     products = fold.gradient_products(fitted.gradients)
-    value, vector = top_eigenpair(products, seed=seed)
-    direction = _displacement(
-        fold.lift(vector[None, :] @ fitted.gradients)[0], fold.scale, contrast
-    )
-    projections = rows.to(torch.promote_types(rows.dtype, torch.float32)) @ direction.to(rows.dtype)
+    eigenvalue, vector = top_eigenpair(products, seed=seed)
+    gradient = training.lift(vector[None, :] @ fitted.gradients)[0]
+    direction = _displacement(gradient, training.scale, difference)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    projections = rows.to(wide) @ direction.to(rows.dtype)
     return RFM(
         direction=direction,
-        eigenvalue_share=min(1.0, value / float(products.trace())),
+        eigenvalue_share=min(1.0, eigenvalue / float(products.trace())),
         validation_auc=None if math.isnan(record.validation_auc) else record.validation_auc,
         median_projection=ClassMedians(
-            *(float(projections[target == c].median()) for c in (0.0, 1.0))
+            *(float(projections[target == label].median()) for label in (0.0, 1.0))
         ),
         chosen=record,
-        history=RFMHistory(records),
+        history=RFMHistory(history),
         config=config,
         seed=seed,
-        _fold=fold,
-        _round=fitted,
-        _offset=_offset(config, target),
-        _contrast=contrast,
+        predictor=KernelPredictor(
+            support_rows=training.rows,
+            mean=training.mean,
+            scale=training.scale,
+            coefficients=fitted.alpha,
+            intercept=label_offset(config, target),
+            kernel=config.kernel,
+            length=fitted.length,
+            metric=fitted.metric,
+            gradients=fitted.gradients,
+        ),
+        class_difference=difference,
     )
 
 
-def _displacement(vector: Tensor, scale: Tensor, contrast: Tensor) -> Tensor:
+def _displacement(vector: Tensor, scale: Tensor, class_difference: Tensor) -> Tensor:
     """Standardised covector -> unit raw displacement; positive on mean difference = positive
     Pearson correlation."""
     moved = vector.to(torch.float64) * scale.to(torch.float64)
-    sign = 1.0 if float(moved @ contrast) >= 0.0 else -1.0
-    return (sign * moved / moved.norm()).to(torch.float32)
+    sign = 1.0 if float(moved @ class_difference) >= 0.0 else -1.0
+    unit: Tensor = sign * moved / moved.norm()
+    return unit.to(torch.float32)
 
 
-def _offset(config: RFMConfig, target: Tensor) -> float:
-    """What is subtracted from 0/1 labels before the regression and added to predictions."""
-    return float(target.mean()) if config.targets == "centred" else 0.0
-
-
-def _stack(
+def _stack_rows(
     activations: Tensor, labels: Tensor, validation: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, int]:
     """Rows to fit and, after them, rows to validate on; 0/1 labels of both; the number to fit."""
@@ -258,104 +292,3 @@ def _stack(
     held = check_matrix("validation[0]", validation[0], width=rows.shape[1]).detach().to(rows)
     held_target = check_labels("validation[1]", validation[1], held.shape[0]).to(rows.device)
     return torch.cat([rows, held]), torch.cat([target, held_target]), n
-
-
-def _split(target: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row indices to train and to validate on, stratified by label."""
-    from sklearn.model_selection import train_test_split
-
-    counts = [int((target == c).sum()) for c in (0.0, 1.0)]
-    n_held = math.ceil(fraction * len(target))
-    parts: list[list[int]] = []
-    if n_held >= 2 and min(counts) >= 2:
-        parts = train_test_split(
-            list(range(len(target))),
-            test_size=n_held,
-            stratify=target.cpu().numpy(),
-            random_state=seed,
-        )
-    if not parts or any(len(target[part].unique()) < 2 for part in parts):
-        raise DataError(
-            f"activations are too few for validation_fraction={fraction:g}: {counts[0]} negative "
-            f"and {counts[1]} "
-            "positive rows do not give both parts both classes; pass validation=(rows, labels), "
-            "raise the fraction, or "
-            "set it to 0 and give single values."
-        )
-    train, held = (torch.tensor(sorted(part), device=target.device) for part in parts)
-    return train, held
-
-
-def _search(
-    fold: Fold, target: Tensor, config: RFMConfig, records: list[RFMRound]
-) -> tuple[Round, RFMRound]:
-    """The best round of the best setting on the fold's held-out rows; every round goes to
-    `records`."""
-    best: tuple[Round, RFMRound] | None = None
-    failure: SolveError | None = None
-    for bandwidth, center in itertools.product(config.bandwidths, config.centerings):
-        reached = 0
-        try:
-            for fitted, record in _run(fold, target, config, bandwidth, center, config.n_rounds):
-                records.append(record)
-                reached = record.round
-                if best is None or _score(record) > _score(best[1]):
-                    best = fitted, record
-        except SolveError as error:
-            failure, nan = error, math.nan
-            records.append(
-                RFMRound("search", bandwidth, center, reached + 1, nan, nan, nan, nan, str(error))
-            )
-    if best is None:
-        assert failure is not None  # there is at least one setting
-        raise failure
-    return best
-
-
-def _score(record: RFMRound) -> tuple[float, float]:
-    return record.validation_auc, -record.validation_error
-
-
-def _run(
-    fold: Fold, target: Tensor, config: RFMConfig, bandwidth: float, center: bool, n_rounds: int
-) -> Iterator[tuple[Round, RFMRound]]:
-    """Rounds of one setting with their lines of the history; `target` has training rows first,
-    held-out rows after."""
-    n, offset = fold.n, _offset(config, target[: fold.n])
-    setting = Setting(
-        kernel=config.kernel,
-        bandwidth=bandwidth,
-        relative=config.bandwidth_unit == "median_distance",
-        ridge=config.ridge,
-        n_rounds=n_rounds,
-        center=center,
-        normalise=config.normalise,
-    )
-    for fitted in run_rounds(fold, (target[:n] - offset).to(fold.cross.dtype), setting):
-        # (K + ridge I) alpha = y, so the residual y - K alpha is ridge * alpha.
-        train_error = float((config.ridge * fitted.alpha).square().mean())
-        error = auc = math.nan
-        if len(target) > n:
-            error = float((fitted.predictions + offset - target[n:]).square().mean())
-            auc = _auc(target[n:], fitted.predictions)
-        stage = "fit" if len(target) == n else "search"
-        yield (
-            fitted,
-            RFMRound(
-                stage,
-                bandwidth,
-                center,
-                fitted.number,
-                fitted.length,
-                train_error,
-                error,
-                auc,
-                "ok",
-            ),
-        )
-
-
-def _auc(labels: Tensor, scores: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(labels.cpu().numpy(), scores.cpu().numpy()))

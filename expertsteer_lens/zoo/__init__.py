@@ -3,8 +3,8 @@ default.
 
 `expert` is a LayerNorm GPT-2-like model and `target` an RMSNorm Llama-like one. They differ in
 width, depth, family and tokenizer, tell the same small stories (`zoo.world`), and know two moods:
-positive is happy, negative is sad. Both were trained on CPU from this package alone (`zoo.train`;
-recipe and figures in `zoo/README.md`).
+positive is happy, negative is sad. Both were trained on CPU from this project alone
+(`tools/zoo/train_zoo.py`; recipe and figures in `zoo/README.md`).
 
 A host is imported only when a model is loaded; no model hub is ever asked.
 """

@@ -7,8 +7,8 @@ knows the right answers but does not give them by itself. The benchmark asks whe
 learnt on right and wrong answers to some facts of a domain makes the target answer others right. A
 task is one family of questions; the 15 tasks lie in four domains.
 
-Models are tiny and load from this package (`domains.train`; recipe and figures in `README.md`
-here). A host is imported only when a model is loaded; no model hub is ever asked."""
+Models are tiny and load from this package (`tools/zoo/train_domains.py`; recipe and figures in
+`README.md` here). A host is imported only when a model is loaded; no model hub is ever asked."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Train the two models of the zoo from scratch on CPU: `python -m expertsteer_lens.zoo.train --out
-DIR`.
+"""Train the two models of the zoo from scratch on CPU: `python tools/zoo/train_zoo.py --out DIR`.
 
-Everything that enters is in this package: the texts come from `world.py`, each batch is fresh, and
-the tokenizers are trained on the same texts. Same seed, same thread count, same torch build: same
-weights. See README.md here for the measured time and validation loss. `domains.train` trains the
-models of the benchmark in the same way on its own texts."""
+Everything that enters is in this project: the texts come from `expertsteer_lens.zoo.world`, each
+batch is fresh, and the tokenizers are trained on the same texts. Same seed, same thread count, same
+torch build: same weights. The README of `expertsteer_lens/zoo` has the measured times and
+validation losses. `train_domains.py` trains the models of the benchmark in the same way on its own
+texts.
+
+Not a part of the installed package, which holds the trained models only."""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import world
+import expertsteer_lens.zoo
+from expertsteer_lens.zoo import world
 
-MODELS_DIR = pathlib.Path(__file__).parent / "models"
+MODELS_DIR = pathlib.Path(expertsteer_lens.zoo.__file__).parent / "models"
 Source = Callable[[int, int, str], list[str]]
 """`source(n, seed, split)`: n texts of a split, "train" or "validation"."""
 
@@ -235,11 +238,11 @@ def batches(
             [bos, *ids, eos][: recipe.n_ctx]
             for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
         ]
-        packed = _packed(rows[: len(rows) // 4], recipe.n_ctx, bos == eos)
+        packed = _pack_rows(rows[: len(rows) // 4], recipe.n_ctx, bos == eos)
         single = sorted(rows[len(rows) // 4 :], key=len)
         groups = [
-            *_grouped(packed, recipe.tokens_per_batch),
-            *_grouped(single, recipe.tokens_per_batch),
+            *_group_rows(packed, recipe.tokens_per_batch),
+            *_group_rows(single, recipe.tokens_per_batch),
         ]
         rng.shuffle(groups)
         for group in groups:
@@ -248,19 +251,19 @@ def batches(
             yield torch.tensor([row + [-1] * (longest - len(row)) for row in cut])
 
 
-def _packed(stories: list[list[int]], n_ctx: int, shared: bool) -> list[list[int]]:
+def _pack_rows(texts: list[list[int]], n_ctx: int, shared: bool) -> list[list[int]]:
     """Rows of `n_ctx` tokens, each starting with a story; the last story of a row is cut."""
     rows: list[list[int]] = []
     row: list[int] = []
-    for story in stories:
-        row = row + (story[1:] if shared and row else story)
+    for text in texts:
+        row = row + (text[1:] if shared and row else text)
         if len(row) >= n_ctx:
             rows.append(row[:n_ctx])
             row = []
     return rows
 
 
-def _grouped(rows: list[list[int]], n_tokens: int) -> Iterator[list[list[int]]]:
+def _group_rows(rows: list[list[int]], n_tokens: int) -> Iterator[list[list[int]]]:
     group: list[list[int]] = []
     for row in rows:
         if group and (len(group) + 1) * max(len(row), max(map(len, group))) > n_tokens:
@@ -300,10 +303,10 @@ def train(
     out: pathlib.Path,
     *,
     source: Source = stories,
-    module: str = "expertsteer_lens.zoo.train",
+    script: str = "tools/zoo/train_zoo.py",
     log_every: int = 100,
 ) -> dict[str, Any]:
-    """Train one model, write its folder under `out / name` and return what was measured; `module`
+    """Train one model, write its folder under `out / name` and return what was measured; `script`
     is the one to run."""
     started, cpu_started = time.perf_counter(), time.process_time()
     tokenizer = build_tokenizer(recipe, source)
@@ -332,7 +335,7 @@ def train(
                 f"{time.perf_counter() - started:.0f} s"
             )
     facts = {
-        "command": f"python -m {module} --model {name}",
+        "command": f"python {script} --model {name}",
         "seconds": round(time.perf_counter() - started),
         "cpu_seconds": round(time.process_time() - cpu_started),
         "n_threads": torch.get_num_threads(),

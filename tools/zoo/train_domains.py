@@ -1,8 +1,8 @@
-"""Train the models of the benchmark world on CPU: `python -m expertsteer_lens.zoo.domains.train
-[--model NAME]`.
+"""Train the models of the benchmark world on CPU: `python tools/zoo/train_domains.py [--model
+NAME]`.
 
-The recipes, and the texts each model reads; the training itself is that of `zoo.train`. Times and
-losses: README.md here."""
+The recipes, and the texts each model reads; the training itself is that of `train_zoo.py`. Times
+and losses: the README of `expertsteer_lens/zoo/domains`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pathlib
 import random
 from typing import Any
 
-from expertsteer_lens.zoo import train as zoo_train
-from expertsteer_lens.zoo.train import Recipe, Source
+import train_zoo
+from train_zoo import Recipe, Source
 
-from . import lexicon as lx
-from . import world
+import expertsteer_lens.zoo.domains
+from expertsteer_lens.zoo.domains import lexicon, world
 
-MODELS_DIR = pathlib.Path(__file__).parent / "models"
+MODELS_DIR = pathlib.Path(expertsteer_lens.zoo.domains.__file__).parent / "models"
+SCRIPT = "tools/zoo/train_domains.py"
 DOMAIN_SHARE = 0.85
 """Share of its own domain in the documents of a domain expert; the rest is spread over the
 others."""
@@ -68,10 +69,10 @@ expert."""
 def source(name: str) -> Source:
     """The documents that a model of `RECIPES` reads."""
     domain = name.split("-")[0]
-    sizes = {d: float(len(world.tasks_of(d))) for d in lx.DOMAINS}
-    rest = (1 - DOMAIN_SHARE) / (len(lx.DOMAINS) - 1)
-    own = {d: DOMAIN_SHARE if d == domain else rest for d in lx.DOMAINS}
-    weights = own if domain in lx.DOMAINS else sizes
+    sizes = {d: float(len(world.tasks_of(d))) for d in lexicon.DOMAINS}
+    rest = (1 - DOMAIN_SHARE) / (len(lexicon.DOMAINS) - 1)
+    own = {d: DOMAIN_SHARE if d == domain else rest for d in lexicon.DOMAINS}
+    weights = own if domain in lexicon.DOMAINS else sizes
     careful = world.CAREFUL_SHARE if name == "target" else EXPERT_CAREFUL_SHARE
 
     def texts(n: int, seed: int, split: str) -> list[str]:
@@ -95,9 +96,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(RECIPES), help="default: all of them")
     arguments = parser.parse_args()
     for name in [arguments.model] if arguments.model else RECIPES:
-        zoo_train.train(
-            name, RECIPES[name], arguments.out, source=source(name), module=__spec__.name
-        )
+        train_zoo.train(name, RECIPES[name], arguments.out, source=source(name), script=SCRIPT)
 
 
 if __name__ == "__main__":
