@@ -304,7 +304,8 @@ def test_configurations_of_0_1_0_with_nulls_mean_the_same() -> None:
     assert '"anchor_weight": null' in text
     assert old.config == AlignerConfig(kind="anchored_autoencoder", n_folds=old.config.n_folds)
     facts = json.loads((GOLDENS / "saved_0_1_0" / "facts.json").read_text(encoding="utf-8"))
-    assert "aligner_encode_sum" in facts
+    encoded = old.encode(torch.ones(1, old.d_expert, dtype=torch.float64))
+    assert float(encoded.sum()) == pytest.approx(facts["aligner_encode_sum"], rel=1e-6)
 
 
 def test_options_survive_json_and_cannot_be_changed() -> None:

@@ -22,7 +22,7 @@ from expertsteer_lens.align import (
     fit_aligner,
     fit_aligner_grid,
 )
-from expertsteer_lens.align.folds import coordinate_scale
+from expertsteer_lens.align.fold_sums import coordinate_scale
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import (
     ArgumentError,

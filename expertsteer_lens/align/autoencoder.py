@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError
 
-from .folds import ExpertFold
+from .fold_sums import ExpertFold
 from .moment_kind import MomentKind, Problem, Solution
 
 if TYPE_CHECKING:

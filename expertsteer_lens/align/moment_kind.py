@@ -14,7 +14,7 @@ from torch import Tensor
 from expertsteer_lens.errors import ArgumentError
 
 from .aligner import AffineMap, Aligner, AlignerQuality
-from .folds import (
+from .fold_sums import (
     ExpertFold,
     ExpertLayer,
     FoldSums,

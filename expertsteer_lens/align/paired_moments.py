@@ -16,18 +16,15 @@ from expertsteer_lens.linalg.moments import Moments, RunningMoments, check_weigh
 from .aligner import Aligner
 from .config import AlignerConfig
 from .fit import DEFAULT_CONFIG
-from .folds import (
+from .fold_sums import (
     FoldSums,
     TargetLayer,
-    check_groups,
-    check_no_empty_fold,
-    check_row_count,
     cross_sums_from_moments,
     expert_layer,
-    fold_of_groups,
     sums_from_moments,
     target_layer,
 )
+from .folds import check_groups, check_no_empty_fold, check_row_count, fold_of_groups
 from .kind import FitContext
 from .kinds import KINDS
 from .moment_kind import MomentKind
