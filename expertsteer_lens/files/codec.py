@@ -23,7 +23,7 @@ KINDS = {
     "ActivationStore": "data.activations",
     "Aligner": "align.aligner",
     "Calibration": "measure.calibration",
-    "Evaluation": "evaluation.run",
+    "Evaluation": "evaluation.result",
     "ExpertSteering": "pipeline.fitted",
     "LayerPairMI": "pair.result",
     "LayerPairs": "pair.rules",
@@ -37,8 +37,9 @@ _PARTS = {
     "Behaviour": "data.contrast",
     "Chat": "data.chat",
     "ClassMedians": "learn.rfm",
-    "EvaluationRow": "evaluation.run",
-    "ExpertSteerConfig": "pipeline.expert_steer",
+    "EvaluationRow": "evaluation.result",
+    "ExpertSteerConfig": "pipeline.config",
+    "FitData": "pipeline.fit_data",
     "Fold": "learn.recursion",
     "LayerPair": "pair.rules",
     "MIConfig": "pair.result",
@@ -46,11 +47,22 @@ _PARTS = {
     "RFMConfig": "learn.config",
     "RFMHistory": "learn.config",
     "RFMRound": "learn.config",
-    "Readings": "pipeline.fit_data",
     "Round": "learn.recursion",
 }
 """What these are made of."""
 _HOMES = {**KINDS, **_PARTS}
+_OLD_CLASSES = {"Readings": "FitData"}
+"""Class names of version 0.1.0 and today's."""
+_OLD_FIELDS = {
+    "ExpertSteering": {"readings": "data"},
+    "FitData": {
+        "expert_anchors": "expert_anchor_states",
+        "target_anchors": "target_anchor_states",
+        "expert_pairs": "expert_pair_states",
+        "target_pairs": "target_pair_states",
+    },
+}
+"""Field names of version 0.1.0 and today's, by today's class."""
 
 
 def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -131,8 +143,13 @@ def decode(
             return float(content)
         if tag == "$model" and isinstance(content, dict):
             return model(content)
-        if tag == "$class" and content in _HOMES and isinstance(part.get("fields"), dict):
-            return _built(content, {k: inner(v) for k, v in part["fields"].items()})
+        if tag == "$class" and isinstance(part.get("fields"), dict):
+            name = _OLD_CLASSES.get(content, content)
+            if name in _HOMES:
+                renamed = _OLD_FIELDS.get(name, {})
+                return _built(
+                    name, {renamed.get(k, k): inner(v) for k, v in part["fields"].items()}
+                )
         raise ArtifactError(f"{tag}: {content!r} is not understood.")
 
     return inner(value)
