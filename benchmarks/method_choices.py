@@ -27,7 +27,7 @@ import expertsteer_lens as esl
 from expertsteer_lens import zoo
 from expertsteer_lens.benchmarks import offline as bench
 from expertsteer_lens.errors import ExpertSteerError
-from expertsteer_lens.evaluation.comparisons import learner, mapped_plan
+from expertsteer_lens.evaluation.methods import learner, mapped_plan
 from expertsteer_lens.hosts.loading import load_model
 from expertsteer_lens.measure.metrics import NeutralTexts, behaviour_and_accuracy
 
@@ -171,7 +171,7 @@ def study(
     scores = {"attribution": [fit.predicted_effect(t, fit.direction(e, t)) for e, t in keys]}
     for estimator in ("cca", "gaussian", "ksg", "cka"):
         mi = esl.layer_pair_mi(
-            fit.readings.expert_anchors,
+            fit.data.expert_anchor_states,
             fit.target_anchors,
             esl.MIConfig(estimator=estimator, n_permutations=0),
         )

@@ -13,6 +13,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -90,3 +91,30 @@ def lookup(name: str) -> Any:
     for part in [*([module] if module else []), new]:
         found = getattr(found, part)
     return found
+
+
+class Renamed:
+    """An attribute of a class under the name it had before: still read, with a warning.
+
+    Example:
+        >>> class Circle:
+        ...     radius = 2.0
+        ...     size = Renamed("radius")
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     Circle().size
+        2.0
+    """
+
+    def __init__(self, new: str) -> None:
+        self.new, self.old = new, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.old = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        message = f"{owner.__name__}.{self.old} is now {owner.__name__}.{self.new}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return attrgetter(self.new)(instance)

@@ -132,3 +132,18 @@ def check(tokens: Tensor, rows: Tensor, expected: Sequence[Expected]) -> None:
     for i, want in enumerate(expected):
         torch.testing.assert_close(rows[i].float(), want.rows, **CLOSE)
         assert tokens[i].tolist() == want.tokens
+
+
+def kl_per_token(host: Any, texts: list[str], plan: Any) -> Tensor:
+    """Per text, one at a time: summed KL(unsteered || steered) of the next-token distribution in
+    nats, and the number of positions; `[n_texts, 2]`. A text counts as prompt up to its middle."""
+    rows = []
+    for text in texts:
+        batch = host.tokenize([text])
+        n = int(batch.attention_mask.sum())
+        with torch.no_grad():
+            base = host.forward(batch).double().log_softmax(-1)
+            with plan.hooks(host.model, prompt_lengths=[max(1, n // 2)]):
+                steered = host.forward(batch).double().log_softmax(-1)
+        rows.append([float((base.exp() * (base - steered)).sum()), float(n)])
+    return torch.tensor(rows, dtype=torch.float64)

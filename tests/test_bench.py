@@ -5,17 +5,26 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from expertsteer_lens.benchmarks.offline import PLAN, Bench, StudyRow, _rows_of, run_bench
+import expertsteer_lens as esl
+from expertsteer_lens.benchmarks import offline
+from expertsteer_lens.benchmarks.offline import Bench, StudyRow, plan_name, run_bench
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.evaluation.run import Evaluation, EvaluationRow
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.measure.metrics import choice_accuracy
 from expertsteer_lens.zoo import domains
 from expertsteer_lens.zoo.domains import world
+
+PLAN = "ExpertSteer (anchored)"
+
+
+def _rows_of(result, domain, seed):
+    return offline._rows_of(result, domain, seed, PLAN)
 
 
 class TestWorld:
@@ -215,3 +224,49 @@ class TestTables:
         assert f"| {PLAN} |" in (folder / "summary.md").read_text()
         figure = bench.plot()
         assert {t.name for t in figure.data} == {r.method for r in bench.rows if r.role != "base"}
+
+    def test_what_could_not_be_measured_has_no_row(self):
+        found = evaluation("medicine")
+        n = len(found.plan.per_prompt)
+        missing = EvaluationRow.unmeasured("wrong layer", "control", 0, "no layer", n_prompts=n)
+        more = replace(found, rows=(*found.rows, missing))
+        assert "wrong layer" not in {r.method for r in _rows_of(more, "medicine", 0)}
+
+
+class TestWhatTheTablesSay:
+    """A name and a command that are true of the run, whatever it was given."""
+
+    def test_the_plan_is_called_by_the_preset_only_if_its_settings_are_the_presets(self):
+        config = esl.ExpertSteerConfig
+        assert plan_name(config(budget=0.3, budget_unit="kl")) == "ExpertSteer (anchored)"
+        assert plan_name(config.preset("paper")) == "ExpertSteer (paper)"
+        assert plan_name(config(aligner={"kind": "ridge"})) == "ExpertSteer (own settings)"
+
+    @pytest.mark.parametrize(
+        ("given", "command"),
+        [
+            ({}, "expertsteer-lens bench"),
+            (
+                {"domains": ("finance", "general"), "studies": False, "n_random": 3, "seed": 2},
+                "expertsteer-lens bench --domain finance --domain general --n-random 3 "
+                "--no-studies --seed 2",
+            ),
+            ({"n_shuffles": 1}, "esl.run_bench(n_shuffles=1)"),
+            (
+                {"config": esl.ExpertSteerConfig(budget=0.3)},
+                "esl.run_bench(config=esl.ExpertSteerConfig.from_dict({'budget': 0.3}))",
+            ),
+        ],
+    )
+    def test_the_command_is_the_one_that_was_given(self, monkeypatch, given, command):
+        monkeypatch.setattr(offline, "_further", lambda domains: [])
+        row = StudyRow("domain", "general", 64, "general", "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)
+        monkeypatch.setattr(
+            offline, "_main_part", lambda config, domain, *rest: (domain, evaluation(domain), row)
+        )
+        bench = run_bench(n_jobs=1, **given)
+        assert bench.command == command
+        assert f"Command: `{command}`" in bench.summary()
+        assert f"Command: `{command}`" in bench.to_markdown()
+        if "config" not in given:
+            assert bench.plan_name == PLAN

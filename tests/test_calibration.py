@@ -5,6 +5,7 @@ from dataclasses import replace
 import models
 import pytest
 import torch
+from reference import kl_per_token
 
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -13,7 +14,6 @@ from expertsteer_lens.measure.calibration import DEFAULT_GRID, calibrate
 from expertsteer_lens.measure.metrics import (
     behaviour_gradient,
     behaviour_metric,
-    kl_per_token,
     neutral_nll,
 )
 from expertsteer_lens.steer.plan import SteeringPlan

@@ -229,8 +229,8 @@ class TestTwoModelsTwoTemplates:
         one = esl.ExpertSteer(config).fit(expert, target, **chats, progress=False)
         two = esl.ExpertSteer(config).fit(expert, target, **plain, progress=False)
         assert one.layer_pairs.keys() == two.layer_pairs.keys()
-        for name in one.expert_pairs:
-            assert torch.equal(one.expert_pairs[name], two.expert_pairs[name])
+        for name in one.data.expert_pair_states:
+            assert torch.equal(one.data.expert_pair_states[name], two.data.expert_pair_states[name])
         key = one.layer_pairs.keys()[0]
         assert torch.equal(one.direction(*key), two.direction(*key))
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
 from expertsteer_lens.cli import io as _cli_io
+from expertsteer_lens.cli.options import TextOptions, parse_positions
 from expertsteer_lens.errors import ArgumentError, DataError
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
@@ -84,6 +85,55 @@ def fitted(files, tmp_path_factory):
     )
     assert result.exit_code == 0, result.output
     return out, result.output
+
+
+@pytest.fixture(scope="module")
+def states(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("states") / "states"
+    result = run(
+        "capture",
+        "--model",
+        EXPERT,
+        "--pairs",
+        files / "pairs.jsonl",
+        "--anchors",
+        files / "anchors.txt",
+        "--host",
+        "huggingface",
+        "--out",
+        out,
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(states, files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "fitted"
+    result = run(
+        "fit",
+        "--expert",
+        states,
+        "--target",
+        TARGET,
+        "--pairs",
+        files / "pairs.jsonl",
+        "--anchors",
+        files / "anchors.txt",
+        "--config",
+        files / "config.json",
+        "--host",
+        "huggingface",
+        "--behaviour",
+        files / "behaviour.json",
+        "--n-random",
+        2,
+        "--save-fit",
+        "--out",
+        out,
+    )
+    assert result.exit_code == 0, result.output
+    return out
 
 
 class TestFit:
@@ -160,7 +210,8 @@ class TestFit:
         ]
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(r) for r in rows))
-        pairs, behaviour = _cli_io.texts_to_fit(None, "mmlu_anatomy", path, 20, 3)
+        options = TextOptions(benchmark="mmlu_anatomy", benchmark_path=path, limit=20)
+        pairs, behaviour = _cli_io.texts_to_fit(options, 3)
         found = esl.benchmarks.load("mmlu_anatomy", path=path, limit=20, seed=3)
         assert (pairs, behaviour) == (found.pairs(), found.behaviour())
 
@@ -168,53 +219,6 @@ class TestFit:
 class TestOneModelAtATime:
     """`capture` reads the expert, `fit` never loads it, and what the fit saved gives `evaluate` its
     native ceiling."""
-
-    @pytest.fixture(scope="class")
-    def states(self, files, tmp_path_factory):
-        out = tmp_path_factory.mktemp("states") / "states"
-        result = run(
-            "capture",
-            "--model",
-            EXPERT,
-            "--pairs",
-            files / "pairs.jsonl",
-            "--anchors",
-            files / "anchors.txt",
-            "--host",
-            "huggingface",
-            "--out",
-            out,
-        )
-        assert result.exit_code == 0, result.output
-        return out
-
-    @pytest.fixture(scope="class")
-    def found(self, states, files, tmp_path_factory):
-        out = tmp_path_factory.mktemp("out") / "fitted"
-        result = run(
-            "fit",
-            "--expert",
-            states,
-            "--target",
-            TARGET,
-            "--pairs",
-            files / "pairs.jsonl",
-            "--anchors",
-            files / "anchors.txt",
-            "--config",
-            files / "config.json",
-            "--host",
-            "huggingface",
-            "--behaviour",
-            files / "behaviour.json",
-            "--n-random",
-            2,
-            "--save-fit",
-            "--out",
-            out,
-        )
-        assert result.exit_code == 0, result.output
-        return out
 
     def test_the_plan_is_the_one_found_with_both_models_loaded(self, fitted, found):
         one, two = (esl.load(folder / "plan") for folder in (fitted[0], found))
@@ -290,7 +294,7 @@ class TestShow:
 
 
 class TestSteer:
-    def test_three_strengths_stand_side_by_side(self, fitted):
+    def test_three_coefficients_stand_side_by_side(self, fitted):
         prompt = esl.zoo.prompts(n=1)[0]
         result = run(
             "steer",
@@ -311,7 +315,7 @@ class TestSteer:
         plain = host.generate([prompt], max_new_tokens=5)[0]
         assert plain.split()[-1] in result.output
 
-    def test_the_default_strength_is_the_largest_of_the_plan(self, tmp_path):
+    def test_the_default_coefficient_is_the_largest_of_the_plan(self, tmp_path):
         d = json.loads((esl.zoo.model_path("target") / "config.json").read_text())["hidden_size"]
         vectors = {
             f"blocks.{i}.hook_resid_post": torch.ones(d) + torch.arange(d) * i for i in (1, 2)
@@ -477,7 +481,10 @@ class TestBadInput:
     def test_config_files_are_checked(self, tmp_path):
         path = tmp_path / "c.json"
         for content, message in (
-            ('{"rfm": {"n_round": 2}}', "'rfm' has unknown field 'n_round'"),
+            (
+                '{"rfm": {"n_round": 2}}',
+                r"c\.json\.rfm has unknown field 'n_round'; closest: 'n_rounds'",
+            ),
             ('{"rfms": {}}', "unknown field 'rfms'"),
             ('{"budget": -1}', "budget must be"),
         ):
@@ -506,10 +513,6 @@ class TestBadInput:
         assert "closest: 'medqa'" in refused(
             capsys, *self.fit(files, pairs=None, benchmark="medqaa")
         )
-        assert "'huggingface', 'nnsight', 'transformer_lens'" in refused(
-            capsys, *self.fit(files, host="jax")
-        )
-        assert "dtype must name a torch dtype" in refused(capsys, *self.fit(files, dtype="float33"))
 
     def test_a_plan_for_another_model_is_refused(self, capsys, fitted):
         line = refused(
@@ -531,6 +534,78 @@ class TestBadInput:
             tmp_path / "n.txt",
         )
         assert "holds 1 texts; give at least 2" in line
+
+    def test_what_is_no_plan_is_refused_by_commands_that_take_one(self, capsys, found, states):
+        for saved, kind in ((found / "fit", "ExpertSteering"), (states, "ActivationStore")):
+            for rest in (
+                ("steer", saved, "--target", TARGET, "--prompt", "The cat"),
+                ("evaluate", saved, "--target", TARGET, "--fit", found / "fit"),
+                ("export", saved, "--format", "gguf", "--out", found / "x.gguf"),
+            ):
+                line = refused(capsys, *rest)
+                assert line.startswith("ArtifactError: ")
+                assert f"holds a {kind}, but a SteeringPlan is needed here" in line
+        assert "`fit` wrote one to OUT/plan" in refused(
+            capsys, "export", found / "fit", "--format", "gguf", "--out", found / "x.gguf"
+        )
+        assert "holds a SteeringPlan, but a ExpertSteering" in refused(
+            capsys, "evaluate", found / "plan", "--target", TARGET, "--fit", found / "plan"
+        )
+        assert not (found / "x.gguf").exists()
+
+    def test_what_is_no_expert_is_refused(self, capsys, files, found, tmp_path):
+        assert "holds a SteeringPlan, which is no expert" in refused(
+            capsys, *self.fit(files, expert=found / "plan")
+        )
+        (tmp_path / "empty").mkdir()
+        line = refused(capsys, *self.fit(files, expert=tmp_path / "empty"))
+        assert line.startswith(("HostError: ", "OSError: "))
+
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("device", "foo", "--device 'foo' cannot be used"),
+            ("device", "cuda:9", "--device 'cuda:9' cannot be used"),
+            ("dtype", "int8", "dtype must name a torch dtype that weights can have"),
+            ("dtype", "float8_e4m3fn", "dtype must name a torch dtype that weights can have"),
+            ("dtype", "float33", "dtype must name a torch dtype that weights can have"),
+            ("host", "jax", "'huggingface', 'nnsight', 'transformer_lens'"),
+        ],
+    )
+    def test_models_are_not_loaded_as_what_they_cannot_be(
+        self, capsys, files, option, value, message
+    ):
+        assert message in refused(capsys, *self.fit(files, **{option: value}))
+
+    def test_positions_are_last_mean_or_an_index(self, capsys, files):
+        assert [parse_positions(p) for p in ("last", "mean", "-2", "0")] == ["last", "mean", -2, 0]
+        for bad in ("--1", "²", "all", "", "1.5", "9" * 30):
+            with pytest.raises(ArgumentError, match="--positions must be 'last', 'mean' or the in"):
+                parse_positions(bad)
+        line = refused(
+            capsys,
+            "capture",
+            "--model",
+            EXPERT,
+            "--pairs",
+            files / "pairs.jsonl",
+            "--positions=--1",
+        )
+        assert line.startswith("ArgumentError: --positions must be")
+
+    def test_files_that_cannot_be_read_are_named(self, capsys, files, tmp_path):
+        path = tmp_path / "b.json"
+        for content, message in (
+            ("é".encode("utf-16"), "is not UTF-8 text"),
+            (b"[" * 100_000, "is not JSON that can be read"),
+            (b'{"prompts": ["p"], "positive": null, "negative": ["b"]}', "'positive' must be a li"),
+        ):
+            path.write_bytes(content)
+            line = refused(capsys, *self.fit(files, behaviour=path))
+            assert line.startswith(f"DataError: {path}")
+            assert message in line
+        path.write_bytes('{"positive": "é"}'.encode("utf-16"))
+        assert "is not UTF-8 text" in refused(capsys, *self.fit(files, pairs=path))
 
     def test_unknown_commands_and_options_are_usage_errors(self):
         assert run("fly").exit_code == 2

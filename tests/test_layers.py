@@ -18,8 +18,7 @@ DRAWS = "results draw themselves: `.plot()` looks the figure up when it is calle
 UPWARD = {
     ("pair.result", "show.plots"): DRAWS,
     ("measure.calibration", "show.plots"): DRAWS,
-    ("evaluation.run", "show.plots"): DRAWS,
-    ("show.plots", "benchmarks.offline"): "the type of what one figure draws",
+    ("evaluation.result", "show.plots"): DRAWS,
     ("hosts.base", "steer.plan"): "types of two nnsight-only methods",
     ("hosts.base", "steer.run"): "types of two nnsight-only methods",
     ("hosts.nnsight.edit", "steer.plan"): "an nnsight edit says a plan again",

@@ -3,17 +3,18 @@ from __future__ import annotations
 import models
 import pytest
 import torch
+from reference import kl_per_token
 
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.metrics import (
     NeutralTexts,
     behaviour_and_accuracy,
     behaviour_gradient,
     behaviour_metric,
     choice_accuracy,
-    kl_per_token,
     neutral_nll,
     readout_gradient,
     repeated_trigrams,
@@ -224,3 +225,24 @@ def test_metric_and_accuracy_from_one_pass_are_those_of_two(host):
     metric, correct = behaviour_and_accuracy(host, BEHAVIOUR)
     torch.testing.assert_close(metric, behaviour_metric(host, BEHAVIOUR), atol=1e-6, rtol=1e-6)
     assert torch.equal(correct, choice_accuracy(host, BEHAVIOUR))
+
+
+def test_a_tie_is_no_right_answer_whichever_way_it_is_counted(host, monkeypatch):
+    """All tokens equally likely: one completion of each side has one token, so they tie."""
+    forward = host.forward
+    monkeypatch.setattr(host, "forward", lambda *a, **k: torch.zeros_like(forward(*a, **k)))
+    behaviour = Behaviour(("the cat is",), (" happy",), (" sad",))
+    metric, correct = behaviour_and_accuracy(host, behaviour)
+    assert metric.tolist() == [0.0]
+    assert correct.tolist() == choice_accuracy(host, behaviour).tolist() == [0.0]
+    assert behaviour_metric(host, behaviour).tolist() == [0.0]
+
+
+def test_the_interval_is_that_of_resampled_means():
+    values = torch.arange(10, dtype=torch.float64)
+    draws = bootstrap_draws(10, 200, seed=3)
+    again = torch.randint(10, (200, 10), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(draws, again)
+    means = torch.stack([values[row].mean() for row in again])
+    expected = (float(means.quantile(0.025)), float(means.quantile(0.975)))
+    assert mean_interval(values, draws) == pytest.approx(expected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import warnings
+from dataclasses import fields, replace
 
 import models
 import pytest
@@ -17,12 +18,28 @@ from expertsteer_lens.errors import (
     HookNameError,
     ModelStateError,
 )
-from expertsteer_lens.evaluation.comparisons import base_plan, realigned_plan
+from expertsteer_lens.evaluation.methods import base_plan, realigned_plan
 from expertsteer_lens.measure.metrics import behaviour_metric
 from expertsteer_lens.pipeline.fit_data import split_anchors
 
 FAST_RFM = esl.RFMConfig(bandwidth=1.0, center_gradients=False, validation_fraction=0.0, n_rounds=3)
 FAST_MI = esl.MIConfig(n_permutations=10, n_bootstrap=20, n_components=8)
+
+
+CHANGES = {
+    "aligner": esl.AlignerConfig(kind="ridge", ridge=1.0),
+    "mi": esl.MIConfig(estimator="gaussian", n_permutations=3, n_bootstrap=5),
+    "pairing": esl.PairingConfig(rule="depth"),
+    "rfm": esl.RFMConfig(bandwidth=3.0, validation_fraction=0.0, n_rounds=1),
+    "read_positions": "mean",
+    "align_on_pairs": True,
+    "batch_size": 3,
+    "held_out": 0.6,
+    "validation": 0.9,
+    "budget": 0.5,
+    "budget_unit": "kl",
+}
+"""Another value for every setting; one that is added needs a line here."""
 
 
 def config(**changes) -> esl.ExpertSteerConfig:
@@ -84,7 +101,7 @@ class TestOnTheZoo:
 
     def test_swapping_the_classes_turns_the_direction_round(self, zoo, fit):
         key = fit.layer_pairs.keys()[0]
-        mapped = fit.aligners[key].encode(fit.expert_pairs[key[0]])
+        mapped = fit.aligners[key].encode(fit.data.expert_pair_states[key[0]])
         flipped = esl.fit_rfm(mapped, 1 - zoo["pairs"].labels, FAST_RFM, seed=0).direction
         torch.testing.assert_close(flipped, -fit.direction(*key), atol=1e-4, rtol=0)
 
@@ -110,8 +127,8 @@ class TestOnTheZoo:
         assert other.calibration_texts != fit.calibration_texts
 
     def test_no_text_is_used_twice(self, zoo, fit):
-        held = set(fit.calibration_texts) | set(fit.test_texts)
-        assert not set(fit.calibration_texts) & set(fit.test_texts)
+        held = set(fit.calibration_texts) | set(fit.data.test_texts)
+        assert not set(fit.calibration_texts) & set(fit.data.test_texts)
         assert len(held) == round(240 * 0.15) * 2
         assert not set(fit.validation_behaviour.prompts) & set(fit.test_behaviour.prompts)
         assert fit.target_anchors.n == 240 - len(held)
@@ -176,31 +193,39 @@ class TestOnTheZoo:
             "least squares + mean difference (L-Cross)",
             "paper preset",
         } < names
-        assert "identity + RFM" not in names
+        identity = result.row("identity + RFM")  # the models' widths differ
+        assert not identity.measured
+        assert "identity" in identity.note
+        assert result.provenance["not_measured"] == {"identity + RFM": identity.note}
+        assert "Not measured" not in result.verdict  # which names controls and ceilings only
         assert sum(r.method == "paper preset" for r in result.rows) == 2
         one, two = (r for r in result.rows if r.method == "paper preset")
         assert not torch.equal(one.per_prompt, two.per_prompt)
         assert all(
             len(r.hook_names) == 1
             for r in result.rows
-            if r.role not in ("base", "baseline") or r.coefficient
+            if r.measured and (r.role not in ("base", "baseline") or r.coefficient)
         )
         assert all(
-            r.length > 0 and r.text_score > 0 and 0 <= r.repetition <= 1 for r in result.rows
+            r.length > 0 and r.text_score > 0 and 0 <= r.repetition <= 1
+            for r in result.rows
+            if r.measured
         )
 
     def test_pairs_that_the_expert_cannot_tell_apart_are_chosen_only_for_want_of_others(self, fit):
-        store = fit.expert_pairs
+        store = fit.data.expert_pair_states
         permuted = store.labels[
             torch.randperm(len(store.labels), generator=torch.Generator().manual_seed(2))
         ]
         blind = esl.ActivationStore(store.activations, permuted, store.provenance)
-        lost = replace(fit, readings=replace(fit.readings, expert_pairs=blind))
-        with pytest.warns(UserWarning, match="Does it know this behaviour"):
+        lost = replace(fit, data=replace(fit.data, expert_pair_states=blind))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             found = lost.refit(
                 pairing=esl.PairingConfig(min_auc=0.95),
                 rfm=esl.RFMConfig(bandwidth=1.0, n_rounds=1),
             )
+        assert "reach min_auc=0.95, too few for n_pairs=1; does the expert" in found.summary()
         assert max(r.validation_auc for r in found.rfms.values()) < 0.95
         assert any(step["step"] == "select" for step in found.steps)
         assert not any(step["step"] == "select" for step in fit.steps)
@@ -228,9 +253,13 @@ class TestOnTheZoo:
             esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], fit=fit, neutral=[])
 
     def test_expert_minus_base_is_carried_over_by_the_maps(self, fit, zoo):
-        shift = {h: torch.linspace(-1, 1, fit.expert_pairs.d_model) for h in fit.expert_pairs}
+        shift = {
+            h: torch.linspace(-1, 1, fit.data.expert_pair_states.d_model)
+            for h in fit.data.expert_pair_states
+        }
         base = esl.ActivationStore(
-            {h: x - 3 * shift[h] for h, x in fit.expert_pairs.items()}, fit.expert_pairs.labels
+            {h: x - 3 * shift[h] for h, x in fit.data.expert_pair_states.items()},
+            fit.data.expert_pair_states.labels,
         )
         plan = base_plan(fit, fit.plan(coefficient=0.1), base)
         vector = plan.vectors[0]
@@ -255,6 +284,58 @@ class TestOnTheZoo:
         with pytest.raises(ArgumentError, match="text_score is given, but nothing is generated"):
             esl.evaluate(plan, zoo["target"], fit=fit, text_score=len)
 
+    @pytest.mark.parametrize("field", [f.name for f in fields(esl.ExpertSteerConfig)])
+    def test_every_setting_changes_a_refit_or_is_refused(self, fit, field):
+        changes = {field: CHANGES[field]}
+        acts_on = {f.name: f.metadata.get("acts_on") for f in fields(fit.config)}[field]
+        if acts_on is not None:
+            with pytest.raises(ArgumentError, match=f"{field}=.* acts only where models are read"):
+                fit.refit(**changes)
+            with pytest.raises(ArgumentError, match=f"{field}="):
+                fit.refit(replace(fit.config, **changes))
+            return
+        again = fit.refit(**changes)
+        keys = list(fit.rfms)
+        moved = (
+            list(again.rfms) != keys
+            or any(not torch.equal(again.direction(*k), fit.direction(*k)) for k in keys)
+            or not torch.equal(again.layer_pair_mi.matrix, fit.layer_pair_mi.matrix)
+            or again.plan().vectors[0].coefficient != fit.plan().vectors[0].coefficient
+        )
+        assert moved
+        assert again.plan(coefficient=0.1).provenance["config"] == again.config.to_dict()
+
+    def test_the_batch_size_of_a_refit_may_change_where_gradients_are_still_to_be_taken(self, fit):
+        by_mi = fit.config.changed({"pairing": {"rule": "min_mi"}})
+        bare = replace(fit, gradients={}, config=by_mi)
+        again = bare.refit(batch_size=2, pairing=fit.config.pairing)
+        assert again.gradients.keys() == fit.gradients.keys()
+        with pytest.raises(ArgumentError, match="batch_size=2 acts only where models are read"):
+            bare.refit(batch_size=2)
+
+    def test_unknown_fields_and_seeds_of_a_refit_are_refused(self, fit):
+        with pytest.raises(ArgumentError, match="config has unknown field 'alinger'; closest"):
+            fit.refit(alinger="ridge")
+        with pytest.raises(ArgumentError, match="seed must be an integer"):
+            fit.refit(seed=-1)
+
+    def test_names_of_the_first_version_still_work(self, fit):
+        with pytest.warns(DeprecationWarning, match=r"ExpertSteering\.readings is now .*\.data"):
+            data = fit.readings
+        assert data is fit.data
+        for old, new in (
+            ("expert_anchors", "expert_anchor_states"),
+            ("target_anchors", "target_anchor_states"),
+            ("expert_pairs", "expert_pair_states"),
+            ("target_pairs", "target_pair_states"),
+        ):
+            with pytest.warns(DeprecationWarning, match=f"FitData.{old} is now FitData.{new}"):
+                assert getattr(data, old) is getattr(data, new)
+        with pytest.warns(DeprecationWarning, match=r"data\.expert_pair_states"):
+            assert fit.expert_pairs is data.expert_pair_states
+        with pytest.warns(DeprecationWarning, match=r"data\.test_texts"):
+            assert fit.test_texts is data.test_texts
+
     def test_a_refit_equals_a_fit_with_those_settings(self, fit, zoo):
         ridge = config(aligner=esl.AlignerConfig(kind="ridge"))
         keywords = {"anchors": zoo["anchors"], "behaviour": zoo["behaviour"], "progress": False}
@@ -265,7 +346,9 @@ class TestOnTheZoo:
         assert again.layer_pairs.keys() == anew.layer_pairs.keys()
         key = anew.layer_pairs.keys()[0]
         torch.testing.assert_close(again.direction(*key), anew.direction(*key))
-        with pytest.raises(ArgumentError, match="read_positions='mean' needs other states"):
+        with pytest.raises(
+            ArgumentError, match="read_positions='mean' acts only where models are read"
+        ):
             fit.refit(read_positions="mean")
 
     def test_given_neutral_and_test_prompts_are_used_as_given(self, zoo):
@@ -283,7 +366,7 @@ class TestOnTheZoo:
         )
         assert found.validation_behaviour.prompts == validation.prompts
         assert found.test_behaviour.prompts == test.prompts
-        assert set(found.calibration_texts) | set(found.test_texts) == set(neutral)
+        assert set(found.calibration_texts) | set(found.data.test_texts) == set(neutral)
         assert found.target_anchors.n == len(zoo["anchors"])
 
     def test_a_plan_round_trips_with_its_calibration(self, fit, zoo, tmp_path):
@@ -362,7 +445,7 @@ class TestEvaluateAlone:
             fit.plan(coefficient=0.1),
             zoo["target"],
             behaviour=fit.test_behaviour,
-            neutral=fit.test_texts,
+            neutral=fit.data.test_texts,
             calibration_texts=fit.calibration_texts,
             n_random=2,
         )
@@ -374,7 +457,7 @@ class TestEvaluateAlone:
             fit.plan(coefficient=0.1).with_random_directions(seed=99),
             zoo["target"],
             behaviour=fit.test_behaviour,
-            neutral=fit.test_texts,
+            neutral=fit.data.test_texts,
             calibration_texts=fit.calibration_texts,
             n_random=6,
         )
@@ -469,21 +552,49 @@ class TestBadInput:
         with pytest.raises(ArgumentError, match="unknown field 'alinger'"):
             esl.ExpertSteerConfig.from_dict({"alinger": {}})
 
-    @pytest.mark.parametrize("field", ["batch_size", "held_out", "validation", "budget"])
-    def test_configuration_fields_are_checked(self, field):
-        with pytest.raises(ArgumentError, match=field):
-            esl.ExpertSteerConfig(**{field: -1})
+    def test_a_preset_beside_a_config_is_refused(self):
+        with pytest.raises(ArgumentError, match=r"config and preset='nonsense' exclude each other"):
+            esl.ExpertSteer(config(), preset="nonsense")
+        with pytest.raises(ArgumentError, match=r"config must be an ExpertSteerConfig, got \{\}"):
+            esl.ExpertSteer({})
+
+    @pytest.mark.parametrize("seed", [-1, "a", 1.5, 2**70, True])
+    def test_a_seed_that_a_step_cannot_use_is_refused_at_once(self, seed):
+        with pytest.raises(ArgumentError, match="seed must be an integer in"):
+            esl.ExpertSteer(seed=seed)
+
+    @pytest.mark.parametrize(
+        ("changes", "pairs", "message"),
+        [
+            ({"pairing": esl.PairingConfig(n_pairs=99)}, 3, r"config\.pairing .*n_pairs=99 needs"),
+            ({"pairing": esl.PairingConfig(skip_first=9)}, 3, r"config\.pairing .*skip_first=9"),
+            ({"mi": esl.MIConfig(n_components=200)}, 20, r"config\.mi .*n_components=200 exceeds"),
+            ({"rfm": esl.RFMConfig()}, 2, r"config\.rfm .*validation_fraction"),
+            ({"rfm": esl.RFMConfig(validation_fraction=0.0)}, 3, r"config\.rfm .*ask for a search"),
+            ({"aligner": esl.AlignerConfig(n_folds=40)}, 20, r"config\.aligner .*n_folds=40"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_before_a_model_is_run(
+        self, model, monkeypatch, changes, pairs, message
+    ):
+        def never(*args, **keywords):
+            raise AssertionError("a model was run")
+
+        monkeypatch.setattr(type(esl.as_host(model)), "forward", never)
+        words = [f"the cat saw {'big ' * i}dog" for i in range(pairs)]
+        texts = esl.ContrastPairs.from_lists(words, [f"{w} ." for w in words])
+        quick = {"rfm": FAST_RFM, "mi": esl.MIConfig(n_folds=2), **changes}
+        anchors = [f"{w} it" for w in words] + [f"it was {w}" for w in words] + ["a", "b", "c", "d"]
+        with pytest.raises(ExpertSteerError, match=message):
+            esl.ExpertSteer(esl.ExpertSteerConfig(**quick)).fit(
+                model, model, texts, anchors=anchors
+            )
 
     def test_the_coefficient_is_a_number_or_auto(self, fit):
         with pytest.raises(ArgumentError, match="a number or 'auto', got 'large'"):
             fit.plan(coefficient="large")
         with pytest.raises(HookNameError, match="a fitted layer pair"):
             fit.plan(layer_pairs=[("blocks.0.hook_resid_post", "nowhere")])
-
-
-def test_a_config_survives_json():
-    settings = config(read_positions="mean", batch_size=4, budget=0.2)
-    assert esl.ExpertSteerConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
 def test_anchor_parts_are_disjoint_and_complete():

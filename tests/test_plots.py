@@ -8,7 +8,7 @@ import pytest
 import results
 
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
-from expertsteer_lens.show import plots
+from expertsteer_lens.show import drawing, plots
 
 pytest.importorskip("plotly")
 
@@ -117,8 +117,8 @@ class TestLayerPairs:
         assert plots.plot_layer_pairs(results.layer_pairs(rule="min_mi")).data[0].zmin is None
 
     def test_other_hook_points_keep_their_kind_in_the_label(self):
-        assert plots._label("blocks.3.hook_mlp_out") == "3 mlp_out"
-        assert plots._label("embed") == "embed"
+        assert drawing.layer_label("blocks.3.hook_mlp_out") == "3 mlp_out"
+        assert drawing.layer_label("embed") == "embed"
 
 
 class TestDoseResponse:
@@ -209,6 +209,15 @@ class TestEvaluation:
         drawn = [t.y[0] for t in plots.plot_evaluation(with_base).data]
         assert "unsteered" not in drawn
         assert len(drawn) == len(plots.plot_evaluation(result).data)
+
+    def test_a_role_that_is_not_ours_is_drawn_too(self):
+        from dataclasses import replace
+
+        result = results.evaluation()
+        own = replace(result.rows[0], method="mine", role="my own role")
+        figure = plots.plot_evaluation(replace(result, rows=(*result.rows, own)))
+        marker = next(t for t in figure.data if t.y[0] == "mine")
+        assert marker.marker.color == drawing.OTHER not in drawing.ROLE_COLOURS.values()
 
     def test_the_plan_is_first_from_above(self):
         figure = plots.plot_evaluation(results.evaluation())

@@ -18,7 +18,7 @@ import results
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.benchmarks.offline import PLAN, BenchRow
+from expertsteer_lens.benchmarks.offline import BenchRow
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "public_api.txt"
 HOSTS = ("transformer_lens", "nnsight", "transformers")
@@ -196,8 +196,8 @@ class TestReprs:
         mi, pairs = results.layer_pair_mi(), results.layer_pairs()
         store = esl.ActivationStore({"blocks.0.hook_resid_post": x}, y)
         rows = [
-            BenchRow("cure", "medicine", method, "plan", 1, 0.5, 0.4, 0.6, None, 0.7)
-            for method in ("unsteered", PLAN)
+            BenchRow("cure", "medicine", method, role, 1, 0.5, 0.4, 0.6, None, 0.7)
+            for method, role in (("unsteered", "base"), ("ExpertSteer (anchored)", "plan"))
         ]
         bench = esl.Bench(tuple(rows), (), {}, 1.0)
         made = [

@@ -92,7 +92,7 @@ def test_text_of_models_is_never_markup(page):
 def test_every_part_is_there(page):
     assert page.headings == [
         "Comparison",
-        "Strength",
+        "Coefficient",
         "Texts",
         "Layer pairs: mutual information",
         "Layer pairs: the rule that chose",
@@ -112,9 +112,9 @@ def test_the_scripts_are_in_the_page_once(tmp_path):
     assert "<h2>Texts</h2>" not in source
 
 
-def test_texts_at_unequal_strengths_are_refused(tmp_path):
+def test_texts_at_unequal_coefficients_are_refused(tmp_path):
     texts = [TEXTS[0], SteeredText("p", {0.0: "a", 0.3: "b"})]
-    with pytest.raises(DataError, match="texts must share their strengths"):
+    with pytest.raises(DataError, match="texts must share their coefficients"):
         write_report(
             tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration(), texts
         )

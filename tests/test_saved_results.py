@@ -81,7 +81,7 @@ def things(fit: esl.ExpertSteering) -> dict[str, Any]:
     key = next(iter(fit.rfms))
     made = [
         fit,
-        fit.readings.expert_pairs,
+        fit.data.expert_pair_states,
         fit.aligners[key],
         fit.rfms[key],
         fit.layer_pair_mi,
@@ -107,9 +107,9 @@ def test_every_result_survives_saving_to_the_last_bit(fit, kind, tmp_path):
 
 def test_a_difference_would_be_seen(fit):
     other = dataclasses.replace(
-        fit, readings=dataclasses.replace(fit.readings, readout=fit.readings.readout + 1e-6)
+        fit, data=dataclasses.replace(fit.data, readout=fit.data.readout + 1e-6)
     )
-    assert differences(fit, other) == ["it.readings.readout"]
+    assert differences(fit, other) == ["it.data.readout"]
     assert differences(fit, dataclasses.replace(fit, seed=1)) == ["it.seed"]
 
 
@@ -344,11 +344,14 @@ class TestFitFromStates:
         found = esl.ExpertSteer(SMALL).fit(states, zoo["target"], **zoo["texts"], progress=False)
         assert found.layer_pairs.keys() == fit.layer_pairs.keys()
         assert found.provenance == fit.provenance
-        for name in fit.expert_pairs:
+        for name in fit.data.expert_pair_states:
             torch.testing.assert_close(
-                found.expert_pairs[name], fit.expert_pairs[name], atol=1e-5, rtol=1e-5
+                found.data.expert_pair_states[name],
+                fit.data.expert_pair_states[name],
+                atol=1e-5,
+                rtol=1e-5,
             )
-            one, two = found.readings.expert_anchors[name], fit.readings.expert_anchors[name]
+            one, two = found.data.expert_anchor_states[name], fit.data.expert_anchor_states[name]
             torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
         key = fit.layer_pairs.keys()[0]
         torch.testing.assert_close(found.direction(*key), fit.direction(*key), atol=1e-4, rtol=0)
@@ -357,7 +360,7 @@ class TestFitFromStates:
         pairs = zoo["texts"]["pairs"]
         states = esl.capture(zoo["expert"], pairs.texts)
         found = esl.ExpertSteer(SMALL).fit(states, zoo["target"], pairs, progress=False)
-        assert found.readings.expert_anchors.n == found.readings.target_anchors.n < states.n
+        assert found.data.expert_anchor_states.n == found.data.target_anchor_states.n < states.n
         assert found.provenance["anchors"]["given"] is False
 
     def test_some_of_its_layers_can_be_chosen(self, states, zoo):
@@ -365,7 +368,7 @@ class TestFitFromStates:
         found = esl.ExpertSteer(SMALL).fit(
             states, zoo["target"], **zoo["texts"], expert_hook_names=names, progress=False
         )
-        assert list(found.expert_pairs) == names
+        assert list(found.data.expert_pair_states) == names
 
     def test_states_of_other_texts_or_tokens_are_refused(self, states, zoo):
         steer, target, texts = esl.ExpertSteer(SMALL), zoo["target"], zoo["texts"]

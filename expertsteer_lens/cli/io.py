@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
@@ -13,7 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertsteer_lens.data.chat import check_texts
-from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from .options import ModelOptions, TextOptions
 
 console = Console(highlight=False)
 
@@ -53,32 +56,38 @@ def read_texts(path: Path) -> list[Any]:
 
 def read_config(path: Path | None, preset: str) -> Any:
     """The preset's `ExpertSteerConfig` with the fields of a JSON file over it; a step's fields may
-    be given in part."""
-    from expertsteer_lens.pipeline.expert_steer import ExpertSteerConfig
+    be given in part.
+
+    Raises:
+        ArgumentError: an unknown field or a value that cannot be used; the message names file and
+            field.
+        DataError: the file is not JSON.
+    """
+    from expertsteer_lens._config import config_from_dict
+    from expertsteer_lens.pipeline import ExpertSteerConfig
 
     base = ExpertSteerConfig.preset(preset)
     if path is None:
         return base
     merged = base.to_dict()
     for key, value in _json_object(path, "a config file").items():
-        inner = merged.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            unknown = sorted(set(value) - set(inner))
-            if unknown:
-                raise ArgumentError(
-                    f"{path}: {key!r} has unknown field {unknown[0]!r}; known fields are "
-                    f"{sorted(inner)}."
-                )
-            value = {**inner, **value}
-        merged[key] = value
-    return ExpertSteerConfig.from_dict(merged)
+        part = merged.get(key)
+        whole = not (isinstance(part, dict) and isinstance(value, dict))
+        merged[key] = value if whole else {**part, **value}
+    return config_from_dict(ExpertSteerConfig, merged, str(path))
 
 
 def _json_object(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON ({error.msg}, line {error.lineno}).") from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5,000 digits
+        raise DataError(f"{path} is not JSON that can be read ({error}).") from error
     if not isinstance(data, dict):
         raise DataError(
             f"{path} must hold one JSON object, got {type(data).__name__}; see the help for {what}."
@@ -86,59 +95,115 @@ def _json_object(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def texts_to_fit(
-    pairs: Path | None,
-    benchmark: str | None,
-    benchmark_path: Path | None,
-    limit: int | None,
-    seed: int,
-    chat: bool = False,
-) -> tuple[Any, Any]:
-    """Contrast pairs, and the behaviour if they come from a benchmark."""
-    from expertsteer_lens.benchmarks import public as presets
+def texts_to_fit(texts: TextOptions, seed: int) -> tuple[Any, Any]:
+    """Contrast pairs, and the behaviour if they come from a benchmark.
+
+    Raises:
+        ArgumentError: neither or both of --pairs and --benchmark, or options of the latter with the
+            former.
+        DataError: a file cannot be used.
+    """
+    from expertsteer_lens.benchmarks import public
     from expertsteer_lens.data.contrast import ContrastPairs
 
-    if (pairs is None) == (benchmark is None):
-        raise ArgumentError(
-            "give either --pairs FILE or --benchmark NAME, "
-            + ("got neither." if pairs is None else "not both.")
+    if texts.benchmark is not None and texts.pairs is not None:
+        raise ArgumentError("give either --pairs FILE or --benchmark NAME, not both.")
+    if texts.benchmark is not None:
+        found = public.load(
+            texts.benchmark, path=texts.benchmark_path, limit=texts.limit, seed=seed
         )
-    if benchmark is None:
-        if benchmark_path is not None or limit is not None or chat:
-            raise ArgumentError(
-                "--benchmark-path, --limit and --chat go with --benchmark; leave them out with "
-                "--pairs (a chat there is a list "
-                "of messages)."
-            )
-        return ContrastPairs.from_jsonl(pairs), None  # type: ignore[arg-type]
-    found = presets.load(benchmark, path=benchmark_path, limit=limit, seed=seed)
-    say(repr(found))
-    return found.pairs(chat=chat), found.behaviour(chat=chat)
+        say(repr(found))
+        return found.pairs(chat=texts.chat), found.behaviour(chat=texts.chat)
+    if texts.pairs is None:
+        raise ArgumentError("give either --pairs FILE or --benchmark NAME, got neither.")
+    if texts.benchmark_path is not None or texts.limit is not None or texts.chat:
+        raise ArgumentError(
+            "--benchmark-path, --limit and --chat go with --benchmark; leave them out with --pairs "
+            "(a chat there is a list of messages)."
+        )
+    try:
+        return ContrastPairs.from_jsonl(texts.pairs), None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{texts.pairs} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
 
 
 def read_behaviour(path: Path) -> Any:
-    """A `Behaviour` from a JSON file with the keys prompts, positive and negative."""
+    """A `Behaviour` from a JSON file with the keys prompts, positive and negative.
+
+    Raises:
+        DataError: the file is not such an object.
+    """
     from expertsteer_lens.data.contrast import Behaviour
 
     data = _json_object(path, "a behaviour file")
-    missing = [k for k in ("prompts", "positive", "negative") if k not in data]
+    names = ("prompts", "positive", "negative")
+    missing = [k for k in names if k not in data]
     if missing:
         raise DataError(
             f"{path} lacks {missing[0]!r}; a behaviour file holds 'prompts', 'positive' and "
             "'negative'."
         )
+    for name in names:
+        if not isinstance(data[name], list):
+            raise DataError(f"{path}: {name!r} must be a list, got {data[name]!r}.")
     return Behaviour(prompts=data["prompts"], positive=data["positive"], negative=data["negative"])
+
+
+def load_saved(name: str, kind: str, *, target: Any = None) -> Any:
+    """What `save` wrote, which must be of one kind.
+
+    Args:
+        name: folder or hub id.
+        kind: name of the class, "SteeringPlan" or "ExpertSteering".
+        target: the model that a fit steers.
+
+    Raises:
+        ArtifactError: something of another kind is there, or nothing.
+    """
+    from expertsteer_lens.files.io import kind_of_saved, load
+
+    there = kind_of_saved(Path(name))  # None: on the hub, or nowhere; `load` says which
+    if there is None or there == kind:
+        loaded = load(name, target=target)
+        there = type(loaded).__name__
+        if there == kind:
+            return loaded
+    hint = ""
+    if kind == "SteeringPlan" and there == "ExpertSteering":
+        hint = " (`fit` wrote one to OUT/plan; or in Python: esl.save(fit.plan(), folder))"
+    raise ArtifactError(f"{name} holds a {there}, but a {kind} is needed here{hint}.")
+
+
+def load_states_or_model(name: str, models: ModelOptions) -> Any:
+    """What `capture` saved of an expert, or the expert itself.
+
+    Raises:
+        ArtifactError: something else that `save` wrote.
+    """
+    from expertsteer_lens.files.io import kind_of_saved, load
+
+    kind = kind_of_saved(Path(name))
+    if kind == "ActivationStore":
+        return load(name)
+    if kind is not None:
+        raise ArtifactError(
+            f"{name} holds a {kind}, which is no expert; give a model, or the states that "
+            "`capture` saved of one."
+        )
+    return models.load(name)
 
 
 def steered_texts(
     plan: Any,
     model: Any,
     prompts: list[str],
-    strength: float,
+    coefficient: float,
     max_new_tokens: int = 40,
     allow_mismatch: bool = False,
 ) -> list[Any]:
-    """Each prompt continued at minus, zero and plus the strength."""
+    """Each prompt continued at minus, zero and plus the coefficient."""
     from expertsteer_lens.hosts import as_host
     from expertsteer_lens.show.report import SteeredText
 
@@ -146,16 +211,16 @@ def steered_texts(
     out = []
     for prompt in prompts:
         texts = {}
-        for coefficient in (-strength, 0.0, strength):
-            with plan.with_coefficient(coefficient).hooks(model, allow_mismatch=allow_mismatch):
-                texts[coefficient] = host.generate([prompt], max_new_tokens=max_new_tokens)[0]
+        for c in (-coefficient, 0.0, coefficient):
+            with plan.with_coefficient(c).hooks(model, allow_mismatch=allow_mismatch):
+                texts[c] = host.generate([prompt], max_new_tokens=max_new_tokens)[0]
         out.append(SteeredText(prompt, texts))
     return out
 
 
 def calibrated(fit: Any) -> tuple[Any, Any]:
-    """The fitted plan at the strength its budget allows, and the dose-response curve, both signs,
-    that this was read off."""
+    """The fitted plan at the coefficient its budget allows, and the dose-response curve of both
+    signs that this was read off."""
     plan = fit.plan(coefficient=0.1)
     curve = fit.calibrate(plan, negative=True)
     return curve.apply(plan), curve
@@ -226,10 +291,10 @@ def print_texts(texts: list[Any]) -> None:
         table = Table(
             title=escape(f"“{item.prompt} …”"), title_justify="left", show_lines=False, expand=True
         )
-        strengths = sorted(item.texts)
-        for s in strengths:
-            table.add_column("unsteered" if s == 0 else f"coefficient {s:+.3g}", ratio=1)
-        table.add_row(*(escape(item.texts[s]) for s in strengths))
+        coefficients = sorted(item.texts)
+        for c in coefficients:
+            table.add_column("unsteered" if c == 0 else f"coefficient {c:+.3g}", ratio=1)
+        table.add_row(*(escape(item.texts[c]) for c in coefficients))
         console.print()
         console.print(table)
 

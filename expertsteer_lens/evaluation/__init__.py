@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
-from .run import Evaluation, EvaluationRow, evaluate
+from .comparisons import COMPARISONS, Comparison, NotMeasured, Setting, register_control
+from .result import Evaluation, EvaluationRow
+from .run import evaluate
 
-__all__ = ["Evaluation", "EvaluationRow", "evaluate"]
+__all__ = [
+    "COMPARISONS",
+    "Comparison",
+    "Evaluation",
+    "EvaluationRow",
+    "NotMeasured",
+    "Setting",
+    "evaluate",
+    "register_control",
+]

@@ -6,245 +6,34 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._checks import check_number
+from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.measure.calibration import calibrate
-from expertsteer_lens.measure.metrics import NeutralTexts, behaviour_and_accuracy, repeated_trigrams
+from expertsteer_lens.measure.calibration import BudgetUnit, calibrate
+from expertsteer_lens.measure.completions import behaviour_and_accuracy, repeated_trigrams
+from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
+from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.steer.plan import SteeringPlan
 
-from .comparisons import FLOOR, Job, comparison
+from .comparisons import Job, Methods, Setting, check_methods, comparisons
+from .methods import NotMeasured, with_gradients
+from .result import FLOOR, Evaluation, EvaluationRow, Role
 
 if TYPE_CHECKING:
-    import pandas
-
     from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.hosts import Host
     from expertsteer_lens.pipeline.fitted import ExpertSteering
 
-METHODS = ("controls", "all")
+__all__ = ["FLOOR", "Evaluation", "EvaluationRow", "TextScore", "evaluate"]
+
 TextScore = Callable[[list[str]], Sequence[float]]
 """Number per generated continuation, larger = more of the behaviour."""
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationRow:
-    """One steering under test."""
-
-    method: str
-    role: str
-    """"plan", "floor", "control", "ceiling", "baseline" or "compared"."""
-    seed: int
-    hook_names: tuple[str, ...]
-    coefficient: float
-    """In units of the median residual norm, as calibrated on the calibration texts."""
-    effect: float
-    """Mean over test prompts of the change of m = log p(positive) - log p(negative), nats."""
-    low: float
-    high: float
-    """Bounds of the bootstrap interval of `effect` over prompts (95 %)."""
-    accuracy: float
-    """Share of test prompts whose likeliest completion is a positive one."""
-    nll_rise: float
-    """Rise of the mean NLL on the neutral test texts, nats per token."""
-    kl: float
-    """Mean KL(unsteered || steered) of the next token on the neutral test texts, nats per token."""
-    per_prompt: Float[Tensor, " n_prompts"]
-    """Change of m, prompt by prompt."""
-    correct: Float[Tensor, " n_prompts"]
-    """1 where the likeliest completion is a positive one, else 0."""
-    repetition: float | None = None
-    """Share of repeated word trigrams in greedy continuations; None if nothing was generated."""
-    length: float | None = None
-    """Mean words per continuation."""
-    text_score: float | None = None
-    """Mean of the user's score of the continuations."""
-
-
-_GENERATED = ("repetition", "length", "text_score")
-_COLUMNS = (
-    "method",
-    "role",
-    "seed",
-    "coefficient",
-    "effect",
-    "low",
-    "high",
-    "accuracy",
-    "nll_rise",
-    "kl",
-    *_GENERATED,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """Every row of the comparison, and what follows from it."""
-
-    rows: tuple[EvaluationRow, ...]
-    base_metric: float
-    """Mean m of the unsteered target on the test prompts, nats."""
-    base_accuracy: float
-    """Its share of test prompts whose likeliest completion is a positive one."""
-    budget: float
-    """nats per token, in the unit `provenance["budget_unit"]`."""
-    provenance: dict[str, Any]
-
-    def row(self, method: str) -> EvaluationRow:
-        """The first row of a method."""
-        for row in self.rows:
-            if row.method == method:
-                return row
-        raise ArgumentError(
-            f"no method {method!r} in this evaluation; it has "
-            f"{sorted({r.method for r in self.rows})}."
-        )
-
-    @property
-    def plan(self) -> EvaluationRow:
-        """The row of the plan under test."""
-        return next(r for r in self.rows if r.role == "plan")
-
-    @property
-    def floor(self) -> tuple[float, float]:
-        """Mean and standard deviation of the effects of random directions under the same budget,
-        nats."""
-        values = torch.tensor(
-            [r.effect for r in self.rows if r.method == FLOOR], dtype=torch.float64
-        )
-        return float(values.mean()), float(values.std())
-
-    @property
-    def ceiling(self) -> EvaluationRow | None:
-        """The better of the target's own RFM and mean difference; None if they were not
-        measured."""
-        found = [r for r in self.rows if r.role == "ceiling"]
-        return max(found, key=lambda r: r.effect) if found else None
-
-    @property
-    def verdict(self) -> str:
-        """The outcome in one sentence."""
-        mean, sd = self.floor
-        plan, ceiling = self.plan, self.ceiling
-        cost = f"neutral NLL {plan.nll_rise:+.2f}"
-        n_floor = sum(r.method == FLOOR for r in self.rows)
-        above = (plan.effect - mean) / sd if sd > 0 else float("inf")
-        if ceiling is not None and ceiling.effect < mean + 2 * sd:
-            return (
-                f"The target cannot express this: its own direction reaches {ceiling.effect:+.2f} "
-                "nats, no better than "
-                f"random directions ({mean:+.2f} ± {sd:.2f}, {n_floor} seeds); the plan's "
-                f"{plan.effect:+.2f} means nothing."
-            )
-        if above < 2 or plan.low <= mean:
-            return (
-                f"Not distinguishable from chance: {plan.effect:+.2f} nats [{plan.low:+.2f}, "
-                f"{plan.high:+.2f}] against "
-                f"random directions {mean:+.2f} ± {sd:.2f} ({above:.1f} sd); {cost}."
-            )
-        share = (
-            ""
-            if ceiling is None
-            else f"; {100 * plan.effect / ceiling.effect:.0f} % of the native ceiling"
-        )
-        return (
-            f"Works: {plan.effect:+.2f} nats [{plan.low:+.2f}, {plan.high:+.2f}], {above:.1f} sd "
-            "above the random floor "
-            f"({mean:+.2f} ± {sd:.2f}, {n_floor} seeds){share}; {cost}."
-        )
-
-    def to_pandas(self, *, collapse: bool = True) -> pandas.DataFrame:
-        """The table; with `collapse`, seeds of one method become one row with `effect` their mean
-        and `sd` their spread."""
-        import pandas as pd
-
-        frame = pd.DataFrame(
-            [
-                {**{k: getattr(r, k) for k in _COLUMNS}, "layers": ", ".join(r.hook_names)}
-                for r in self.rows
-            ]
-        )
-        frame = frame.dropna(axis="columns", how="all")
-        if not collapse:
-            return frame
-        means = [
-            c
-            for c in ("coefficient", "effect", "accuracy", "nll_rise", "kl", *_GENERATED)
-            if c in frame
-        ]
-        out = []
-        for method, part in frame.groupby("method", sort=False):
-            single = len(part) == 1
-            out.append(
-                {
-                    "method": method,
-                    "role": part.role.iloc[0],
-                    "n": len(part),
-                    **{c: part[c].mean() for c in means},
-                    "sd": None if single else part.effect.std(),
-                    "low": part.low.iloc[0] if single else part.effect.min(),
-                    "high": part.high.iloc[0] if single else part.effect.max(),
-                }
-            )
-        return pd.DataFrame(out)
-
-    def differences(self, *, n_bootstrap: int = 1000, seed: int = 0) -> pandas.DataFrame:
-        """The plan minus every other method, paired by prompt: mean difference in nats and its 95 %
-        bootstrap interval.
-
-        Methods with several seeds are averaged per prompt first.
-        """
-        import pandas as pd
-
-        n = len(self.plan.per_prompt)
-        draws = torch.randint(n, (n_bootstrap, n), generator=torch.Generator().manual_seed(seed))
-        out = []
-        for method in dict.fromkeys(r.method for r in self.rows if r.role != "plan"):
-            other = torch.stack([r.per_prompt for r in self.rows if r.method == method]).mean(0)
-            difference = self.plan.per_prompt - other
-            means = difference[draws].mean(1)
-            low, high = float(means.quantile(0.025)), float(means.quantile(0.975))
-            out.append(
-                {"method": method, "difference": float(difference.mean()), "low": low, "high": high}
-            )
-        return pd.DataFrame(out)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able content: every row, the verdict, budget and provenance (seeds, hashes)."""
-        rows = [
-            {
-                **{k: getattr(r, k) for k in _COLUMNS},
-                "hook_names": list(r.hook_names),
-                "per_prompt": r.per_prompt.tolist(),
-            }
-            for r in self.rows
-        ]
-        return {
-            "verdict": self.verdict,
-            "base_metric": self.base_metric,
-            "base_accuracy": self.base_accuracy,
-            "budget": self.budget,
-            "rows": rows,
-            "provenance": self.provenance,
-        }
-
-    def plot(self) -> Any:
-        """Plotly figure: the effect of every method with its interval, floor band and ceiling
-        line."""
-        from expertsteer_lens.show.plots import plot_evaluation
-
-        return plot_evaluation(self)
-
-    def __repr__(self) -> str:
-        return f"Evaluation({len(self.rows)} rows): {self.verdict}"
 
 
 def evaluate(
@@ -255,7 +44,7 @@ def evaluate(
     behaviour: Behaviour | None = None,
     neutral: Sequence[Text] | None = None,
     calibration_texts: Sequence[Text] | None = None,
-    methods: str = "controls",
+    methods: Methods = "controls",
     n_random: int = 5,
     n_shuffles: int = 3,
     budget: float | None = None,
@@ -267,13 +56,15 @@ def evaluate(
     text_score: TextScore | None = None,
     n_bootstrap: int = 1000,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> Evaluation:
     """Measure a plan and what it must be compared with, each at the largest coefficient the same
     budget allows.
 
     Every method has the same choices: layers by predicted effect on the validation prompts,
-    strength on the calibration texts. Test prompts and test texts are read here and nowhere else.
+    coefficient on the calibration texts. Test prompts and test texts are read here and nowhere
+    else. What could not be measured is a row that says why; `register_control` adds a control of
+    yours.
 
     Args:
         plan: the plan under test.
@@ -281,8 +72,9 @@ def evaluate(
         fit: the fit it came from; gives test prompts, held-out texts, the label-shuffled control,
             the native ceiling and the baselines.
         behaviour: test prompts; default: those the fit kept for test.
-        neutral: test texts for the side effects; default: those the fit kept for test.
-        calibration_texts: texts on which every row is calibrated; default: the fit's.
+        neutral: texts on which steering should change nothing, for the side effects that are
+            reported; default: those the fit kept for test.
+        calibration_texts: other such texts, on which every row is calibrated; default: the fit's.
         methods: "controls": random directions, shuffled labels, wrong layer, native ceiling. "all":
             also the target's own PCA and logistic probe, the fit's maps with the mean difference,
             other aligners, a least-squares map, and the paper's preset in two gauges.
@@ -302,54 +94,44 @@ def evaluate(
         text_score: the user's own measure of generated texts.
         n_bootstrap: resamples of the prompts for the intervals.
         seed: of random directions, shuffles and resampling.
-        progress: show a progress bar.
+        progress: show a progress bar; None: where standard error is a terminal.
 
     Raises:
         DataError: no behaviour or no neutral texts are given and `fit` has none.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
             `base` without `fit`).
     """
-    check_choice("methods", methods, METHODS)
-    check_number("n_random", n_random, low=2, integer=True)
-    check_number("n_shuffles", n_shuffles, low=0, integer=True)
-    check_number("n_generate", n_generate, low=0, integer=True)
-    check_number("n_bootstrap", n_bootstrap, low=10, integer=True)
+    _check_arguments(methods, n_random, n_shuffles, n_generate, n_bootstrap)
     if text_score is not None and n_generate == 0:
         raise ArgumentError(
             "text_score is given, but nothing is generated; set n_generate, e.g. to 16."
         )
     if fit is None and (methods == "all" or base is not None):
         raise ArgumentError("methods='all' and base need fit=, the fit that the plan came from.")
-    host = as_host(model)
-    run = _Run(host, fit, behaviour, neutral, calibration_texts, budget, n_bootstrap, seed)
-    run.generation = (n_generate, max_new_tokens, text_score)
-    from tqdm.auto import tqdm
-
-    rows = [run.row("unsteered", "base", 0, None)]
-    jobs = comparison(
-        plan,
+    run = _Run(
+        as_host(model),
         fit,
-        everything=methods == "all",
+        behaviour,
+        neutral,
+        calibration_texts,
+        budget,
+        n_bootstrap,
+        seed,
+        Generation(n_generate, max_new_tokens, text_score),
+    )
+    setting = Setting(
+        plan=plan,
+        fit=None if fit is None else with_gradients(fit),
+        base=base,
         n_random=n_random,
         n_shuffles=n_shuffles,
-        base=base,
         seed=seed,
     )
-    jobs += [
-        Job(name, "compared", 0, lambda other=other: other)
-        for name, other in (compare or {}).items()
-    ]  # type: ignore[misc]
-    for job in tqdm(jobs, desc="evaluate", disable=not progress, leave=False):
-        candidate = job.make()
-        if candidate is not None:
-            rows.append(
-                run.row(
-                    job.method,
-                    job.role,
-                    job.seed,
-                    run.calibrated(candidate) if job.calibrate else candidate,
-                )
-            )
+    jobs = comparisons(setting, methods)
+    for name, other in (compare or {}).items():
+        jobs.append(Job(name, "compared", 0, partial(_same, other)))
+    rows = [run.row("unsteered", "base", 0, None)]
+    rows += [run.row_of(job) for job in progress_bar(jobs, "evaluate", progress=progress)]
     if prompt_prefix is not None:
         rows.append(run.row("prompting", "baseline", 0, None, prefix=prompt_prefix))
     return Evaluation(
@@ -357,14 +139,58 @@ def evaluate(
         float(run.base.mean()),
         float(run.base_hits.mean()),
         run.budget,
-        run.provenance(plan),
+        run.provenance(plan, rows),
     )
+
+
+def _check_arguments(
+    methods: str, n_random: int, n_shuffles: int, n_generate: int, n_bootstrap: int
+) -> None:
+    check_methods(methods)
+    check_number("n_random", n_random, low=2, integer=True)
+    check_number("n_shuffles", n_shuffles, low=0, integer=True)
+    check_number("n_generate", n_generate, low=0, integer=True)
+    check_number("n_bootstrap", n_bootstrap, low=10, integer=True)
+
+
+def _same(plan: SteeringPlan) -> SteeringPlan:
+    return plan
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is written under every method, and how it is scored."""
+
+    n_prompts: int = 0
+    max_new_tokens: int = 40
+    score: TextScore | None = None
+
+    def figures(
+        self, host: Host, behaviour: Behaviour, plan: SteeringPlan | None
+    ) -> dict[str, float]:
+        """Repetition, length and score of greedy continuations; empty where none are asked for."""
+        if self.n_prompts == 0:
+            return {}
+        prompts = list(behaviour.prompts[: self.n_prompts])
+        with nullcontext() if plan is None else plan.hooks(host.model):
+            texts = host.generate(prompts, max_new_tokens=self.max_new_tokens)
+        out = {
+            "repetition": sum(map(repeated_trigrams, texts)) / len(texts),
+            "length": sum(len(t.split()) for t in texts) / len(texts),
+        }
+        if self.score is not None:
+            values = [float(v) for v in self.score(texts)]
+            if len(values) != len(texts):
+                raise DataError(
+                    f"text_score returned {len(values)} numbers for {len(texts)} texts; return one "
+                    "for each."
+                )
+            out["text_score"] = sum(values) / len(values)
+        return out
 
 
 class _Run:
     """What all rows of one evaluation share."""
-
-    generation: tuple[int, int, TextScore | None] = (0, 0, None)
 
     def __init__(
         self,
@@ -376,13 +202,14 @@ class _Run:
         budget: float | None,
         n_bootstrap: int,
         seed: int,
+        generation: Generation,
     ) -> None:
         behaviour = fit.test_behaviour if behaviour is None and fit else behaviour
         if behaviour is None:
             raise DataError(
                 "behaviour is missing: pass behaviour=Behaviour(...), or a fit that was given one."
             )
-        texts = fit.test_texts if neutral is None and fit else neutral
+        texts = fit.data.test_texts if neutral is None and fit else neutral
         calibration = (
             fit.calibration_texts if calibration_texts is None and fit else calibration_texts
         )
@@ -391,21 +218,30 @@ class _Run:
                 "neutral and calibration_texts are missing: pass both, or a fit, which holds some "
                 "out."
             )
-        self.host, self.behaviour, self.seed = host, behaviour, seed
+        self.host, self.behaviour, self.seed, self.generation = host, behaviour, seed, generation
         self.neutral = NeutralTexts(host, check_texts("neutral", texts))
         self.calibration = NeutralTexts(host, check_texts("calibration_texts", calibration))
         self.budget = budget if budget is not None else (fit.config.budget if fit else 0.10)
-        self.unit = fit.config.budget_unit if fit else "nll"
+        self.unit: BudgetUnit = fit.config.budget_unit if fit else "nll"
         self.base, self.base_hits = behaviour_and_accuracy(host, behaviour)
-        draws = (n_bootstrap, len(behaviour))
-        self.resample = torch.randint(
-            len(behaviour), draws, generator=torch.Generator().manual_seed(seed)
-        )
+        self.draws = bootstrap_draws(len(behaviour), n_bootstrap, seed)
+
+    def row_of(self, job: Job) -> EvaluationRow:
+        """Make and measure one plan, or say why there is none."""
+        try:
+            plan = job.make()
+        except NotMeasured as reason:
+            return EvaluationRow.unmeasured(
+                job.method, job.role, job.seed, str(reason), n_prompts=len(self.behaviour)
+            )
+        if job.calibrate:
+            plan = self.calibrated(plan, job.method)
+        return self.row(job.method, job.role, job.seed, plan)
 
     def row(
         self,
         method: str,
-        role: str,
+        role: Role | str,
         seed: int,
         plan: SteeringPlan | None,
         *,
@@ -414,54 +250,41 @@ class _Run:
         behaviour = self.behaviour if prefix is None else self.behaviour.with_prefix(prefix)
         metric, hits = behaviour_and_accuracy(self.host, behaviour, plan=plan)
         change = metric - self.base
-        means = change[self.resample].mean(1)
+        low, high = mean_interval(change, self.draws)
         rise, divergence = (0.0, 0.0) if plan is None else self.neutral.cost(plan)
+        vectors = () if plan is None else plan.vectors
         return EvaluationRow(
             method=method,
             role=role,
             seed=seed,
-            hook_names=() if plan is None else tuple(v.hook_name for v in plan.vectors),
-            coefficient=0.0
-            if plan is None
-            else max((v.coefficient for v in plan.vectors), key=abs),
+            hook_names=tuple(v.hook_name for v in vectors),
+            coefficient=max((v.coefficient for v in vectors), key=abs, default=0.0),
             effect=float(change.mean()),
-            low=float(means.quantile(0.025)),
-            high=float(means.quantile(0.975)),
+            low=low,
+            high=high,
             accuracy=float(hits.mean()),
             nll_rise=rise,
             kl=float(divergence or 0.0),
             per_prompt=change,
             correct=hits,
-            **self.generated(behaviour, plan),
+            **self.generation.figures(self.host, behaviour, plan),
         )
 
-    def generated(self, behaviour: Behaviour, plan: SteeringPlan | None) -> dict[str, float]:
-        n, length, score = self.generation
-        if n == 0:
-            return {}
-        prompts = list(behaviour.prompts[:n])
-        with nullcontext() if plan is None else plan.hooks(self.host.model):
-            texts = self.host.generate(prompts, max_new_tokens=length)
-        out = {
-            "repetition": sum(map(repeated_trigrams, texts)) / len(texts),
-            "length": sum(len(t.split()) for t in texts) / len(texts),
-        }
-        if score is not None:
-            values = [float(v) for v in score(texts)]
-            if len(values) != len(texts):
-                raise DataError(
-                    f"text_score returned {len(values)} numbers for {len(texts)} texts; return one "
-                    "for each."
-                )
-            out["text_score"] = sum(values) / len(values)
-        return out
+    def calibrated(self, plan: SteeringPlan, method: str) -> SteeringPlan:
+        try:
+            found = calibrate(
+                plan,
+                self.host.model,
+                self.calibration,
+                budget=self.budget,
+                unit=self.unit,
+                curve=False,
+            )
+        except ArgumentError as error:
+            raise ArgumentError(f"{method}: {error}") from error
+        return found.apply(plan)
 
-    def calibrated(self, plan: SteeringPlan) -> SteeringPlan:
-        return calibrate(
-            plan, self.host.model, self.calibration, budget=self.budget, unit=self.unit, curve=False
-        ).apply(plan)
-
-    def provenance(self, plan: SteeringPlan) -> dict[str, Any]:
+    def provenance(self, plan: SteeringPlan, rows: Sequence[EvaluationRow]) -> dict[str, Any]:
         return {
             "behaviour_hash": self.behaviour.hash,
             "budget_unit": self.unit,
@@ -472,4 +295,5 @@ class _Run:
             "calibration_hash": text_hash(self.calibration.texts),
             "target": dict(plan.target),
             "plan": dict(plan.provenance),
+            "not_measured": {r.method: r.note for r in rows if not r.measured},
         }

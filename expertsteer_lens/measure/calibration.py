@@ -1,20 +1,21 @@
-"""How strong: the largest coefficient whose damage to neutral text stays within a budget."""
+"""The largest coefficient whose damage to neutral text stays within a budget."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
-from .metrics import NeutralTexts, behaviour_metric
+from .completions import behaviour_metric
+from .neutral import NeutralTexts
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +41,10 @@ DEFAULT_GRID = (
     0.8,
 )
 """Coefficients in units of the median residual norm."""
-BUDGET_UNITS = ("nll", "kl")
+BudgetUnit = Literal["nll", "kl"]
+BUDGET_UNITS: tuple[BudgetUnit, ...] = get_args(BudgetUnit)
+Band = Literal["no effect", "usable", "broken"]
+Sign = Literal["as labelled", "reversed", "unclear"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +55,9 @@ class Calibration:
     """Largest coefficient on the grid up to which the cost stays within the budget; 0 never appears
     (it raises)."""
     coefficients: dict[str, float]
-    """Per hook name, at that strength."""
+    """Per hook name, at that coefficient of the plan."""
     budget: float
-    unit: str
+    unit: BudgetUnit
     """"nll": rise of the mean negative log-likelihood; "kl": mean KL(unsteered || steered). Both
     nats per token."""
     curve: tuple[dict[str, Any], ...]
@@ -66,7 +70,7 @@ class Calibration:
     n_texts: int
 
     @property
-    def sign(self) -> str | None:
+    def sign(self) -> Sign | None:
         """Does the direction point the right way? "as labelled", "reversed", or "unclear" (within
         two standard errors of zero at the chosen coefficient); None if no behaviour was given."""
         row = next(r for r in self.curve if r["coefficient"] == self.coefficient)
@@ -79,7 +83,8 @@ class Calibration:
     def apply(self, plan: SteeringPlan) -> SteeringPlan:
         """The plan at the coefficients found, with this calibration in its provenance.
 
-        Warns if the direction turned out to be reversed on the behaviour that was given.
+        Warns if the direction turned out to be reversed on the behaviour that was given; the
+        numbers are the same with or without the warning.
 
         Raises:
             ArgumentError: the plan steers other hook points than the one calibrated.
@@ -143,7 +148,7 @@ def calibrate(
     texts: Sequence[Text] | NeutralTexts,
     *,
     budget: float = 0.10,
-    unit: str = "nll",
+    unit: BudgetUnit = "nll",
     grid: Sequence[float] = DEFAULT_GRID,
     behaviour: Behaviour | None = None,
     curve: bool = True,
@@ -201,36 +206,15 @@ def calibrate(
             "texts: every text is a single token, so nothing is predicted; give longer neutral "
             "texts."
         )
-    base_effect = None if behaviour is None else behaviour_metric(host, behaviour)
-
-    def cost_of(steered: SteeringPlan) -> float:
-        rise, divergence = neutral.cost(steered, kl=unit == "kl")
-        return rise if divergence is None else divergence
-
     if per_layer and len(plan.vectors) > 1:
-        alone = []
-        for vector in plan.vectors:
-            single = replace(plan, vectors=(vector,))
-
-            def point(coefficient: float, single: SteeringPlan = single) -> dict[str, Any]:
-                return {
-                    "coefficient": coefficient,
-                    "cost": cost_of(single.with_coefficient(coefficient)),
-                }
-
-            alone.append(_within(_bisect(point, steps, budget), steps, budget, vector.hook_name))
-        plan = replace(
-            plan,
-            vectors=tuple(
-                replace(v, coefficient=c) for v, c in zip(plan.vectors, alone, strict=True)
-            ),
-        )
+        plan = _balanced(plan, neutral, steps, budget, unit)
+    base = None if behaviour is None else behaviour_metric(host, behaviour)
 
     def measure(coefficient: float) -> dict[str, Any]:
         steered = plan.with_coefficient(coefficient)
-        row: dict[str, Any] = {"coefficient": coefficient, "cost": cost_of(steered)}
-        if behaviour is not None and base_effect is not None:
-            change = behaviour_metric(host, behaviour, plan=steered) - base_effect
+        row = {"coefficient": coefficient, "cost": _cost(neutral, steered, unit)}
+        if behaviour is not None and base is not None:
+            change = behaviour_metric(host, behaviour, plan=steered) - base
             row["effect"] = float(change.mean())
             row["effect_se"] = float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0
         return row
@@ -238,26 +222,50 @@ def calibrate(
     upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
     best = _within(upward, steps, budget, "the plan")
     downward = _walk(measure, [-s for s in steps], budget) if negative else []
-    origin = {
-        "coefficient": 0.0,
-        "cost": 0.0,
-        **({} if behaviour is None else {"effect": 0.0, "effect_se": 0.0}),
-    }
-    points = [
+    origin = {"coefficient": 0.0, "cost": 0.0}
+    if behaviour is not None:
+        origin |= {"effect": 0.0, "effect_se": 0.0}
+    points = (
         *_banded(downward, budget)[::-1],
         *_banded([origin], budget),
         *_banded(upward, budget),
-    ]
-    coefficients = {v.hook_name: v.coefficient for v in plan.with_coefficient(best).vectors}
-    return Calibration(
-        best,
-        coefficients,
-        budget,
-        unit,
-        tuple(points),
-        text_hash(neutral.texts),
-        len(neutral.texts),
     )
+    return Calibration(
+        coefficient=best,
+        coefficients={v.hook_name: v.coefficient for v in plan.with_coefficient(best).vectors},
+        budget=budget,
+        unit=unit,
+        curve=points,
+        texts_hash=text_hash(neutral.texts),
+        n_texts=len(neutral.texts),
+    )
+
+
+def _cost(neutral: NeutralTexts, plan: SteeringPlan, unit: BudgetUnit) -> float:
+    """What the budget counts: nats per token."""
+    rise, divergence = neutral.cost(plan, kl=unit == "kl")
+    return rise if divergence is None else divergence
+
+
+def _balanced(
+    plan: SteeringPlan,
+    neutral: NeutralTexts,
+    steps: Sequence[float],
+    budget: float,
+    unit: BudgetUnit,
+) -> SteeringPlan:
+    """The plan with the largest coefficient that each of its layers affords alone."""
+
+    def affords(vector: SteeringVector) -> float:
+        alone = replace(plan, vectors=(vector,))
+
+        def measure(coefficient: float) -> dict[str, Any]:
+            cost = _cost(neutral, alone.with_coefficient(coefficient), unit)
+            return {"coefficient": coefficient, "cost": cost}
+
+        return _within(_bisect(measure, steps, budget), steps, budget, vector.hook_name)
+
+    return replace(plan, vectors=tuple(replace(v, coefficient=affords(v)) for v in plan.vectors))
 
 
 def _within(
@@ -272,26 +280,22 @@ def _within(
             f"more than budget={budget:g}; "
             "raise budget, give a grid with smaller coefficients, or steer fewer layers."
         )
-    return within[-1]
+    return float(within[-1])
 
 
 def _banded(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
-    """Rows ordered outwards from zero, each with its band."""
+    """Rows ordered outwards from zero, each with its band; once broken, all beyond are broken."""
     out: list[dict[str, Any]] = []
     broken = False
     for row in rows:
         broken = broken or row["cost"] > budget
         flat = "effect" in row and abs(row["effect"]) <= 2 * row["effect_se"]
-        out.append(
-            {
-                **row,
-                "band": "broken"
-                if broken
-                else "no effect"
-                if flat or not row["coefficient"]
-                else "usable",
-            }
-        )
+        band: Band = "usable"
+        if broken:
+            band = "broken"
+        elif flat or not row["coefficient"]:
+            band = "no effect"
+        out.append({**row, "band": band})
     return out
 
 

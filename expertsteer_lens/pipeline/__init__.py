@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .expert_steer import ExpertSteer, ExpertSteerConfig
+from .config import PRESETS, ExpertSteerConfig
+from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
 
-__all__ = ["ExpertSteer", "ExpertSteerConfig", "ExpertSteering"]
+__all__ = ["PRESETS", "ExpertSteer", "ExpertSteerConfig", "ExpertSteering"]

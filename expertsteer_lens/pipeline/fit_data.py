@@ -4,56 +4,92 @@ test."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._moved import Renamed
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
-from expertsteer_lens.errors import DataError
+from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import capture, texts_sha256
 from expertsteer_lens.learn.directions import mean_difference
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
 
-    from .expert_steer import ExpertSteerConfig
+    from .config import ExpertSteerConfig
 
 PairKey = tuple[str, str]
 """(expert hook name, target hook name)"""
 
 
 @dataclass(frozen=True, eq=False)
-class Readings:
-    """What was read from the two models, and the texts kept apart: all that a fit needs besides its
-    settings."""
+class FitData:
+    """What a fit reads: states of both models, and the texts kept apart; all that it needs besides
+    its settings.
 
-    expert_anchors: ActivationStore
+    Rows of the two anchor stores belong together, and rows of the two pair stores; "states" are the
+    activations at one token of each text, see `ExpertSteerConfig.read_positions`."""
+
+    expert_anchor_states: ActivationStore
     """The expert's states on the anchors."""
-    target_anchors: ActivationStore
+    target_anchor_states: ActivationStore
     """The target's states on the same anchors."""
-    expert_pairs: ActivationStore
-    """The expert's states on the contrast pairs, labelled."""
-    target_pairs: ActivationStore
-    """The target's own states on the contrast pairs, labelled: the native ceiling is learnt from
-    these."""
+    expert_pair_states: ActivationStore
+    """The expert's states on the texts of the contrast pairs, labelled."""
+    target_pair_states: ActivationStore
+    """The target's own states on the texts of the contrast pairs, labelled: the native ceiling is
+    learnt from these."""
     readout: Float[Tensor, " d_target"]
     """The target's own mean difference at its last layer: the metric where no completions are
     given."""
     calibration_texts: tuple[Text, ...]
+    """Neutral texts on which coefficients are calibrated."""
     test_texts: tuple[Text, ...]
+    """Neutral texts that only `evaluate` reads."""
+    validation_behaviour: Behaviour | None
+    """Prompts used for choices."""
+    test_behaviour: Behaviour | None
+    """Prompts that only `evaluate` reads."""
+    provenance: dict[str, Any]
+    """Names, fingerprints and hashes of what went in."""
+
+    # Names of version 0.1.
+    expert_anchors = Renamed("expert_anchor_states")
+    target_anchors = Renamed("target_anchor_states")
+    expert_pairs = Renamed("expert_pair_states")
+    target_pairs = Renamed("target_pair_states")
+
+
+def labels_of(store: ActivationStore) -> Tensor:
+    """Labels of a store that has some: 1 = positive, 0 = negative."""
+    assert store.labels is not None
+    return store.labels
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FitTexts:
+    """The texts of one fit, divided before any model is run."""
+
+    pairs: ContrastPairs
+    anchors: list[Text] | None
+    """All anchors in the order given; None where the texts of the pairs stand in for them."""
+    fit_texts: list[Text]
+    """Those the maps are fitted on."""
+    calibration_texts: list[Text]
+    test_texts: list[Text]
     validation_behaviour: Behaviour | None
     test_behaviour: Behaviour | None
-    provenance: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Numbers and hashes of texts, for the provenance."""
 
 
-def read_models(
-    expert: Host | ActivationStore,
-    target: Host,
+def divide_texts(
     pairs: ContrastPairs,
     config: ExpertSteerConfig,
     seed: int,
@@ -62,21 +98,23 @@ def read_models(
     behaviour: Behaviour | None,
     test_behaviour: Behaviour | None,
     neutral: Sequence[Text] | None,
-    expert_hook_names: Sequence[str] | None,
-    target_hook_names: Sequence[str] | None,
-    progress: bool,
-) -> Readings:
-    """Divide the texts and read them; the arguments are those of `ExpertSteer.fit`."""
+) -> FitTexts:
+    """Which texts are for fitting, calibration and test; the arguments are those of
+    `ExpertSteer.fit`.
+
+    Raises:
+        ArgumentError: `test_behaviour` without `behaviour`.
+        DataError: pairs of another type, or too few texts to divide.
+    """
     if not isinstance(pairs, ContrastPairs):
         raise DataError(
             f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
             "ContrastPairs.from_lists(...)."
         )
-    if isinstance(expert, ActivationStore):
-        expert_hooks = list(expert_hook_names or expert)
-    else:
-        expert_hooks = expert.check_hook_names(list(expert_hook_names or expert.hook_names()))
-    target_hooks = target.check_hook_names(list(target_hook_names or target.hook_names()))
+    if test_behaviour is not None and behaviour is None:
+        raise ArgumentError(
+            "test_behaviour is given without behaviour, the prompts to choose layers by; pass both."
+        )
     texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
     if neutral is None:
         fit_texts, calibration_texts, test_texts = split_anchors(texts, config.held_out, seed)
@@ -90,51 +128,87 @@ def read_models(
     validation, test = behaviour, test_behaviour
     if behaviour is not None and test_behaviour is None:
         validation, test = behaviour.split(config.validation, seed=seed)
-
-    how: dict[str, Any] = {
-        "positions": config.read_positions,
-        "batch_size": config.batch_size,
-        "progress": progress,
-    }
-    if isinstance(expert, ActivationStore):
-        expert_anchors, expert_pairs = _from_states(
-            expert,
-            expert_hooks,
-            pairs,
-            None if anchors is None else texts,
-            fit_texts,
-            config.read_positions,
-        )
-    else:
-        expert_anchors = capture(expert.model, fit_texts, expert_hooks, **how)
-        expert_pairs = capture(expert.model, pairs.texts, expert_hooks, labels=pairs.labels, **how)
-    target_anchors = capture(target.model, fit_texts, target_hooks, **how)
-    target_pairs = capture(target.model, pairs.texts, target_hooks, labels=pairs.labels, **how)
-    final = target.hook_names()[-1]
-    store = (
-        target_pairs
-        if final in target_pairs
-        else capture(target.model, pairs.texts, [final], **how)
-    )
-    provenance = {
-        "expert": _model_facts(expert_pairs),
-        "target": _model_facts(target_pairs),
-        "pairs": {"n": len(pairs), "hash": pairs.hash},
-        "anchors": {"n": len(texts), "hash": text_hash(texts), "given": anchors is not None},
-        "behaviour": None if behaviour is None else {"n": len(behaviour), "hash": behaviour.hash},
-        "neutral": None if neutral is None else {"n": len(neutral), "hash": text_hash(kept)},
-    }
-    return Readings(
-        expert_anchors=expert_anchors,
-        target_anchors=target_anchors,
-        expert_pairs=expert_pairs,
-        target_pairs=target_pairs,
-        readout=mean_difference(store[final], pairs.labels),
-        calibration_texts=tuple(calibration_texts),
-        test_texts=tuple(test_texts),
+    return FitTexts(
+        pairs=pairs,
+        anchors=None if anchors is None else list(texts),
+        fit_texts=list(fit_texts),
+        calibration_texts=list(calibration_texts),
+        test_texts=list(test_texts),
         validation_behaviour=validation,
         test_behaviour=test,
-        provenance=provenance,
+        facts={
+            "pairs": {"n": len(pairs), "hash": pairs.hash},
+            "anchors": {"n": len(texts), "hash": text_hash(texts), "given": anchors is not None},
+            "behaviour": None
+            if behaviour is None
+            else {"n": len(behaviour), "hash": behaviour.hash},
+            "neutral": None if neutral is None else {"n": len(kept), "hash": text_hash(kept)},
+        },
+    )
+
+
+def read_models(
+    expert: Host | ActivationStore,
+    target: Host,
+    texts: FitTexts,
+    config: ExpertSteerConfig,
+    *,
+    expert_hook_names: list[str],
+    target_hook_names: list[str],
+    progress: bool | None,
+) -> FitData:
+    """The states of both models on the divided texts, at hook points that are on them.
+
+    Args:
+        expert: the model, or its states captured before.
+        target: the model to be steered.
+        texts: see `divide_texts`.
+        config: where and in what batches states are read.
+        expert_hook_names: where the expert is read.
+        target_hook_names: where the target is read.
+        progress: show progress bars; None: where standard error is a terminal.
+    """
+    pairs = texts.pairs
+
+    def read(host: Host, of: Sequence[Text], names: list[str], labels: Any) -> ActivationStore:
+        return capture(
+            host.model,
+            of,
+            names,
+            labels=labels,
+            positions=config.read_positions,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+
+    if isinstance(expert, ActivationStore):
+        expert_anchors, expert_pairs = _rows_of_states(
+            expert, expert_hook_names, texts, config.read_positions
+        )
+    else:
+        expert_anchors = read(expert, texts.fit_texts, expert_hook_names, None)
+        expert_pairs = read(expert, pairs.texts, expert_hook_names, pairs.labels)
+    target_anchors = read(target, texts.fit_texts, target_hook_names, None)
+    target_pairs = read(target, pairs.texts, target_hook_names, pairs.labels)
+    final = target.hook_names()[-1]
+    store = (
+        target_pairs if final in target_pairs else read(target, pairs.texts, [final], pairs.labels)
+    )
+    return FitData(
+        expert_anchor_states=expert_anchors,
+        target_anchor_states=target_anchors,
+        expert_pair_states=expert_pairs,
+        target_pair_states=target_pairs,
+        readout=mean_difference(store[final], pairs.labels),
+        calibration_texts=tuple(texts.calibration_texts),
+        test_texts=tuple(texts.test_texts),
+        validation_behaviour=texts.validation_behaviour,
+        test_behaviour=texts.test_behaviour,
+        provenance={
+            "expert": _model_facts(expert_pairs),
+            "target": _model_facts(target_pairs),
+            **texts.facts,
+        },
     )
 
 
@@ -163,43 +237,32 @@ def _model_facts(store: ActivationStore) -> dict[str, Any]:
     return {name: store.provenance.get(name) for name in names}
 
 
-def _from_states(
-    states: ActivationStore,
-    names: Sequence[str],
-    pairs: ContrastPairs,
-    anchors: Sequence[Text] | None,
-    fit_texts: Sequence[Text],
-    positions: str | int,
+def _rows_of_states(
+    states: ActivationStore, names: Sequence[str], texts: FitTexts, positions: str | int
 ) -> tuple[ActivationStore, ActivationStore]:
     """The anchors' and the pairs' rows of states captured before.
 
     Raises:
         DataError: they are of other texts, or of another token of each.
     """
-    texts = [*pairs.texts, *(anchors or ())]
-    wanted = (
-        "capture(expert, [*pairs.texts, *anchors])"
-        if anchors is not None
-        else "capture(expert, pairs.texts)"
-    )
-    facts = states.provenance
-    if states.n != len(texts) or facts.get("texts_sha256", texts_sha256(texts)) != texts_sha256(
-        texts
-    ):
+    pairs, anchors = texts.pairs, texts.anchors
+    expected = [*pairs.texts, *(anchors or ())]
+    command = "capture(expert, pairs.texts)"
+    if anchors is not None:
+        command = "capture(expert, [*pairs.texts, *anchors])"
+    facts, digest = states.provenance, texts_sha256(expected)
+    if states.n != len(expected) or facts.get("texts_sha256", digest) != digest:
         raise DataError(
-            f"expert holds states of {states.n} texts, which are not the {len(texts)} of pairs and "
-            "anchors, in this order; "
-            f"make them with {wanted}."
+            f"expert holds states of {states.n} texts, which are not the {len(expected)} of pairs "
+            f"and anchors, in this order; make them with {command}."
         )
     if facts.get("positions", positions) != positions:
         raise DataError(
             f"expert holds states read at positions={facts['positions']!r}, but "
-            f"config.read_positions is {positions!r}; "
-            "read and fit at the same token."
+            f"config.read_positions is {positions!r}; read and fit at the same token."
         )
-    row = {
-        text: i for i, text in reversed(list(enumerate(texts)))
-    }  # a text that comes twice has the same state twice
+    # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
+    row = {text: i for i, text in reversed(list(enumerate(expected)))}
     chosen = ActivationStore({name: states[name] for name in names}, provenance=facts)
-    fitted = chosen.select([row[text] for text in fit_texts])
+    fitted = chosen.select([row[text] for text in texts.fit_texts])
     return fitted, ActivationStore(chosen.select(range(len(pairs.texts))), pairs.labels, facts)

@@ -1,15 +1,16 @@
-"""What a fit found, and the plans made from it."""
+"""Result of a fit, and the plans made from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import unknown_hook
+from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
@@ -21,14 +22,15 @@ from expertsteer_lens.pair.mutual_information import LayerPairMI
 from expertsteer_lens.pair.rules import LayerPairs
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
-from .fit_data import PairKey, Readings
+from .config import ExpertSteerConfig, reading_changes
+from .fit_data import FitData, PairKey
+from .rehearsal import check_seed
+from .steps import Solution, StepLog, solve, takes_gradients
 
 if TYPE_CHECKING:
     import pandas
 
     from expertsteer_lens.hosts import Host
-
-    from .expert_steer import ExpertSteerConfig
 
 
 class AbsentModel:
@@ -59,7 +61,7 @@ class AbsentModel:
 
 @dataclass(frozen=True, eq=False)
 class ExpertSteering:
-    """What a fit found: the maps, the layer-pair scores, the directions, and what is kept for
+    """Result of a fit: the maps, the layer-pair scores, the directions, and what is kept for
     calibration and test."""
 
     config: ExpertSteerConfig
@@ -71,52 +73,68 @@ class ExpertSteering:
     """RFM per candidate pair, fitted on the expert's states placed in the target's space."""
     target: Host
     """The model to be steered; an `AbsentModel` if the fit was loaded without it."""
-    readings: Readings
+    data: FitData
+    """What was read: states, and the texts kept apart."""
     gradients: dict[str, Tensor]
     """d metric / d state at each target hook point, summed over positions; empty unless the rule is
     "attribution"."""
     steps: tuple[dict[str, Any], ...]
     """Per step: name, seconds, and its figures."""
 
-    @property
-    def expert_pairs(self) -> ActivationStore:
-        """The expert's states on the contrast pairs, labelled."""
-        return self.readings.expert_pairs
+    # Names of version 0.1.
+    readings = Renamed("data")
+    expert_pairs = Renamed("data.expert_pair_states")
+    test_texts = Renamed("data.test_texts")
+
+    @classmethod
+    def of(
+        cls,
+        config: ExpertSteerConfig,
+        seed: int,
+        target: Host,
+        data: FitData,
+        found: Solution,
+        log: StepLog,
+    ) -> ExpertSteering:
+        """The result of steps that have been run."""
+        return cls(
+            config=config,
+            seed=seed,
+            target=target,
+            data=data,
+            steps=tuple(log.steps),
+            **found._asdict(),
+        )
 
     @property
     def target_pairs(self) -> ActivationStore:
         """The target's own states on the contrast pairs, labelled."""
-        return self.readings.target_pairs
+        return self.data.target_pair_states
 
     @property
     def target_anchors(self) -> ActivationStore:
         """The target's states on the anchors."""
-        return self.readings.target_anchors
+        return self.data.target_anchor_states
 
     @property
     def calibration_texts(self) -> tuple[Text, ...]:
-        """Neutral texts on which strengths are found."""
-        return self.readings.calibration_texts
-
-    @property
-    def test_texts(self) -> tuple[Text, ...]:
-        """Neutral texts that only `evaluate` reads."""
-        return self.readings.test_texts
+        """Neutral texts on which coefficients are calibrated."""
+        return self.data.calibration_texts
 
     @property
     def validation_behaviour(self) -> Behaviour | None:
         """Prompts used for choices."""
-        return self.readings.validation_behaviour
+        return self.data.validation_behaviour
 
     @property
     def test_behaviour(self) -> Behaviour | None:
         """Prompts that only `evaluate` reads."""
-        return self.readings.test_behaviour
+        return self.data.test_behaviour
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Names, fingerprints and hashes of what went in."""
-        return self.readings.provenance
+        return self.data.provenance
 
     def direction(self, expert_hook: str, target_hook: str) -> Float[Tensor, " d_target"]:
         """Unit direction in the target's space for one fitted pair, pointing towards the positive
@@ -131,41 +149,48 @@ class ExpertSteering:
         config: ExpertSteerConfig | None = None,
         *,
         seed: int | None = None,
-        progress: bool = False,
+        progress: bool | None = False,
         **changes: Any,
     ) -> ExpertSteering:
-        """The same readings under other settings: no model is run for the states, only for what the
-        rule asks.
+        """The same states and texts under other settings: no model is run for the states, only for
+        the gradients that the rule may ask for.
 
         Args:
             config: settings; default: those of this fit.
-            seed: of gauges, folds and the rule "random"; default: this fit's.
-            progress: show progress bars.
+            seed: of gauges, folds and the rule "random"; default: this fit's. The texts stay
+                divided as they are.
+            progress: show progress bars; None: where standard error is a terminal.
             **changes: fields of the config to replace, e.g. `aligner=AlignerConfig(kind="ridge")`.
 
         Raises:
-            ArgumentError: a change of what or how is read (`read_positions`); use
+            ArgumentError: a change of a field that acts only where models are read
+                (`read_positions`, `held_out`, `validation`; `batch_size` where no pass is run); use
                 `ExpertSteer(...).fit` for that.
         """
-        from .expert_steer import solve
-
-        settings = replace(config or self.config, **changes)
-        if settings.read_positions != self.config.read_positions:
+        settings = (config or self.config).changed(changes)
+        passes_are_run = takes_gradients(settings) and not self.gradients
+        idle = reading_changes(self.config, settings, passes_are_run=passes_are_run)
+        if idle:
             raise ArgumentError(
-                f"read_positions={settings.read_positions!r} needs other states than the "
-                f"{self.config.read_positions!r} "
-                "that were read; run ExpertSteer(...).fit again."
+                f"{idle[0]}={getattr(settings, idle[0])!r} acts only where models are read, and "
+                f"refit reads none (this fit was read under {getattr(self.config, idle[0])!r}); "
+                "run ExpertSteer(...).fit again, or leave it as it was."
             )
-        same_mi = settings.mi == self.config.mi and seed in (None, self.seed)
-        return solve(
+        seed = self.seed if seed is None else seed
+        check_seed(seed)
+        same_mi = settings.mi == self.config.mi and seed == self.seed
+        log = StepLog()
+        found = solve(
             settings,
-            self.seed if seed is None else seed,
+            seed,
             self.target,
-            self.readings,
+            self.data,
+            log,
             progress=progress,
             mi=self.layer_pair_mi if same_mi else None,
             gradients=self.gradients or None,
         )
+        return ExpertSteering.of(settings, seed, self.target, self.data, found, log)
 
     def predicted_effect(self, target_hook: str, direction: Float[Tensor, " d_target"]) -> float:
         """First-order effect on the behaviour of adding `direction` at coefficient 1 at every
@@ -198,24 +223,30 @@ class ExpertSteering:
         Args:
             layer_pairs: (expert hook, target hook) keys among the fitted candidates; default: the
                 chosen pairs.
-            coefficient: signed strength in units of the target layer's median residual norm, shared
-                by all layers; or "auto": the largest that keeps the damage to held-out texts within
+            coefficient: signed, in units of the target layer's median residual norm, shared by all
+                layers; or "auto": the largest that keeps the damage to the calibration texts within
                 `config.budget`.
-            positions: which tokens are steered, see `SteeringPlan`.
+            positions: which tokens are *steered*, see `SteeringPlan`; which token was *read* is
+                `config.read_positions`.
             edit: "add" and others, see `SteeringPlan`.
+
+        Raises:
+            ArgumentError: `coefficient` is a text other than "auto".
+            HookNameError: a layer pair that was not fitted.
         """
         keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
         if isinstance(coefficient, str) and coefficient != "auto":
             raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
-        strength = 0.1 if coefficient == "auto" else float(coefficient)
-        plan = self._plan_of({key: self.direction(*key) for key in keys}, strength, positions, edit)
+        number = 0.1 if isinstance(coefficient, str) else float(coefficient)
+        plan = self._plan_of({key: self.direction(*key) for key in keys}, number, positions, edit)
         if coefficient != "auto":
             return plan
         return self.calibrate(plan).apply(plan)
 
     def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
-        """`calibrate` on this fit's held-out anchors and validation behaviour; keywords as
-        there."""
+        """`calibrate` on this fit's calibration texts and validation behaviour; keywords as there.
+
+        32 texts a pass, whatever `config.batch_size` says: nothing of a pass is kept."""
         settings = {
             "budget": self.config.budget,
             "unit": self.config.budget_unit,
@@ -228,27 +259,25 @@ class ExpertSteering:
     def _plan_of(
         self,
         directions: dict[PairKey, Tensor],
-        strength: float,
+        coefficient: float,
         positions: Any = "all",
         edit: str = "add",
     ) -> SteeringPlan:
-        vectors = []
-        for (expert_hook, target_hook), direction in directions.items():
-            vectors.append(
-                SteeringVector(
-                    hook_name=target_hook,
-                    direction=direction,
-                    coefficient=strength,
-                    # A fraction (ablate, rescale) has no length; every other strength is in units
-                    # of the layer's norm.
-                    relative_to="unit" if edit in ("ablate", "rescale") else "median_norm",
-                    median_norm=None
-                    if edit in ("ablate", "rescale")
-                    else self.target_anchors.median_norm(target_hook),
-                    edit=edit,
-                    provenance=self._pair_facts(expert_hook, target_hook),
-                )
+        # A fraction (ablate, rescale) has no length; every other coefficient is in units of the
+        # layer's norm.
+        relative = edit not in ("ablate", "rescale")
+        vectors = [
+            SteeringVector(
+                hook_name=target_hook,
+                direction=direction,
+                coefficient=coefficient,
+                relative_to="median_norm" if relative else "unit",
+                median_norm=self.target_anchors.median_norm(target_hook) if relative else None,
+                edit=edit,
+                provenance=self._pair_facts(expert_hook, target_hook),
             )
+            for (expert_hook, target_hook), direction in directions.items()
+        ]
         facts = self.target.facts()
         return SteeringPlan(
             vectors=tuple(vectors),

@@ -5,37 +5,45 @@ Every function takes a result object and returns a `plotly.graph_objects.Figure`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from expertsteer_lens._checks import check_choice
-from expertsteer_lens.data.activations import layer_of
-from expertsteer_lens.errors import ArgumentError, ExpertSteerError
+from expertsteer_lens.errors import ArgumentError
+
+from .drawing import (
+    BLUE,
+    FLOOR_FILL,
+    INK,
+    ORANGE,
+    RED,
+    heat_map,
+    import_plotly,
+    role_colour,
+    set_style,
+)
 
 if TYPE_CHECKING:
-    from expertsteer_lens.benchmarks.offline import Bench
-    from expertsteer_lens.evaluation.run import Evaluation
+    import pandas
+
+    from expertsteer_lens.evaluation.result import Evaluation
     from expertsteer_lens.measure.calibration import Calibration
     from expertsteer_lens.pair.mutual_information import LayerPairMI
     from expertsteer_lens.pair.rules import LayerPairs
 
-BLUE, ORANGE, GREY, RED, INK = "#2b6cb0", "#c05621", "#8a94a3", "#b83232", "#1f2933"
-FLOOR_FILL = "#e4e7eb"
-ROLE_COLOURS = {
-    "plan": BLUE,
-    "ceiling": ORANGE,
-    "floor": GREY,
-    "control": GREY,
-    "baseline": "#6b46c1",
-    "compared": "#2c7a7b",
-    "base": GREY,
-}
+Quantity = Literal["mi", "excess"]
+SIGNED_RULES = {"attribution": "predicted effect on the behaviour per unit coefficient, nats"}
+"""Pairing rules whose score may have either sign, and what it is."""
+
+
+class DrawnBench(Protocol):
+    """What a figure reads of `Bench`."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a task and method."""
 
 
 def plot_layer_pair_mi(
-    mi: LayerPairMI, *, layer_pairs: LayerPairs | None = None, what: str = "mi"
+    mi: LayerPairMI, *, layer_pairs: LayerPairs | None = None, what: Quantity = "mi"
 ) -> Any:
     """Heat map of expert layer × target layer, with the null and the chosen pairs.
 
@@ -44,14 +52,14 @@ def plot_layer_pair_mi(
         layer_pairs: chosen pairs to outline.
         what: "mi" (the estimate), or "excess" (estimate minus the permutation null's mean).
     """
-    check_choice("what", what, ("mi", "excess"))
+    check_choice("what", what, get_args(Quantity))
     has_null = len(mi.null) > 0
     if what == "excess" and not has_null:
         raise ArgumentError(
             "what='excess' needs a null; fit with MIConfig(n_permutations=...) above 0."
         )
     matrix = mi.matrix if what == "mi" else mi.matrix - mi.null_mean
-    unit = "nats" if mi.config.estimator != "cka" else "CKA"
+    unit = mi.unit if mi.unit == "nats" else mi.unit.upper()
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(mi.matrix[i, j]):.3f} {unit}"
@@ -73,7 +81,7 @@ def plot_layer_pair_mi(
         else "no permutation null was drawn"
     )
     null += "; outlined: chosen" if layer_pairs is not None else ""
-    return _heat_map(
+    return heat_map(
         matrix, mi.expert_hook_names, mi.target_hook_names, title, null, unit, hover, layer_pairs
     )
 
@@ -81,8 +89,7 @@ def plot_layer_pair_mi(
 def plot_layer_pairs(pairs: LayerPairs) -> Any:
     """Heat map of the pairing rule's own score, with the chosen pairs outlined; blank cells were
     not scored."""
-    names = {"attribution": "predicted effect on the behaviour per unit coefficient, nats"}
-    subtitle = names.get(pairs.rule, f"score of rule {pairs.rule!r}")
+    subtitle = SIGNED_RULES.get(pairs.rule, f"score of rule {pairs.rule!r}")
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(pairs.scores[i, j]):+.3f}"
@@ -90,8 +97,7 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         ]
         for i, e in enumerate(pairs.expert_hook_names)
     ]
-    diverging = pairs.rule == "attribution"
-    return _heat_map(
+    return heat_map(
         pairs.scores,
         pairs.expert_hook_names,
         pairs.target_hook_names,
@@ -100,7 +106,7 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         "score",
         hover,
         pairs,
-        diverging=diverging,
+        diverging=pairs.rule in SIGNED_RULES,
     )
 
 
@@ -110,7 +116,7 @@ def plot_dose_response(calibration: Calibration) -> Any:
 
     Shaded: the coefficients around 0 up to which the cost stays within the budget on either side.
     """
-    go = _plotly()
+    go = import_plotly()
     xs = [row["coefficient"] for row in calibration.curve]
     figure = go.Figure()
     has_effect = all("effect" in row for row in calibration.curve)
@@ -137,7 +143,7 @@ def plot_dose_response(calibration: Calibration) -> Any:
         annotation_text=f"chosen {calibration.coefficient:g}",
         annotation_position="top",
     )
-    _style(
+    set_style(
         figure,
         "Dose–response on validation",
         f"shaded: cost within {calibration.budget:g} nats per token on {calibration.n_texts} "
@@ -182,61 +188,23 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
     ceiling.
 
     Intervals are bootstrap intervals over prompts, or the range of the seeds of a method that has
-    several."""
-    go = _plotly()
-    cost = (
-        "KL to the unsteered model"
-        if evaluation.provenance.get("budget_unit") == "kl"
-        else "rise of NLL"
-    )
+    several. What could not be measured is named above the axes."""
+    go = import_plotly()
+    unit = evaluation.provenance.get("budget_unit")
+    cost = "KL to the unsteered model" if unit == "kl" else "rise of NLL"
     frame = evaluation.to_pandas()
-    frame = frame[frame["role"] != "base"].iloc[::-1]  # the unsteered model is the zero of the axis
+    # The unsteered model is the zero of the axis.
+    frame = frame[(frame["role"] != "base") & frame["effect"].notna()].iloc[::-1]
     figure = go.Figure()
     for _, row in frame.iterrows():
-        colour = ROLE_COLOURS[row["role"]]
-        figure.add_scatter(
-            x=[row["effect"]],
-            y=[row["method"]],
-            mode="markers",
-            showlegend=False,
-            marker={"size": 13 if row["role"] == "plan" else 10, "color": colour},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [row["high"] - row["effect"]],
-                "arrayminus": [row["effect"] - row["low"]],
-                "color": colour,
-                "thickness": 2,
-            },
-            hovertemplate=f"{row['method']}: {row['effect']:+.3f} nats, "
-            f"NLL {row['nll_rise']:+.3f}<extra></extra>",
-        )
-    mean, sd = evaluation.floor
-    figure.add_vrect(
-        x0=mean - 2 * sd, x1=mean + 2 * sd, fillcolor=FLOOR_FILL, line_width=0, layer="below"
-    )
-    # In the legend, not beside band and line: a label inside the axes covers the markers of some
-    # method.
-    figure.add_scatter(
-        x=[None],
-        y=[None],
-        mode="markers",
-        name="random floor ± 2 sd",
-        marker={"size": 14, "symbol": "square", "color": FLOOR_FILL},
-    )
-    if evaluation.ceiling is not None:
-        figure.add_vline(x=evaluation.ceiling.effect, line={"color": ORANGE, "dash": "dash"})
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            mode="lines",
-            name="native ceiling",
-            line={"color": ORANGE, "dash": "dash"},
-        )
-    _style(
+        _add_method(figure, row)
+    _add_floor_and_ceiling(figure, evaluation)
+    missing = ", ".join(evaluation.not_measured)
+    set_style(
         figure,
         "Effect on held-out prompts",
-        f"same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on neutral text",
+        f"same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on neutral text"
+        + (f"; not measured: {missing}" if missing else ""),
     )
     figure.update_xaxes(
         title="change of log p(positive) − log p(negative), nats", zerolinecolor="#9aa5b1"
@@ -249,38 +217,60 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
     return figure
 
 
-def plot_bench(bench: Bench) -> Any:
+def _add_method(figure: Any, row: Any) -> None:
+    """A marker at the effect of one method, with its interval."""
+    colour = role_colour(row["role"])
+    figure.add_scatter(
+        x=[row["effect"]],
+        y=[row["method"]],
+        mode="markers",
+        showlegend=False,
+        marker={"size": 13 if row["role"] == "plan" else 10, "color": colour},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [row["high"] - row["effect"]],
+            "arrayminus": [row["effect"] - row["low"]],
+            "color": colour,
+            "thickness": 2,
+        },
+        hovertemplate=f"{row['method']}: {row['effect']:+.3f} nats, "
+        f"NLL {row['nll_rise']:+.3f}<extra></extra>",
+    )
+
+
+def _add_floor_and_ceiling(figure: Any, evaluation: Evaluation) -> None:
+    """Band and line, explained in the legend: a label inside the axes covers some marker."""
+    mean, sd = evaluation.floor
+    figure.add_vrect(
+        x0=mean - 2 * sd, x1=mean + 2 * sd, fillcolor=FLOOR_FILL, line_width=0, layer="below"
+    )
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        name="random floor ± 2 sd",
+        marker={"size": 14, "symbol": "square", "color": FLOOR_FILL},
+    )
+    if evaluation.ceiling is None:
+        return
+    dashed = {"color": ORANGE, "dash": "dash"}
+    figure.add_vline(x=evaluation.ceiling.effect, line=dashed)
+    figure.add_scatter(x=[None], y=[None], mode="lines", name="native ceiling", line=dashed)
+
+
+def plot_bench(bench: DrawnBench) -> Any:
     """Effect of every method on every task with its interval; grey band: random floor ± 2 sd of the
     task."""
-    go = _plotly()
+    go = import_plotly()
     frame = bench.to_pandas()
     frame = frame[frame["role"] != "base"]
     tasks, methods = list(dict.fromkeys(frame["task"])), list(dict.fromkeys(frame["method"]))
     figure = go.Figure()
     for i, method in enumerate(methods):
         part = frame[frame["method"] == method]
-        role = part["role"].iloc[0]
-        colour = ROLE_COLOURS[role]
-        main = role in ("plan", "ceiling")
-        figure.add_scatter(
-            x=part["effect"],
-            y=[tasks.index(t) + 0.32 - 0.64 * i / max(1, len(methods) - 1) for t in part["task"]],
-            name=method,
-            mode="markers",
-            marker={"size": 11 if main else 7, "color": colour, "symbol": i % 25},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": part["high"] - part["effect"],
-                "arrayminus": part["effect"] - part["low"],
-                "thickness": 1.5 if main else 0.7,
-            },
-            text=[
-                f"{t}: {method} {e:+.2f} nats, accuracy {a:.0%}"
-                for t, e, a in zip(part["task"], part["effect"], part["accuracy"], strict=True)
-            ],
-            hoverinfo="text",
-        )
+        shift = 0.32 - 0.64 * i / max(1, len(methods) - 1)
+        _add_tasks(figure, part, method, [tasks.index(t) + shift for t in part["task"]], i % 25)
     for j, task in enumerate(tasks):
         floor = frame[(frame["task"] == task) & (frame["role"] == "floor")].iloc[0]
         reach = 2 * floor["seed_sd"]
@@ -294,7 +284,7 @@ def plot_bench(bench: Bench) -> Any:
             line_width=0,
             layer="below",
         )
-    _style(
+    set_style(
         figure,
         "Benchmark: effect on test prompts",
         "right against wrong answers; grey: random directions ± 2 sd; same budget and choices for "
@@ -314,98 +304,26 @@ def plot_bench(bench: Bench) -> Any:
     return figure
 
 
-def _heat_map(
-    matrix: Any,
-    expert_names: Sequence[str],
-    target_names: Sequence[str],
-    title: str,
-    subtitle: str,
-    unit: str,
-    hover: list[list[str]],
-    chosen: LayerPairs | None,
-    *,
-    diverging: bool = False,
-) -> Any:
-    go = _plotly()
-    values = [[None if torch.isnan(v) else float(v) for v in row] for row in matrix]
-    xs, ys = [_label(n) for n in target_names], [_label(n) for n in expert_names]
-    numbers = [v for row in values for v in row if v is not None]
-    scale: dict[str, Any] = {"colorscale": "Viridis"}
-    if diverging:
-        top = max((abs(v) for v in numbers), default=0.0) or 1.0
-        scale = {"colorscale": "RdBu", "zmin": -top, "zmax": top}
-    small = len(xs) * len(ys) <= 200
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=list(range(len(xs))),
-            y=list(range(len(ys))),
-            text=hover,
-            hoverinfo="text",
-            xgap=1,
-            ygap=1,
-            colorbar={"title": unit},
-            texttemplate="%{z:.2f}" if small else None,
-            **scale,
-        )
+def _add_tasks(figure: Any, part: Any, method: str, heights: list[float], symbol: int) -> None:
+    """One method's markers on all tasks, with their intervals."""
+    role = part["role"].iloc[0]
+    main = role in ("plan", "ceiling")
+    figure.add_scatter(
+        x=part["effect"],
+        y=heights,
+        name=method,
+        mode="markers",
+        marker={"size": 11 if main else 7, "color": role_colour(role), "symbol": symbol},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": part["high"] - part["effect"],
+            "arrayminus": part["effect"] - part["low"],
+            "thickness": 1.5 if main else 0.7,
+        },
+        text=[
+            f"{t}: {method} {e:+.2f} nats, accuracy {a:.0%}"
+            for t, e, a in zip(part["task"], part["effect"], part["accuracy"], strict=True)
+        ],
+        hoverinfo="text",
     )
-    for pair in chosen or ():
-        if pair.expert in expert_names and pair.target in target_names:
-            i, j = list(expert_names).index(pair.expert), list(target_names).index(pair.target)
-            figure.add_shape(
-                type="rect",
-                x0=j - 0.5,
-                x1=j + 0.5,
-                y0=i - 0.5,
-                y1=i + 0.5,
-                line={"color": "#e53e3e", "width": 4},
-            )
-    _style(figure, title, subtitle)
-    figure.update_xaxes(
-        title="target layer",
-        tickvals=list(range(len(xs))),
-        ticktext=xs,
-        showgrid=False,
-        zeroline=False,
-    )
-    figure.update_yaxes(
-        title="expert layer",
-        tickvals=list(range(len(ys))),
-        ticktext=ys,
-        showgrid=False,
-        zeroline=False,
-    )
-    figure.update_layout(
-        width=max(520, 200 + 60 * len(xs)) if small else 900, height=max(420, 180 + 46 * len(ys))
-    )
-    return figure
-
-
-def _label(hook_name: str) -> str:
-    try:
-        layer = layer_of(hook_name)
-    except ExpertSteerError:
-        return hook_name
-    kind = hook_name.rsplit(".", 1)[-1]
-    return str(layer) if kind == "hook_resid_post" else f"{layer} {kind.removeprefix('hook_')}"
-
-
-def _style(figure: Any, title: str, subtitle: str) -> None:
-    figure.update_layout(
-        template="plotly_white",
-        title={"text": f"{title}<br><sup>{subtitle}</sup>", "x": 0.02, "xanchor": "left"},
-        font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
-        margin={"l": 80, "r": 60, "t": 90, "b": 80},
-        width=860,
-        height=500,
-    )
-
-
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects as go
-    except ImportError as error:
-        raise ExpertSteerError(
-            "plots need plotly; install it with: pip install 'expertsteer-lens[plot]'"
-        ) from error
-    return go

@@ -13,7 +13,7 @@ from expertsteer_lens.errors import DataError
 if TYPE_CHECKING:
     import pandas
 
-    from expertsteer_lens.evaluation.run import Evaluation
+    from expertsteer_lens.evaluation.result import Evaluation
     from expertsteer_lens.measure.calibration import Calibration
     from expertsteer_lens.pipeline.fitted import ExpertSteering
 
@@ -30,7 +30,7 @@ font-size:13px}
 
 @dataclass(frozen=True)
 class SteeredText:
-    """One prompt continued at several strengths."""
+    """One prompt continued at several coefficients."""
 
     prompt: str
     texts: Mapping[float, str]
@@ -42,26 +42,27 @@ def table_for_people(evaluation: Evaluation) -> pandas.DataFrame:
     costs in nats per token."""
     import pandas as pd
 
-    column, header, form = (
-        ("kl", "KL", ".3f")
-        if evaluation.provenance.get("budget_unit") == "kl"
-        else ("nll_rise", "NLL rise", "+.3f")
-    )
+    column, header, form = ("nll_rise", "NLL rise", "+.3f")
+    if evaluation.provenance.get("budget_unit") == "kl":
+        column, header, form = ("kl", "KL", ".3f")
     rows = []
     for row in evaluation.to_pandas().to_dict("records"):
+        note = row.get("note")
+        blank = isinstance(note, str)  # nothing was measured, so there is nothing to round
         unsteered = row["coefficient"] == 0  # the base model, or prompting, which costs no budget
-        rows.append(
-            {
-                "method": row["method"] if row["n"] == 1 else f"{row['method']}, {row['n']} seeds",
-                "effect": f"{row['effect']:+.2f}",
-                "interval": "–"
-                if row["role"] == "base"
-                else f"{row['low']:+.2f} … {row['high']:+.2f}",
-                "coeff.": "–" if unsteered else f"{row['coefficient']:.3g}",
-                **({"accuracy": f"{row['accuracy']:.0%}"} if "accuracy" in row else {}),
-                header: "–" if unsteered else format(row[column], form),
-            }
-        )
+        interval = f"{row['low']:+.2f} … {row['high']:+.2f}"
+        line = {
+            "method": row["method"] if row["n"] == 1 else f"{row['method']}, {row['n']} seeds",
+            "effect": "–" if blank else f"{row['effect']:+.2f}",
+            "interval": "–" if blank or row["role"] == "base" else interval,
+            "coeff.": "–" if blank or unsteered else f"{row['coefficient']:.3g}",
+        }
+        if "accuracy" in row:
+            line["accuracy"] = "–" if blank else f"{row['accuracy']:.0%}"
+        line[header] = "–" if blank or unsteered else format(row[column], form)
+        if evaluation.not_measured:
+            line["note"] = note if blank else ""
+        rows.append(line)
     return pd.DataFrame(rows)
 
 
@@ -81,18 +82,18 @@ def write_report(
         fit: what was fitted.
         evaluation: its comparison.
         calibration: the dose-response curve.
-        texts: continuations to show, all at the same strengths.
+        texts: continuations to show, all at the same coefficients.
         title: heading of the page.
 
     Returns:
         The path written.
 
     Raises:
-        DataError: `texts` were generated at different strengths.
+        DataError: `texts` were generated at different coefficients.
     """
     if len({tuple(sorted(t.texts)) for t in texts}) > 1:
         raise DataError(
-            "texts must share their strengths, got "
+            "texts must share their coefficients, got "
             f"{sorted({tuple(sorted(t.texts)) for t in texts})}."
         )
     from .plots import plot_dose_response, plot_evaluation, plot_layer_pair_mi, plot_layer_pairs
@@ -111,9 +112,9 @@ def write_report(
         table_for_people(evaluation).to_html(index=False, border=0),
         "<p>Effect in nats; interval: bootstrap 95 % over the test prompts, or the range of "
         "several seeds. NLL rise, or KL to the"
-        " unsteered model: on neutral texts that no strength was chosen on, nats per token.</p>",
+        " unsteered model: on neutral texts that no coefficient was chosen on, nats per token.</p>",
         _figure(plot_evaluation(evaluation), first=True),
-        "<h2>Strength</h2>",
+        "<h2>Coefficient</h2>",
         _figure(plot_dose_response(calibration)),
     ]
     if texts:
@@ -146,13 +147,13 @@ def _figure(figure: Any, *, first: bool = False) -> str:
 
 
 def _text_table(texts: Sequence[SteeredText]) -> str:
-    strengths = sorted(texts[0].texts)
-    head = "".join(f"<th>{'unsteered' if s == 0 else f'{s:+.3g}'}</th>" for s in strengths)
+    coefficients = sorted(texts[0].texts)
+    head = "".join(f"<th>{'unsteered' if c == 0 else f'{c:+.3g}'}</th>" for c in coefficients)
     rows = []
     for item in texts:
-        cells = "".join(f"<td>{html.escape(item.texts[s])}</td>" for s in strengths)
+        cells = "".join(f"<td>{html.escape(item.texts[c])}</td>" for c in coefficients)
         rows.append(
             "<tr><td "
-            f"colspan='{len(strengths)}'><b>{html.escape(item.prompt)}</b></td></tr><tr>{cells}</tr>"
+            f"colspan='{len(coefficients)}'><b>{html.escape(item.prompt)}</b></td></tr><tr>{cells}</tr>"
         )
     return f"<table class='texts'><tr>{head}</tr>{''.join(rows)}</table>"

@@ -1,4 +1,4 @@
-"""Benchmarks by name: made-up rows in the published columns for every preset, and the real files
+"""Public benchmarks by name: made-up rows in the published columns for each, and the real files
 where they are at hand."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 import expertsteer_lens as esl
-from expertsteer_lens.benchmarks import public as presets
+from expertsteer_lens.benchmarks import public
 from expertsteer_lens.errors import ArgumentError, DataError
 
 
@@ -52,7 +52,7 @@ def labelled(column: str, labels: str = "ABCD"):
     return row
 
 
-# One made-up row a preset, in the columns of the hub set; the right answer starts with r, every
+# One made-up row a benchmark, in the columns of the hub set; the right answer starts with r, every
 # wrong one with w, x, y or z.
 HUB_ROWS = {
     "pubmedqa": lambda i: {
@@ -147,14 +147,14 @@ HUB_ROWS = {
         "support": "Because.",
     },
 }
-for _name in presets.names():
+for _name in public.names():
     if _name.startswith("mmlu_pro_"):
         HUB_ROWS[_name] = mmlu_pro(_name.removeprefix("mmlu_pro_"))
     elif _name.startswith("mmlu_"):
         HUB_ROWS[_name] = mmlu
 
 WORDS = {"pubmedqa", "financial_phrasebank", "twitter_financial_news", "gsm8k", "boolq"}
-"""Presets whose answers are words or numbers and so carry no r/w mark."""
+"""Benchmarks whose answers are words or numbers and so carry no r/w mark."""
 
 
 def write(path, rows):
@@ -169,18 +169,18 @@ def write(path, rows):
     return path
 
 
-class TestEveryPreset:
-    @pytest.mark.parametrize("name", presets.names())
+class TestEveryBenchmark:
+    @pytest.mark.parametrize("name", public.names())
     def test_rows_in_the_published_columns_become_pairs_and_prompts(self, name, tmp_path):
         rows = [HUB_ROWS[name](i) for i in range(12)]
-        assert set(presets.get(name).columns) <= set(rows[0]), (
-            "the made-up row lacks a column that the preset says it reads"
+        assert set(public.get(name).columns) <= set(rows[0]), (
+            "the made-up row lacks a column that the benchmark says it reads"
         )
-        found = presets.load(name, path=write(tmp_path / "rows.jsonl", rows))
+        found = public.load(name, path=write(tmp_path / "rows.jsonl", rows))
         assert (len(found), found.skipped) == (12, ())
         pairs, behaviour = found.pairs(), found.behaviour()
         assert (len(pairs), len(behaviour)) == (6, 6)
-        head, _, _ = presets.get(name).template.partition("{choice}")
+        head, _, _ = public.get(name).template.partition("{choice}")
         for positive, negative in zip(pairs.positive, pairs.negative, strict=True):
             assert positive != negative
         prompts = set(behaviour.prompts)
@@ -203,38 +203,38 @@ class TestEveryPreset:
     )
     def test_every_kind_of_file_gives_the_same_items(self, name, tmp_path):
         rows = [HUB_ROWS[name](i) for i in range(8)]
-        reference = presets.load(name, path=write(tmp_path / "rows.jsonl", rows)).pairs()
-        assert presets.load(name, path=write(tmp_path / "rows.json", rows)).pairs() == reference
+        reference = public.load(name, path=write(tmp_path / "rows.jsonl", rows)).pairs()
+        assert public.load(name, path=write(tmp_path / "rows.json", rows)).pairs() == reference
         if (
             name != "gsm8k"
         ):  # made-up numbers are drawn by the row's content, in which a table may order columns otherwise
             assert (
-                presets.load(name, path=write(tmp_path / "rows.parquet", rows)).pairs() == reference
+                public.load(name, path=write(tmp_path / "rows.parquet", rows)).pairs() == reference
             )
         flat = [
             {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()}
             for row in rows
         ]
-        assert presets.load(name, path=write(tmp_path / "rows.csv", flat)).pairs() == reference
+        assert public.load(name, path=write(tmp_path / "rows.csv", flat)).pairs() == reference
 
     def test_there_are_at_least_fifteen_benchmarks_in_four_domains(self):
-        hub_ids = {presets.get(n).hub_id for n in presets.names()}
+        hub_ids = {public.get(n).hub_id for n in public.names()}
         assert len(hub_ids) >= 15
-        assert {presets.get(n).domain for n in presets.names()} == set(presets.DOMAINS)
-        for domain in presets.DOMAINS:
-            assert len(presets.names(domain)) >= 3
-            assert all(presets.get(n).domain == domain for n in presets.names(domain))
+        assert {public.get(n).domain for n in public.names()} == set(public.DOMAINS)
+        for domain in public.DOMAINS:
+            assert len(public.names(domain)) >= 3
+            assert all(public.get(n).domain == domain for n in public.names(domain))
 
-    def test_presets_tell_what_they_are(self):
-        assert "GBaker/MedQA-USMLE-4-options" in repr(presets.get("medqa"))
-        assert "made" in presets.get("gsm8k").note
+    def test_definitions_tell_what_they_are(self):
+        assert "GBaker/MedQA-USMLE-4-options" in repr(public.get("medqa"))
+        assert "made" in public.get("gsm8k").note
 
 
 class TestMeaning:
     """The mapping itself, on rows read by hand."""
 
     def one(self, name, tmp_path, rows):
-        found = presets.load(name, path=write(tmp_path / "rows.jsonl", rows), pair_share=0.67)
+        found = public.load(name, path=write(tmp_path / "rows.jsonl", rows), pair_share=0.67)
         return {
             item["question"]: item["choices"] for item in (*found.pair_items, *found.prompt_items)
         }
@@ -248,7 +248,7 @@ class TestMeaning:
         assert items["1 is a number.\nQuestion: is 1 a number?"] == ["no", "yes"]
 
     def test_a_gap_is_filled_and_the_sentence_goes_on(self, tmp_path):
-        found = presets.load(
+        found = public.load(
             "winogrande",
             path=write(tmp_path / "r.jsonl", [HUB_ROWS["winogrande"](i) for i in range(4)]),
         )
@@ -277,7 +277,7 @@ class TestMeaning:
             }
         )
         rows.append({**rows[0], "Problem": "garbled", "options": "none"})
-        found = presets.load("math_qa", path=write(tmp_path / "rows.jsonl", rows))
+        found = public.load("math_qa", path=write(tmp_path / "rows.jsonl", rows))
         items = {i["question"]: i["choices"] for i in (*found.pair_items, *found.prompt_items)}
         assert items["which is 1 ?"] == ["r1 , 000", "w1", "x1", "y1", "none of these"]
         assert items["in brackets"] == ["$ 2,000", "$ 1", "$ 3"]
@@ -306,9 +306,9 @@ class TestMeaning:
 
     def test_only_the_category_asked_for_is_read(self, tmp_path):
         rows = [mmlu_pro("health")(i) for i in range(4)] + [mmlu_pro("law")(i) for i in range(4, 9)]
-        assert len(presets.load("mmlu_pro_health", path=write(tmp_path / "rows.jsonl", rows))) == 4
+        assert len(public.load("mmlu_pro_health", path=write(tmp_path / "rows.jsonl", rows))) == 4
         with pytest.raises(DataError, match="no row whose 'category' is 'math'"):
-            presets.load("mmlu_pro_math", path=tmp_path / "rows.jsonl")
+            public.load("mmlu_pro_math", path=tmp_path / "rows.jsonl")
 
 
 class TestNumbers:
@@ -331,7 +331,7 @@ class TestNumbers:
         path = write(tmp_path / "rows.jsonl", [HUB_ROWS["gsm8k"](i) for i in range(20)])
 
         def items(**keywords):
-            found = presets.load("gsm8k", path=path, **keywords)
+            found = public.load("gsm8k", path=path, **keywords)
             return {i["question"]: i["choices"] for i in (*found.pair_items, *found.prompt_items)}
 
         assert items(seed=3) == items(seed=3)
@@ -342,7 +342,7 @@ class TestNumbers:
 
     def test_an_answer_that_is_no_number_is_left_out_and_counted(self, tmp_path):
         rows = [HUB_ROWS["gsm8k"](i) for i in range(5)] + [{"question": "q", "answer": "#### many"}]
-        found = presets.load("gsm8k", path=write(tmp_path / "rows.jsonl", rows))
+        found = public.load("gsm8k", path=write(tmp_path / "rows.jsonl", rows))
         assert found.skipped == ((5, "the final answer 'many' is not a number"),)
         assert "1 rows left out" in repr(found)
 
@@ -354,7 +354,7 @@ class TestDivision:
             for i in range(30)
         ]
         for seed in range(5):
-            found = presets.load(
+            found = public.load(
                 "mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows), seed=seed
             )
             first, second = (
@@ -365,12 +365,12 @@ class TestDivision:
 
     def test_share_limit_and_seed_decide_the_parts(self, tmp_path):
         path = write(tmp_path / "rows.jsonl", [mmlu(i) for i in range(40)])
-        found = presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20)
+        found = public.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20)
         assert (len(found.pair_items), len(found.prompt_items)) == (16, 4)
-        other = presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20, seed=1)
+        other = public.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20, seed=1)
         assert other.pairs() != found.pairs()
         assert (
-            presets.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20).pairs()
+            public.load("mmlu_anatomy", path=path, pair_share=0.8, limit=20).pairs()
             == found.pairs()
         )
         assert found.pairs(seed=1).positive == found.pairs().positive
@@ -380,22 +380,22 @@ class TestDivision:
         rows = [mmlu(i) for i in range(4)] + [
             {"question": "q", "choices": ["a", "a "], "answer": 0}
         ]
-        found = presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
+        found = public.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
         assert found.skipped == (
             (4, "the question, the right answer or every wrong answer is empty"),
         )
 
     def test_too_few_questions_are_refused(self, tmp_path):
         with pytest.raises(DataError, match="leave 1 items for pairs and 1 for prompts"):
-            presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0), mmlu(1)]))
+            public.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0), mmlu(1)]))
 
 
 class TestErrors:
     def test_an_unknown_name_gets_the_closest(self):
         with pytest.raises(ArgumentError, match="closest: 'medmcqa'"):
-            presets.load("medmcq")
+            public.load("medmcq")
         with pytest.raises(ArgumentError, match="domain must be one of"):
-            presets.names("physics")
+            public.names("physics")
 
     def test_without_a_network_the_columns_and_the_way_out_are_named(self, monkeypatch):
         import datasets
@@ -408,7 +408,7 @@ class TestErrors:
             DataError,
             match=r"ConnectionError: no route to the hub\); without a network pass path= .*answer_idx",
         ):
-            presets.load("medqa")
+            public.load("medqa")
 
     def test_the_hub_is_asked_for_the_published_set_and_split(self, monkeypatch):
         import datasets
@@ -422,10 +422,10 @@ class TestErrors:
             )
 
         monkeypatch.setattr(datasets, "load_dataset", hub)
-        found = presets.load("mmlu_anatomy", split="validation")
+        found = public.load("mmlu_anatomy", split="validation")
         assert asked[-1] == (("cais/mmlu", "anatomy"), {"split": "validation"})
         assert found.source == "cais/mmlu/anatomy, split 'validation'"
-        presets.load("financial_phrasebank")
+        public.load("financial_phrasebank")
         assert asked[-1][0] == ("parquet",)
         assert asked[-1][1]["data_files"]["train"].startswith(
             "hf://datasets/takala/financial_phrasebank@refs/convert/parquet/"
@@ -435,9 +435,9 @@ class TestErrors:
         rows = [mmlu(0), {"question": "q", "answer": 0}, mmlu(2)]
         with pytest.raises(
             DataError,
-            match=r"row 1 has no column 'choices'; preset 'mmlu_anatomy' reads \['question'",
+            match=r"row 1 has no column 'choices'; benchmark 'mmlu_anatomy' reads \['question'",
         ):
-            presets.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
+            public.load("mmlu_anatomy", path=write(tmp_path / "rows.jsonl", rows))
 
     @pytest.mark.parametrize(
         ("name", "changes"),
@@ -452,11 +452,11 @@ class TestErrors:
     def test_a_split_without_answers_is_refused(self, name, changes, tmp_path):
         rows = [HUB_ROWS[name](i) | changes for i in range(4)]
         with pytest.raises(DataError, match="published without answers"):
-            presets.load(name, path=write(tmp_path / "rows.jsonl", rows))
+            public.load(name, path=write(tmp_path / "rows.jsonl", rows))
 
     def test_an_answer_that_is_not_a_choice_is_refused(self, tmp_path):
         with pytest.raises(DataError, match=r"row 0.*neither a key nor one of the choices"):
-            presets.load(
+            public.load(
                 "mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0) | {"answer": 7}])
             )
 
@@ -465,13 +465,13 @@ class TestErrors:
         with pytest.raises(
             DataError, match=r"column 'choices' must hold a list.*in a CSV file write it as JSON"
         ):
-            presets.load("mmlu_anatomy", path=write(tmp_path / "rows.csv", rows))
+            public.load("mmlu_anatomy", path=write(tmp_path / "rows.csv", rows))
 
     def test_a_row_of_another_form_is_named(self, tmp_path):
         with pytest.raises(
-            DataError, match=r"row 0 does not have the form that preset 'medmcqa' expects"
+            DataError, match=r"row 0 does not have the form that benchmark 'medmcqa' expects"
         ):
-            presets.load(
+            public.load(
                 "medmcqa",
                 path=write(tmp_path / "rows.jsonl", [HUB_ROWS["medmcqa"](0) | {"cop": "second"}]),
             )
@@ -481,21 +481,21 @@ class TestErrors:
             ArgumentError,
             match=r"path must end in one of \.jsonl, \.json, \.csv, \.parquet, got 'x\.txt'",
         ):
-            presets.load("medqa", path="x.txt")
+            public.load("medqa", path="x.txt")
         with pytest.raises(DataError, match="is not a file"):
-            presets.load("medqa", path=tmp_path / "none.jsonl")
+            public.load("medqa", path=tmp_path / "none.jsonl")
         with pytest.raises(ArgumentError, match="split='train' has no meaning for a local file"):
-            presets.load("medqa", path=tmp_path / "none.jsonl", split="train")
+            public.load("medqa", path=tmp_path / "none.jsonl", split="train")
         (tmp_path / "bad.jsonl").write_text('{"question": ')
         with pytest.raises(DataError, match="is not JSONL"):
-            presets.load("medqa", path=tmp_path / "bad.jsonl")
+            public.load("medqa", path=tmp_path / "bad.jsonl")
         (tmp_path / "bad.json").write_text("[1, 2]")
         with pytest.raises(DataError, match="must hold rows as JSON objects"):
-            presets.load("medqa", path=tmp_path / "bad.json")
+            public.load("medqa", path=tmp_path / "bad.json")
         with pytest.raises(ArgumentError, match="limit must be an integer"):
-            presets.load("medqa", path=tmp_path / "bad.jsonl", limit=0)
+            public.load("medqa", path=tmp_path / "bad.jsonl", limit=0)
         with pytest.raises(ArgumentError, match="pair_share must be a number"):
-            presets.load("medqa", path=tmp_path / "bad.jsonl", pair_share=1.5)
+            public.load("medqa", path=tmp_path / "bad.jsonl", pair_share=1.5)
 
 
 class TestRealFiles:
@@ -511,7 +511,7 @@ class TestRealFiles:
 
     def test_pubmedqa(self, shared):
         path = shared / "data/pubmedqa/ori_pqal.json"
-        behaviour = self.check(presets.load("pubmedqa", path=path), 1000)
+        behaviour = self.check(public.load("pubmedqa", path=path), 1000)
         rows = json.loads(path.read_text())
         decisions = {r["QUESTION"]: r["final_decision"] for r in rows.values()}
         for i in (0, 100, 400):
@@ -522,7 +522,7 @@ class TestRealFiles:
     @pytest.mark.parametrize(("name", "n", "skipped"), [("medqa", 1273, 0), ("medmcqa", 2816, 1)])
     def test_medical_choices(self, shared, name, n, skipped):
         path = shared / f"data/medical_mcq/{name}_test.jsonl"
-        found = presets.load(name, path=path)
+        found = public.load(name, path=path)
         behaviour = self.check(found, n, skipped)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         answers: dict[str, set[str]] = {}
@@ -536,7 +536,7 @@ class TestRealFiles:
 
     def test_gsm8k(self, shared):
         path = shared / "data/gsm8k/test.jsonl"
-        behaviour = self.check(presets.load("gsm8k", path=path), 1319)
+        behaviour = self.check(public.load("gsm8k", path=path), 1319)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         answers = {
             r["question"].strip(): r["answer"].split("#### ")[-1].replace(",", "") for r in rows
@@ -550,7 +550,7 @@ class TestRealFiles:
     def test_both_published_forms_of_truthfulqa_agree_on_the_questions(self, shared):
         folder = shared / "data/truthfulqa"
         one, two = (
-            presets.load("truthfulqa", path=folder / f) for f in ("mc_task.json", "TruthfulQA.csv")
+            public.load("truthfulqa", path=folder / f) for f in ("mc_task.json", "TruthfulQA.csv")
         )
         self.check(one, 817)
         self.check(two, 817)
@@ -570,7 +570,7 @@ class TestRealFiles:
 def test_a_benchmark_feeds_a_fit(shared, tmp_path):
     """From file to plan, on the bundled pair; its score means nothing there, that it runs through
     does."""
-    found = presets.load("medmcqa", path=shared / "data/medical_mcq/medmcqa_test.jsonl", limit=60)
+    found = public.load("medmcqa", path=shared / "data/medical_mcq/medmcqa_test.jsonl", limit=60)
     expert, target = esl.zoo.load_pair()
     config = esl.ExpertSteerConfig(
         mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
@@ -581,3 +581,17 @@ def test_a_benchmark_feeds_a_fit(shared, tmp_path):
     )
     assert fit.provenance["pairs"]["hash"] == found.pairs().hash
     assert fit.plan(coefficient=0.1).vectors[0].scale > 0
+
+
+def test_names_of_the_first_version_still_work(tmp_path):
+    with pytest.warns(DeprecationWarning, match="Preset is now PublicBenchmark"):
+        assert public.Preset is public.PublicBenchmark
+    with pytest.warns(DeprecationWarning, match="PRESETS is now PUBLIC_BENCHMARKS"):
+        assert public.PRESETS is public.PUBLIC_BENCHMARKS
+    found = public.load(
+        "mmlu_anatomy", path=write(tmp_path / "r.jsonl", [mmlu(i) for i in range(9)])
+    )
+    with pytest.warns(DeprecationWarning, match=r"Benchmark\.preset is now Benchmark\.definition"):
+        assert found.preset is found.definition is public.get("mmlu_anatomy")
+    with pytest.raises(AttributeError, match="no attribute 'Presets'"):
+        _ = public.Presets

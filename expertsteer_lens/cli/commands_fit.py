@@ -1,0 +1,170 @@
+"""Commands that fit: `demo`, `capture`, `fit`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .io import (
+    calibrated,
+    describe,
+    load_states_or_model,
+    print_evaluation,
+    print_step,
+    print_texts,
+    read_behaviour,
+    read_config,
+    read_texts,
+    say,
+    steered_texts,
+    texts_to_fit,
+    write_results,
+)
+from .options import (
+    BehaviourFile,
+    ModelOptions,
+    NRandom,
+    Out,
+    Seed,
+    TextOptions,
+    parse_positions,
+)
+
+
+def demo(out: Out = Path("expertsteer-demo"), seed: Seed = 0, n_random: NRandom = 5) -> None:
+    """The four steps on the two bundled models, with controls, figures and a verdict. Under two
+    minutes on two cores."""
+    import torch
+
+    from expertsteer_lens import zoo
+    from expertsteer_lens.evaluation.run import evaluate
+    from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
+
+    # Tiny models gain nothing from more threads, and lose much where other processes run.
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    expert, target = zoo.load_pair()
+    pairs, anchors, behaviour = zoo.contrast_pairs(), zoo.anchors(), zoo.behaviour()
+    say(f"expert {describe(expert)}  →  target {describe(target)}", style="bold")
+    say(f"{pairs}\n{len(anchors)} unlabelled anchors\n{behaviour}\n")
+    fit = ExpertSteer(preset="anchored", seed=seed).fit(
+        expert, target, pairs, anchors=anchors, behaviour=behaviour, on_step=print_step
+    )
+    plan, curve = calibrated(fit)
+    coefficient = plan.vectors[0].coefficient
+    for pair in fit.layer_pairs:
+        say(f"  chosen     {pair.expert} → {pair.target}, coefficient {coefficient:g}")
+    say(
+        "\nthe paper's preset (reconstruction-only auto-encoder, lowest mutual information)",
+        style="bold",
+    )
+    paper = fit.refit(ExpertSteerConfig.preset("paper"))
+    for step in paper.steps:
+        print_step(step)
+    texts = steered_texts(plan, target, zoo.prompts()[:3], coefficient)
+    print_texts(texts)
+    result = evaluate(
+        plan,
+        target,
+        fit=fit,
+        n_random=n_random,
+        seed=seed,
+        compare={"paper preset": paper.plan(coefficient=0.1)},
+        progress=True,
+    )
+    write_results(out, fit, plan, result, curve, texts)
+    print_evaluation(result)
+    say(f"\n{time.perf_counter() - started:.0f} s; open {out / 'report.html'}")
+    say(str(out.resolve()))
+
+
+def capture(
+    model: Annotated[str, typer.Option(help="folder or hub id of the model that teaches")],
+    texts: TextOptions,
+    models: ModelOptions,
+    positions: Annotated[
+        str, typer.Option(help="token that stands for a text: last, mean, or an index")
+    ] = "last",
+    batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
+    out: Out = Path("expert-states"),
+    seed: Seed = 0,
+) -> None:
+    """Read the expert's states and save them for `fit --expert OUT`: elsewhere, or where both
+    models do not fit in memory."""
+    from expertsteer_lens.files.io import save
+    from expertsteer_lens.hosts import capture as read
+
+    where = parse_positions(positions)
+    contrast, _ = texts_to_fit(texts, seed)
+    prompts = [*contrast.texts, *([] if texts.anchors is None else read_texts(texts.anchors))]
+    loaded = models.load(model)
+    states = read(loaded, prompts, positions=where, batch_size=batch_size, progress=True)
+    say(repr(states))
+    say(str(save(states, out).resolve()))
+
+
+def fit(
+    expert: Annotated[
+        str,
+        typer.Option(
+            help="folder or hub id of the model that teaches, or what `capture` saved of it"
+        ),
+    ],
+    target: Annotated[str, typer.Option(help="folder or hub id of the model to steer")],
+    texts: TextOptions,
+    models: ModelOptions,
+    behaviour: BehaviourFile = None,
+    preset: Annotated[str, typer.Option(help="anchored or paper")] = "anchored",
+    config: Annotated[
+        Path | None, typer.Option(help="JSON with fields of ExpertSteerConfig, over the preset's")
+    ] = None,
+    n_random: NRandom = 5,
+    save_fit: Annotated[
+        bool,
+        typer.Option(help="also save the whole fit to OUT/fit, for `evaluate --fit` and esl.load"),
+    ] = False,
+    out: Out = Path("expertsteer-plan"),
+    seed: Seed = 0,
+) -> None:
+    """Fit on your own two models and save the plan to OUT/plan; with a behaviour, evaluate it and
+    write the report too."""
+    from expertsteer_lens.evaluation.run import evaluate
+    from expertsteer_lens.files.io import save
+    from expertsteer_lens.pipeline import ExpertSteer
+
+    contrast, prompts = texts_to_fit(texts, seed)
+    prompts = prompts if behaviour is None else read_behaviour(behaviour)
+    anchors = None if texts.anchors is None else read_texts(texts.anchors)
+    steer = ExpertSteer(read_config(config, preset), seed=seed)
+    models.check()
+    expert_model = load_states_or_model(expert, models)
+    target_model = models.load(target)
+    found = steer.fit(
+        expert_model,
+        target_model,
+        contrast,
+        anchors=anchors,
+        behaviour=prompts,
+        progress=True,
+        on_step=print_step,
+    )
+    if save_fit:
+        save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
+    plan, curve = calibrated(found)
+    if prompts is None:
+        out.mkdir(parents=True, exist_ok=True)
+        save(plan, out / "plan")
+        say(
+            "no behaviour given: layers were chosen by the target's read-out, and nothing was "
+            "evaluated"
+        )
+    else:
+        result = evaluate(
+            plan, target_model, fit=found, n_random=n_random, seed=seed, progress=True
+        )
+        write_results(out, found, plan, result, curve, [])
+        print_evaluation(result)
+    say(str((out / "plan").resolve()))

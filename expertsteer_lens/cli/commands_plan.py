@@ -1,0 +1,183 @@
+"""Commands on what was saved: `show`, `steer`, `evaluate`, `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expertsteer_lens.errors import ArgumentError, DataError
+
+from .io import (
+    console,
+    load_saved,
+    print_evaluation,
+    print_frame,
+    print_texts,
+    read_behaviour,
+    read_texts,
+    say,
+    steered_texts,
+    write_evaluation,
+)
+from .options import BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
+
+
+def show(
+    saved: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN", help="folder or hub id of a saved plan, fit, evaluation, ..."
+        ),
+    ],
+) -> None:
+    """Print what was saved: what a plan does and where it comes from, the steps and pairs of a fit;
+    loads no model."""
+    from expertsteer_lens.evaluation.result import Evaluation
+    from expertsteer_lens.files.io import load
+    from expertsteer_lens.pipeline import ExpertSteering
+    from expertsteer_lens.steer.plan import SteeringPlan
+
+    loaded = load(saved)
+    if isinstance(loaded, ExpertSteering):
+        _show_fit(loaded)
+    elif isinstance(loaded, Evaluation):
+        print_evaluation(loaded)
+    elif isinstance(loaded, SteeringPlan):
+        _show_plan(loaded)
+    else:
+        say(repr(loaded))
+        if hasattr(loaded, "to_pandas"):
+            print_frame(loaded.to_pandas().head(20), type(loaded).__name__)
+
+
+def _show_fit(fit: Any) -> None:
+    say(fit.summary())
+    short = {
+        "mutual_information": "MI",
+        "aligner_r2": "aligner R²",
+        "rfm_validation_auc": "RFM AUC",
+    }
+    frame = fit.to_pandas()
+    print_frame(
+        frame.head(10).rename(columns=short),
+        f"the first of {len(frame)} fitted pairs",
+        names=True,
+    )
+
+
+def _show_plan(plan: Any) -> None:
+    say(repr(plan))
+    print_frame(plan.to_pandas(), "vectors")
+    names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
+    facts = {k: v for k, v in plan.provenance.items() if k in names}
+    console.print_json(json.dumps(facts, default=str))
+
+
+def steer(
+    plan: PlanName,
+    target: TargetName,
+    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
+    models: ModelOptions,
+    coefficient: Annotated[float | None, typer.Option(help="default: the plan's own")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate, at most")] = 60,
+    allow_mismatch: Annotated[
+        bool, typer.Option(help="use a plan fitted on other weights")
+    ] = False,
+) -> None:
+    """Generate at minus, zero and plus the plan's coefficient, side by side."""
+    loaded = load_saved(plan, "SteeringPlan")
+    model = models.load(target)
+    if coefficient is None:
+        coefficient = max((v.coefficient for v in loaded.vectors), key=abs)
+    print_texts(steered_texts(loaded, model, prompt, coefficient, max_new_tokens, allow_mismatch))
+
+
+def evaluate(
+    plan: PlanName,
+    target: TargetName,
+    models: ModelOptions,
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            "--fit", help="the fit it came from, which gives the native ceiling, prompts and texts"
+        ),
+    ] = None,
+    behaviour: BehaviourFile = None,
+    neutral: Annotated[
+        Path | None,
+        typer.Option(
+            help="texts on which steering should change nothing, one a line: every other one "
+            "calibrates, the rest test; default: kept by the fit"
+        ),
+    ] = None,
+    n_random: NRandom = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder for figure and tables; default: none are written"),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """A saved plan against random directions; with `--fit` also against shuffled labels and the
+    native ceiling."""
+    from expertsteer_lens.evaluation.run import evaluate as run
+
+    if fit is None and (behaviour is None or neutral is None):
+        raise ArgumentError("give --behaviour and --neutral, or --fit, which holds some of both.")
+    loaded = load_saved(plan, "SteeringPlan")
+    prompts = None if behaviour is None else read_behaviour(behaviour)
+    texts = None if neutral is None else read_texts(neutral)
+    if texts is not None and len(texts) < 2:
+        raise DataError(
+            f"{neutral} holds {len(texts)} texts; give at least 2, half to calibrate and half to "
+            "test."
+        )
+    model = models.load(target)
+    result = run(
+        loaded,
+        model,
+        fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
+        behaviour=prompts,
+        neutral=None if texts is None else texts[1::2],
+        calibration_texts=None if texts is None else texts[::2],
+        n_random=n_random,
+        seed=seed,
+        progress=True,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_evaluation(out, result)
+    print_evaluation(result)
+
+
+def export(
+    plan: PlanName,
+    format: Annotated[
+        str,
+        typer.Option("--format", help="lm_eval (steered model of lm-evaluation-harness) or gguf"),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="file to write: .pt for lm_eval, .gguf for gguf")
+    ],
+    blocks: Annotated[
+        str, typer.Option(help="lm_eval: path of the blocks below the base model")
+    ] = "layers",
+    model_hint: Annotated[
+        str, typer.Option(help="gguf: architecture noted in the file")
+    ] = "unknown",
+) -> None:
+    """Write a saved plan in another program's format, coefficients folded in; loads no model."""
+    from expertsteer_lens._checks import check_choice
+    from expertsteer_lens.files.export import FORMATS, to_gguf, to_lm_eval
+
+    check_choice("--format", format, FORMATS)
+    loaded = load_saved(plan, "SteeringPlan")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = (
+        to_lm_eval(loaded, out, blocks=blocks)
+        if format == "lm_eval"
+        else to_gguf(loaded, out, model_hint=model_hint)
+    )
+    say(str(path.resolve()))

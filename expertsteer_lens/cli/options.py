@@ -1,0 +1,203 @@
+"""Options that several commands share: each is described once here, and groups of them reach a
+command as one object."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+
+from expertsteer_lens.errors import ArgumentError, ExpertSteerError, HostError
+
+Out = Annotated[Path, typer.Option("--out", help="folder for the results; made if missing")]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+NRandom = Annotated[
+    int, typer.Option("--n-random", help="random directions behind the floor, at least 2")
+]
+PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
+TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
+BehaviourFile = Annotated[
+    Path | None,
+    typer.Option("--behaviour", help="JSON with 'prompts', 'positive', 'negative'"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How models are loaded."""
+
+    host: Annotated[
+        str, typer.Option("--host", help="transformer_lens, nnsight or huggingface")
+    ] = "transformer_lens"
+    dtype: Annotated[str, typer.Option("--dtype", help="of the weights, e.g. bfloat16")] = "float32"
+    device: Annotated[
+        str | None, typer.Option("--device", help="e.g. cuda:1; default: cuda where there is one")
+    ] = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run model code that ships with the weights")
+    ] = False
+
+    def check(self) -> None:
+        """Refuse what no model can be loaded as, before anything is read.
+
+        Raises:
+            ArgumentError: an unknown host, a dtype that weights cannot have, or a device that is
+                not there.
+        """
+        from expertsteer_lens._checks import check_choice
+        from expertsteer_lens.hosts.loading import HOSTS
+
+        check_choice("host", self.host, HOSTS)
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or dtype not in _WEIGHT_TYPES:
+            raise ArgumentError(
+                "dtype must name a torch dtype that weights can have ("
+                f"{', '.join(str(d).removeprefix('torch.') for d in _WEIGHT_TYPES)}), got "
+                f"{self.dtype!r}."
+            )
+        if self.device is not None:
+            _check_device(self.device)
+
+    def load(self, name: str) -> Any:
+        """A model from a folder or the hub.
+
+        Raises:
+            ArgumentError: see `check`.
+            HostError: there is no model that can be loaded.
+        """
+        from expertsteer_lens.hosts.loading import load_model
+
+        self.check()
+        try:
+            return load_model(
+                name,
+                host=self.host,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (ExpertSteerError, OSError):
+            raise
+        except Exception as error:  # transformers raises many kinds; all mean the same to the user
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise HostError(
+                f"{name} could not be loaded as a model with its tokenizer "
+                f"({type(error).__name__}: {reason}); give the folder or hub id of a causal "
+                "language model."
+            ) from error
+
+
+_WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_device(name: str) -> None:
+    """Raise `ArgumentError` unless torch knows the device and it is there."""
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise ArgumentError(
+            f"--device {name!r} cannot be used ({reason}); give 'cpu', 'cuda' or e.g. 'cuda:1', or "
+            "leave it out."
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which labelled and unlabelled texts are read."""
+
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with fields 'positive' and 'negative': texts, or lists of messages"
+        ),
+    ] = None
+    benchmark: Annotated[
+        str | None, typer.Option(help="instead of --pairs: a name from `benchmarks`")
+    ] = None
+    benchmark_path: Annotated[
+        Path | None, typer.Option(help="its local file; default: the hub")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(help="most rows of the benchmark, drawn by the seed")
+    ] = None
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="benchmark questions and answers as conversations, in each model's template",
+        ),
+    ] = False
+    anchors: Annotated[
+        Path | None,
+        typer.Option(help="unlabelled texts, one a line (.jsonl: texts or lists of messages)"),
+    ] = None
+
+
+def parse_positions(value: str) -> str | int:
+    """The token that stands for a text when it is read: "last", "mean" or an index.
+
+    Raises:
+        ArgumentError: none of these.
+
+    Example:
+        >>> parse_positions("-2")
+        -2
+    """
+    if value in ("last", "mean"):
+        return value
+    if not re.fullmatch(r"-?[0-9]{1,9}", value):
+        raise ArgumentError(
+            f"--positions must be 'last', 'mean' or the index of a token such as 0 or -2, got "
+            f"{value!r}."
+        )
+    return int(value)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options as one object: typer sees the single options.
+
+    A parameter whose annotation is a dataclass stands for its fields.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        group = hints[name]
+        if not is_dataclass(group):
+            parameters.append(
+                parameter.replace(annotation=group, kind=inspect.Parameter.KEYWORD_ONLY)
+            )
+            continue
+        groups[name] = group
+        inner = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            assert field.default is not MISSING
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=inner[field.name],
+                )
+            )
+
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
+        command(**given)
+
+    run.__name__, run.__doc__, run.__module__ = (
+        command.__name__,
+        command.__doc__,
+        command.__module__,
+    )
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

@@ -1,0 +1,255 @@
+"""Plans to compare with: each of the size of the plan under test, made from the same data under the
+same choices.
+
+A method gives directions for layers or layer pairs; the layers are those with the largest predicted
+effect on the validation prompts (one backward pass, the same for all). Nothing here reads a test
+prompt or a test text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from expertsteer_lens.align import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
+from expertsteer_lens.learn.directions import (
+    expert_minus_base,
+    mean_difference,
+)
+from expertsteer_lens.learn.learners import learn as learn_direction
+from expertsteer_lens.learn.rfm import fit_rfm
+from expertsteer_lens.measure.gradients import behaviour_gradient
+from expertsteer_lens.pair.rules import PairingConfig, allowed_targets, select_layer_pairs
+from expertsteer_lens.pipeline.fit_data import PairKey, labels_of
+
+if TYPE_CHECKING:
+    from expertsteer_lens.data.activations import ActivationStore
+    from expertsteer_lens.pipeline.fitted import ExpertSteering
+    from expertsteer_lens.steer.plan import SteeringPlan
+
+Learner = Callable[[Tensor, Tensor], Tensor]
+"""(states `[n, d]`, labels `[n]`) to a unit direction `[d]`."""
+
+LEAST_SQUARES = 1e-6
+"""Ridge of the least-squares map, relative to the mean variance: only against singular moments."""
+
+
+class NotMeasured(Exception):  # noqa: N818 - no mistake of the caller: it becomes a row that says why
+    """This method has nothing to offer for this plan; the message says why."""
+
+
+def with_gradients(fit: ExpertSteering) -> ExpertSteering:
+    """The fit with the gradients of its validation prompts, which rules other than attribution do
+    not take."""
+    if fit.gradients or fit.validation_behaviour is None:
+        return fit
+    gradients = behaviour_gradient(
+        fit.target,
+        fit.validation_behaviour,
+        list(fit.target_pairs),
+        batch_size=fit.config.batch_size,
+    )
+    return replace(fit, gradients=gradients)
+
+
+def learner(name: str, fit: ExpertSteering) -> Learner:
+    """A way to learn a direction from labelled states: "RFM", "mean difference", "PCA" or "logistic
+    probe"."""
+    known = {"RFM": "rfm", "PCA": "pca"}
+    return partial(learn_direction, known.get(name, name), config=fit.config.rfm, seed=fit.seed)
+
+
+def native_plan(fit: ExpertSteering, plan: SteeringPlan, learn: Learner) -> SteeringPlan:
+    """The target's own direction from the same labelled texts."""
+    store = fit.target_pairs
+    names = list(store)
+    directions = {
+        ("target", names[j]): learn(store[names[j]], labels_of(store))
+        for j in allowed_targets(len(names), fit.config.pairing)
+    }
+    return _at_best_layers(fit, plan, directions)
+
+
+def mapped_plan(fit: ExpertSteering, plan: SteeringPlan, learn: Learner) -> SteeringPlan:
+    """Another learner on the states of the same fit: its aligners, its candidate pairs."""
+    states = fit.data.expert_pair_states
+    labels = labels_of(states)
+    directions = {
+        key: learn(aligner.encode(states[key[0]]), labels) for key, aligner in fit.aligners.items()
+    }
+    return _at_best_layers(fit, plan, directions)
+
+
+def realigned_plan(fit: ExpertSteering, plan: SteeringPlan, kind: str) -> SteeringPlan:
+    """The same four steps with another aligner, layer pairs by attribution.
+
+    Raises:
+        NotMeasured: that aligner cannot be fitted on these models.
+    """
+    pairing = replace(_pairing(fit, plan), rule="attribution")
+    return _refitted_plan(fit, plan, aligner=AlignerConfig(kind=kind), pairing=pairing)
+
+
+def paper_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPlan:
+    """Reconstruction-only auto-encoder in the gauge of `seed`, pairs of lowest mutual information,
+    RFM."""
+    pairing = replace(_pairing(fit, plan), rule="min_mi")
+    return _refitted_plan(
+        fit, plan, aligner=AlignerConfig(kind="autoencoder"), pairing=pairing, seed=seed
+    )
+
+
+def _refitted_plan(fit: ExpertSteering, plan: SteeringPlan, **changes: Any) -> SteeringPlan:
+    """What another fit of the same states chose."""
+    try:
+        again = fit.refit(**changes)
+    except (ArgumentError, DataError, SolveError, WidthError) as error:
+        # Settings that nobody asked for: no error of the caller.
+        raise NotMeasured(str(error).rstrip(".")) from error
+    directions = {
+        (p.expert, p.target): again.direction(p.expert, p.target) for p in again.layer_pairs
+    }
+    return _redirect(fit, plan, directions)
+
+
+def least_squares_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
+    """Mean difference through a least-squares map between the models' states on the anchors
+    (L-Cross, arXiv 2503.04429)."""
+    data = fit.data
+    states, labels = data.expert_pair_states, labels_of(data.expert_pair_states)
+    names = list(data.target_pair_states)
+    allowed = [names[j] for j in allowed_targets(len(names), fit.config.pairing)]
+    keys = [(e, t) for e in states for t in allowed]
+    config = AlignerConfig(kind="ridge", ridge=LEAST_SQUARES)
+    maps = fit_aligner_grid(
+        data.expert_anchor_states, data.target_anchor_states, config, seed=fit.seed, pairs=keys
+    )
+    directions = {key: mean_difference(maps[key].encode(states[key[0]]), labels) for key in keys}
+    return _at_best_layers(fit, plan, directions)
+
+
+def shuffled_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPlan:
+    """RFM on permuted labels, at the plan's own layer pairs.
+
+    Raises:
+        NotMeasured: the plan does not come from this fit.
+    """
+    states = fit.data.expert_pair_states
+    labels = labels_of(states)
+    permuted = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    directions = {}
+    for vector in plan.vectors:
+        key = (str(vector.provenance.get("expert_hook_name")), vector.hook_name)
+        if key not in fit.aligners:
+            raise NotMeasured("the plan does not come from this fit")
+        mapped = fit.aligners[key].encode(states[key[0]])
+        directions[key] = fit_rfm(mapped, permuted, fit.config.rfm, seed=seed).direction
+    return _redirect(fit, plan, directions)
+
+
+def wrong_layer_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
+    """The plan's directions, each written to the allowed target layer farthest from its own.
+
+    Raises:
+        NotMeasured: no layer is free, or the plan steers a hook point that the fit did not read.
+    """
+    names = list(fit.target_pairs)
+    unread = [v.hook_name for v in plan.vectors if v.hook_name not in names]
+    if unread:
+        raise NotMeasured(f"the plan steers {unread[0]!r}, which this fit did not read")
+    steered = {v.hook_name for v in plan.vectors}
+    allowed = [names[j] for j in allowed_targets(len(names), fit.config.pairing)]
+    free = [name for name in allowed if name not in steered]
+    if len(free) < len(plan.vectors):
+        raise NotMeasured(
+            f"{len(free)} of {len(allowed)} allowed target layers are free for "
+            f"{len(plan.vectors)} vectors"
+        )
+    vectors = []
+    for vector in plan.vectors:
+        distance = {n: abs(names.index(n) - names.index(vector.hook_name)) for n in free}
+        there = max(free, key=distance.__getitem__)
+        free.remove(there)
+        norm = fit.target_anchors.median_norm(there)
+        vectors.append(replace(vector, hook_name=there, median_norm=norm, provenance={}))
+    return replace(plan, vectors=tuple(vectors))
+
+
+def base_plan(fit: ExpertSteering, plan: SteeringPlan, base: ActivationStore) -> SteeringPlan:
+    """Expert minus its base model on the positive texts, through this fit's maps (UNLOCK, arXiv
+    2604.06377).
+
+    Args:
+        fit: its aligners carry the difference over.
+        plan: the plan under test.
+        base: states of the base model on the texts of the fit's contrast pairs, at the expert's
+            hook points.
+
+    Raises:
+        ArgumentError: `base` lacks a hook point.
+    """
+    states = fit.data.expert_pair_states
+    positive = labels_of(states) == 1
+    directions = {}
+    for key, aligner in fit.aligners.items():
+        if key[0] not in base:
+            raise ArgumentError(
+                f"base has no states at {key[0]!r}; capture it at the expert's hook points."
+            )
+        difference = expert_minus_base(states[key[0]][positive], base[key[0]][positive])
+        carried = aligner.encode_direction(difference)
+        directions[key] = carried / carried.norm()
+    return _at_best_layers(fit, plan, directions)
+
+
+def _at_best_layers(
+    fit: ExpertSteering, plan: SteeringPlan, directions: Mapping[PairKey, Tensor]
+) -> SteeringPlan:
+    """As many directions as the plan has vectors, at distinct target layers, largest predicted
+    effect first.
+
+    Without gradients (a fit by another rule that has no validation prompts): the candidates nearest
+    to the plan's layers."""
+    names = list(fit.target_pairs)
+    if fit.gradients:
+        effect = {key: fit.predicted_effect(key[1], v) for key, v in directions.items()}
+    else:
+        at = [names.index(v.hook_name) for v in plan.vectors if v.hook_name in names] or [0]
+        effect = {key: -min(abs(names.index(key[1]) - i) for i in at) for key in directions}
+    experts = list(dict.fromkeys(key[0] for key in directions))
+    scores = torch.full((len(experts), len(names)), torch.nan, dtype=torch.float64)
+    for (e, t), value in effect.items():
+        scores[experts.index(e), names.index(t)] = value
+    pairing = replace(_pairing(fit, plan), rule="attribution")
+    chosen = select_layer_pairs(experts, names, pairing, scores=scores)
+    keys = [(p.expert, p.target) for p in chosen]
+    return _redirect(fit, plan, {key: directions[key] for key in keys})
+
+
+def _redirect(
+    fit: ExpertSteering, plan: SteeringPlan, directions: Mapping[PairKey, Tensor]
+) -> SteeringPlan:
+    """The plan's edit, gate and positions with other directions at other layers."""
+    template = plan.vectors[0]
+    relative = template.relative_to == "median_norm"
+    vectors = tuple(
+        replace(
+            template,
+            hook_name=hook,
+            direction=direction,
+            median_norm=fit.target_anchors.median_norm(hook) if relative else None,
+            provenance={"expert_hook_name": expert},
+        )
+        for (expert, hook), direction in directions.items()
+    )
+    return replace(plan, vectors=vectors, provenance={})
+
+
+def _pairing(fit: ExpertSteering, plan: SteeringPlan) -> PairingConfig:
+    return replace(fit.config.pairing, n_pairs=len(plan.vectors))

@@ -1,0 +1,134 @@
+"""Settings of the four steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._config import check_field_types, check_known_fields, config_from_dict
+from expertsteer_lens.align import AlignerConfig
+from expertsteer_lens.learn.rfm import RFMConfig
+from expertsteer_lens.measure.calibration import BudgetUnit
+from expertsteer_lens.pair.mutual_information import MIConfig
+from expertsteer_lens.pair.rules import PairingConfig
+
+Preset = Literal["anchored", "paper"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
+ReadPositions = Literal["last", "mean"] | int
+
+# What a field acts on, where that is not the choices made after reading; `refit`, which reads
+# nothing, refuses changes of these.
+READING = {"acts_on": "reading"}
+PASSES = {"acts_on": "passes"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSteerConfig:
+    """Settings of the four steps. `ExpertSteerConfig.preset("anchored")` and `.preset("paper")` are
+    the two to start from.
+
+    A part may be given as a dict of its fields, so a config reads like the JSON it comes from.
+
+    Raises:
+        ArgumentError: a value that a field cannot take; the message names the field.
+
+    Example:
+        >>> config = ExpertSteerConfig(rfm={"n_rounds": 3}, budget=0.05)
+        >>> config.rfm.n_rounds
+        3
+        >>> ExpertSteerConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    aligner: AlignerConfig = field(
+        default_factory=lambda: AlignerConfig(kind="anchored_autoencoder")
+    )
+    """Step 1: how expert states are placed in the target's space. Chosen on the validation prompts
+    of `benchmarks/real_pair.py`, where it steered further than the other kinds."""
+    mi: MIConfig = field(default_factory=MIConfig)
+    """Step 2: how layers are compared."""
+    pairing: PairingConfig = field(default_factory=PairingConfig)
+    """Step 2: which pairs are kept."""
+    rfm: RFMConfig = field(default_factory=RFMConfig)
+    """Step 3: how directions are learnt."""
+    read_positions: ReadPositions = field(default="last", metadata=READING)
+    """Token whose state represents a text when states are *read*: "last", "mean" (over tokens), or
+    an absolute index. Which tokens are *steered* is another question: `positions` of the plan."""
+    align_on_pairs: bool = False
+    """Fit the aligner on the texts of the pairs, without their labels, beside the anchors."""
+    batch_size: int = field(default=16, metadata=PASSES)
+    """Texts per forward pass when states are read, and per backward pass of the attribution, which
+    stores a pass of the whole target; >= 1. Calibration keeps nothing of a pass and takes 32."""
+    held_out: float = field(default=0.3, metadata=READING)
+    """Share of the anchors, in (0, 0.9], not used for fitting: half of it calibrates the
+    coefficient, half is kept for the evaluation."""
+    validation: float = field(default=0.5, metadata=READING)
+    """Share of the behaviour's prompts, in (0, 1], used for choices; the rest is kept for the
+    evaluation."""
+    budget: float = 0.10
+    """Largest damage to neutral texts, nats per token, > 0, that `coefficient="auto"` accepts."""
+    budget_unit: BudgetUnit = "nll"
+    """What the budget counts: "nll", the rise of the mean NLL, or "kl", the mean KL to the
+    unsteered target."""
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_number("batch_size", self.batch_size, low=1, integer=True)
+        check_number("held_out", self.held_out, low=0.0, high=0.9, low_open=True)
+        check_number("validation", self.validation, low=0.0, high=1.0, low_open=True)
+        check_number("budget", self.budget, low=0.0, low_open=True)
+
+    @classmethod
+    def preset(cls, name: Preset | str) -> ExpertSteerConfig:
+        """ "anchored" (default; ours) or "paper" (reconstruction-only auto-encoder, lowest MI;
+        depends on its seed)."""
+        check_choice("preset", name, PRESETS)
+        if name == "paper":
+            return cls(
+                aligner=AlignerConfig(kind="autoencoder"), pairing=PairingConfig(rule="min_mi")
+            )
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON-able fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ExpertSteerConfig:
+        """Inverse of `to_dict`; fields left out keep their defaults.
+
+        Raises:
+            ArgumentError: an unknown field, here or in a part, or a value that cannot be used; the
+                message names the field, e.g. `config.aligner.kind`.
+        """
+        return config_from_dict(cls, data)
+
+    def changed(self, changes: Mapping[str, Any]) -> ExpertSteerConfig:
+        """This config with some fields replaced; a part is replaced as a whole.
+
+        Raises:
+            ArgumentError: an unknown field, or a value that cannot be used.
+        """
+        check_known_fields(type(self), changes, "config")
+        return replace(self, **changes)
+
+
+def reading_changes(
+    old: ExpertSteerConfig, new: ExpertSteerConfig, *, passes_are_run: bool
+) -> list[str]:
+    """Names of the fields that differ but could act only where models are read.
+
+    Args:
+        old: the settings that the states were read under.
+        new: the settings asked for now.
+        passes_are_run: whether gradients will be taken, which `batch_size` divides into passes.
+    """
+    without_effect = {"reading"} if passes_are_run else {"reading", "passes"}
+    return [
+        f.name
+        for f in fields(old)
+        if f.metadata.get("acts_on") in without_effect
+        and getattr(old, f.name) != getattr(new, f.name)
+    ]

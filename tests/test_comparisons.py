@@ -1,0 +1,191 @@
+"""The table of controls, ceilings and baselines: what a user adds becomes a row, and what cannot be
+measured becomes a row that says why."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import expertsteer_lens as esl
+from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.evaluation import (
+    COMPARISONS,
+    Evaluation,
+    EvaluationRow,
+    NotMeasured,
+    register_control,
+)
+from expertsteer_lens.show.plots import plot_evaluation
+from expertsteer_lens.show.report import table_for_people
+
+FAST = esl.ExpertSteerConfig(
+    mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
+    rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
+    pairing=esl.PairingConfig(n_candidates=2),
+)
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    expert, target = esl.zoo.load_pair(host="huggingface")
+    return {
+        "expert": expert,
+        "target": target,
+        "pairs": esl.zoo.contrast_pairs(n=20),
+        "anchors": esl.zoo.anchors(n=40),
+        "behaviour": esl.zoo.behaviour(n=8),
+    }
+
+
+@pytest.fixture(scope="module")
+def fit(zoo) -> esl.ExpertSteering:
+    return esl.ExpertSteer(FAST).fit(**zoo, progress=False)
+
+
+@pytest.fixture(scope="module")
+def foreign(fit, zoo) -> Evaluation:
+    """A plan that does not come from the fit, and steers every layer that it may."""
+    names = list(fit.target_pairs)[1:-1]
+    width = fit.target_pairs.d_model
+    plan = esl.SteeringPlan.from_vectors(
+        {name: torch.ones(width) for name in names},
+        coefficient=0.05,
+        median_norms=fit.target_anchors,
+    )
+    return esl.evaluate(plan, zoo["target"], fit=fit, n_random=2, n_shuffles=1)
+
+
+@pytest.fixture
+def registered():
+    """Names registered in a test are taken out again."""
+    before = set(COMPARISONS)
+    yield
+    for name in set(COMPARISONS) - before:
+        COMPARISONS.pop(name)
+
+
+class TestWhatCouldNotBeMeasured:
+    def test_it_is_a_row_that_keeps_its_role_and_says_why(self, foreign):
+        shuffled, wrong = (foreign.row(m) for m in ("label-shuffled RFM", "wrong layer"))
+        assert shuffled.role == wrong.role == "control"
+        assert shuffled.note == "the plan does not come from this fit"
+        assert wrong.note.startswith("0 of ")
+        assert "allowed target layers are free" in wrong.note
+        for row in (shuffled, wrong):
+            assert not row.measured
+            assert math.isnan(row.effect)
+            assert bool(row.per_prompt.isnan().all())
+        assert foreign.row("native RFM").measured
+
+    def test_provenance_and_verdict_say_so(self, foreign):
+        assert set(foreign.provenance["not_measured"]) == {"label-shuffled RFM", "wrong layer"}
+        assert foreign.not_measured == foreign.provenance["not_measured"]
+        assert "Not measured: label-shuffled RFM (the plan does not come" in foreign.verdict
+        assert foreign.ceiling.measured
+
+    def test_tables_figures_and_files_can_hold_it(self, foreign, tmp_path):
+        frame = foreign.to_pandas().set_index("method")
+        assert frame.loc["wrong layer", "note"].startswith("0 of ")
+        assert frame.loc["wrong layer", "effect"] != frame.loc["wrong layer", "effect"]
+        shown = table_for_people(foreign).set_index("method")
+        assert shown.loc["wrong layer", "effect"] == "–"
+        assert shown.loc["label-shuffled RFM", "note"] == "the plan does not come from this fit"
+        assert "nan" not in shown.to_string().lower()
+        differences = foreign.differences().set_index("method")
+        assert math.isnan(differences.difference["wrong layer"])
+        assert not math.isnan(differences.difference["native RFM"])
+        text = json.dumps(foreign.to_dict(), allow_nan=False)
+        assert json.loads(text)["verdict"] == foreign.verdict
+        loaded = esl.load(esl.save(foreign, tmp_path / "evaluation"))
+        assert loaded.not_measured == foreign.not_measured
+        pytest.importorskip("plotly")
+        figure = plot_evaluation(foreign)
+        drawn = {t.y[0] for t in figure.data}
+        assert "wrong layer" not in drawn
+        assert "native RFM" in drawn
+        assert "not measured: label-shuffled RFM, wrong layer" in figure.layout.title.text
+
+    def test_a_plan_that_steers_what_the_fit_did_not_read_is_named(self, fit):
+        from expertsteer_lens.evaluation.methods import wrong_layer_plan
+
+        plan = fit.plan(coefficient=0.1)
+        elsewhere = replace(plan.vectors[0], hook_name="blocks.1.hook_mlp_out")
+        with pytest.raises(NotMeasured, match=r"'blocks\.1\.hook_mlp_out', which this fit did not"):
+            wrong_layer_plan(fit, replace(plan, vectors=(elsewhere,)))
+
+
+class TestAControlOfTheUser:
+    @pytest.mark.usefixtures("registered")
+    def test_it_becomes_a_row_and_its_role_may_be_new(self, fit, zoo):
+        seeds = []
+
+        def backwards(setting, seed):
+            seeds.append(seed)
+            assert setting.fit is not None
+            return setting.plan.with_coefficient(-setting.plan.vectors[0].coefficient)
+
+        def nothing(setting, seed):
+            raise NotMeasured("nothing to measure here")
+
+        register_control("backwards", backwards, role="my own", calibrate=False, n_seeds=2)
+        register_control("nothing", nothing)
+        plan = fit.plan(coefficient=0.1)
+        result = esl.evaluate(plan, zoo["target"], fit=fit, n_random=2, n_shuffles=0, seed=5)
+        rows = [r for r in result.rows if r.method == "backwards"]
+        assert seeds == [r.seed for r in rows] == [5, 6]
+        assert {r.role for r in rows} == {"my own"}
+        assert {r.coefficient for r in rows} == {-plan.vectors[0].coefficient}
+        assert result.row("nothing").note == "nothing to measure here"
+        assert "Not measured: nothing (nothing to measure here)." in result.verdict
+        pytest.importorskip("plotly")
+        assert "backwards" in {t.y[0] for t in plot_evaluation(result).data}
+
+    @pytest.mark.usefixtures("registered")
+    def test_names_and_roles_that_are_taken_are_refused(self):
+        def plan(setting, seed):
+            return setting.plan
+
+        for name in ("native RFM", "this plan", "unsteered", "prompting"):
+            with pytest.raises(ArgumentError, match=f"name='{name}' is the name of another method"):
+                register_control(name, plan)
+        for role in ("plan", "floor", "base"):
+            with pytest.raises(ArgumentError, match=f"role='{role}' belongs to rows"):
+                register_control("mine", plan, role=role)
+        with pytest.raises(ArgumentError, match="n_seeds must be an integer"):
+            register_control("mine", plan, n_seeds=0)
+
+
+def test_a_method_whose_damage_never_fits_the_budget_is_named(fit, zoo):
+    with pytest.raises(ArgumentError, match=r"random \(same budget\): the plan: even coefficient"):
+        esl.evaluate(
+            fit.plan(coefficient=0.1),
+            zoo["target"],
+            behaviour=fit.test_behaviour,
+            neutral=fit.data.test_texts,
+            calibration_texts=fit.calibration_texts,
+            n_random=2,
+            budget=1e-12,
+        )
+
+
+def test_rows_of_the_first_version_are_measured():
+    row = EvaluationRow(
+        method="m",
+        role="control",
+        seed=0,
+        hook_names=(),
+        coefficient=0.1,
+        effect=1.0,
+        low=0.0,
+        high=2.0,
+        accuracy=1.0,
+        nll_rise=0.0,
+        kl=0.0,
+        per_prompt=torch.ones(1),
+        correct=torch.ones(1),
+    )
+    assert row.measured
