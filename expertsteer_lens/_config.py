@@ -10,9 +10,9 @@ from __future__ import annotations
 import difflib
 import functools
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from expertsteer_lens.errors import ArgumentError
 
@@ -91,11 +91,16 @@ def check_field_types(config: Any) -> None:
             object.__setattr__(config, name, fitting)
 
 
-@functools.cache
 def _fields(cls: Any) -> dict[str, tuple[Field[Any], Any]]:
     """Each field by name, with its annotation resolved."""
+    return _resolved(cls)
+
+
+@functools.cache
+def _resolved(cls: Hashable) -> dict[str, tuple[Field[Any], Any]]:
     hints = get_type_hints(cls)
-    return {field.name: (field, hints[field.name]) for field in fields(cls) if field.init}
+    own = fields(cast(Any, cls))
+    return {field.name: (field, hints[field.name]) for field in own if field.init}
 
 
 def _fitting(cls: type, name: str, value: Any, where: str) -> Any:

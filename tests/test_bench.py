@@ -260,10 +260,12 @@ class TestWhatTheTablesSay:
     )
     def test_the_command_is_the_one_that_was_given(self, monkeypatch, given, command):
         monkeypatch.setattr(offline, "_further", lambda domains: [])
-        row = StudyRow("domain", "general", 64, "general", "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)
-        monkeypatch.setattr(
-            offline, "_main_part", lambda config, domain, *rest: (domain, evaluation(domain), row)
-        )
+
+        def measured(config, domain, *rest):
+            row = StudyRow("domain", domain, 64, domain, "a", "b", 0.1, 1.0, 0.9, 1.1, 0.7)
+            return domain, evaluation(domain), row
+
+        monkeypatch.setattr(offline, "_main_part", measured)
         bench = run_bench(n_jobs=1, **given)
         assert bench.command == command
         assert f"Command: `{command}`" in bench.summary()

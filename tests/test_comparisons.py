@@ -160,16 +160,9 @@ class TestAControlOfTheUser:
 
 
 def test_a_method_whose_damage_never_fits_the_budget_is_named(fit, zoo):
+    tight = replace(fit, config=fit.config.changed({"budget": 1e-12, "budget_unit": "kl"}))
     with pytest.raises(ArgumentError, match=r"random \(same budget\): the plan: even coefficient"):
-        esl.evaluate(
-            fit.plan(coefficient=0.1),
-            zoo["target"],
-            behaviour=fit.test_behaviour,
-            neutral=fit.data.test_texts,
-            calibration_texts=fit.calibration_texts,
-            n_random=2,
-            budget=1e-12,
-        )
+        esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], fit=tight, n_random=2)
 
 
 def test_rows_of_the_first_version_are_measured():

@@ -72,8 +72,8 @@ def read_config(path: Path | None, preset: str) -> Any:
     merged = base.to_dict()
     for key, value in _json_object(path, "a config file").items():
         part = merged.get(key)
-        whole = not (isinstance(part, dict) and isinstance(value, dict))
-        merged[key] = value if whole else {**part, **value}
+        in_part = isinstance(part, dict) and isinstance(value, dict)
+        merged[key] = {**part, **value} if in_part and part else value
     return config_from_dict(ExpertSteerConfig, merged, str(path))
 
 

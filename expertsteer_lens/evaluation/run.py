@@ -167,7 +167,7 @@ class Generation:
 
     def figures(
         self, host: Host, behaviour: Behaviour, plan: SteeringPlan | None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Repetition, length and score of greedy continuations; empty where none are asked for."""
         if self.n_prompts == 0:
             return {}

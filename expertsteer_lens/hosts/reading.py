@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens._checks import check_number
+from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore, layer_of, take_positions
 from expertsteer_lens.data.chat import Text, check_texts, joined_bytes
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
@@ -32,7 +33,7 @@ def capture(
     batch_size: int = 16,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
-    progress: bool = False,
+    progress: bool | None = False,
 ) -> ActivationStore:
     """Run the prompts through the model and keep what passes the hook points, in the order of the
     prompts.
@@ -47,14 +48,15 @@ def capture(
         prompts: texts, or chats (lists of messages), which are rendered with the model's own
             template.
         hook_names: which hook points; default: `blocks.*.hook_resid_post`.
-        positions: "last" (the last token), "mean" (over tokens), "all" (one row per token, prompt
-            after prompt) or an absolute token index (BOS counts; negative from the end).
+        positions: which token is *read* (a plan's `positions` say which are steered): "last" (the
+            last token), "mean" (over tokens), "all" (one row per token, prompt after prompt) or an
+            absolute token index (BOS counts; negative from the end).
         labels: one per prompt, 1 = positive; repeated per token for "all".
         batch_size: prompts per pass. Prompts are batched by length; the order of the result is that
             of `prompts`.
         prepend_bos: None prepends BOS iff the tokenizer has one, and leaves a chat to its template.
         max_length: most tokens allowed per prompt; None: the model's context length.
-        progress: show a tqdm bar.
+        progress: show a tqdm bar; None: where standard error is a terminal.
 
     Raises:
         HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
@@ -78,11 +80,11 @@ def capture(
     order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
-    for index in _shown(batches, progress):
+    for index in progress_bar(batches, "capture", progress=progress, unit="batch"):
         part = _trimmed(tokens, index)
         counts = part.lengths.tolist() if positions == "all" else [1] * len(index)
         for name, value in _read(host, part, names, positions).items():
-            for row, taken in zip(index, value.split(counts), strict=True):
+            for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)
     counts = [r.shape[0] for r in rows[names[0]]]
@@ -225,11 +227,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return out
-
-
-def _shown(batches: list[list[int]], progress: bool) -> Any:
-    if not progress:
-        return batches
-    from tqdm.auto import tqdm
-
-    return tqdm(batches, desc="capture", unit="batch")
