@@ -14,6 +14,8 @@ from torch import Tensor
 from expertsteer_lens._checks import check_finite, unknown_hook
 from expertsteer_lens.errors import ArgumentError, DataError
 
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
 
 def layer_of(hook_name: str) -> int:
     """The 0-based layer in a hook name such as `blocks.3.hook_resid_post`.
@@ -21,13 +23,24 @@ def layer_of(hook_name: str) -> int:
     Raises:
         ArgumentError: the name carries no layer index.
     """
-    found = re.search(r"(?:^|\.)(\d+)\.", hook_name)
-    if not found:
+    layer = layer_or_none(hook_name)
+    if layer is None:
         raise ArgumentError(
             f"hook_name {hook_name!r} carries no layer index; expected e.g. "
             "'blocks.3.hook_resid_post'."
         )
-    return int(found.group(1))
+    return layer
+
+
+def layer_or_none(hook_name: str) -> int | None:
+    """The layer in a hook name, or None for a place outside the layers (embedding, final norm).
+
+    Example:
+        >>> layer_or_none("blocks.3.hook_resid_post"), layer_or_none("conv2.hook_out")
+        (3, None)
+    """
+    match = _LAYER.search(hook_name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ _PARTS = {
     "ExpertSteerConfig": "pipeline.expert_steer",
     "Fold": "learn.recursion",
     "LayerPair": "pair.rules",
-    "MIConfig": "pair.result",
+    "MIConfig": "pair.config",
     "PairingConfig": "pair.rules",
     "RFMConfig": "learn.config",
     "RFMHistory": "learn.config",

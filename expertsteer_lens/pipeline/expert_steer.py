@@ -29,6 +29,7 @@ from expertsteer_lens.pair.rules import (
     LayerPairs,
     PairingConfig,
     allowed_targets,
+    find_rule,
     select_layer_pairs,
 )
 
@@ -270,7 +271,7 @@ class _Fit:
             self.done(
                 "pair", estimator=c.mi.estimator, mi_nats=f"{low:.2f} to {high:.2f}", null=null
             )
-        if c.pairing.rule == "attribution" and gradients is None:
+        if find_rule(c.pairing.rule).needs == "effects" and gradients is None:
             gradients = self.gradients(readings)
         layer_pairs, aligners, rfms = self.choose(readings, mi, gradients or {})
         return ExpertSteering(
@@ -300,8 +301,9 @@ class _Fit:
             fit_on = (_joined(fit_on[0], expert_pairs), _joined(fit_on[1], readings.target_pairs))
         names_e, names_t = list(expert_pairs), list(readings.target_pairs)
         labels = _labels(expert_pairs)
-        if c.rule != "attribution":
-            scores = mi.matrix if c.rule in ("min_mi", "max_mi") else None
+        needs = find_rule(c.rule).needs
+        if needs != "effects":
+            scores = mi.matrix if needs == "mi" else None
             chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=self.seed)
             maps = self.align(*fit_on, chosen.keys())
             return chosen, maps, self.learn(maps, expert_pairs)

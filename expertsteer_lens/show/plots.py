@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertsteer_lens._checks import check_choice
-from expertsteer_lens.data.activations import layer_of
+from expertsteer_lens.data.activations import layer_or_none
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
+from expertsteer_lens.pair.rules import find_rule
 
 if TYPE_CHECKING:
     from expertsteer_lens.benchmarks.offline import Bench
@@ -51,7 +52,7 @@ def plot_layer_pair_mi(
             "what='excess' needs a null; fit with MIConfig(n_permutations=...) above 0."
         )
     matrix = mi.matrix if what == "mi" else mi.matrix - mi.null_mean
-    unit = "nats" if mi.config.estimator != "cka" else "CKA"
+    unit = mi.unit
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(mi.matrix[i, j]):.3f} {unit}"
@@ -81,8 +82,8 @@ def plot_layer_pair_mi(
 def plot_layer_pairs(pairs: LayerPairs) -> Any:
     """Heat map of the pairing rule's own score, with the chosen pairs outlined; blank cells were
     not scored."""
-    names = {"attribution": "predicted effect on the behaviour per unit coefficient, nats"}
-    subtitle = names.get(pairs.rule, f"score of rule {pairs.rule!r}")
+    rule = find_rule(pairs.rule)
+    subtitle = rule.score_name or f"score of rule {pairs.rule!r}"
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(pairs.scores[i, j]):+.3f}"
@@ -90,7 +91,6 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         ]
         for i, e in enumerate(pairs.expert_hook_names)
     ]
-    diverging = pairs.rule == "attribution"
     return _heat_map(
         pairs.scores,
         pairs.expert_hook_names,
@@ -100,7 +100,7 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         "score",
         hover,
         pairs,
-        diverging=diverging,
+        diverging=rule.signed,
     )
 
 
@@ -382,9 +382,8 @@ def _heat_map(
 
 
 def _label(hook_name: str) -> str:
-    try:
-        layer = layer_of(hook_name)
-    except ExpertSteerError:
+    layer = layer_or_none(hook_name)
+    if layer is None:
         return hook_name
     kind = hook_name.rsplit(".", 1)[-1]
     return str(layer) if kind == "hook_resid_post" else f"{layer} {kind.removeprefix('hook_')}"
