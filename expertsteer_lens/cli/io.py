@@ -120,14 +120,7 @@ def read_behaviour(path: Path) -> Any:
     """A `Behaviour` from a JSON file with the keys prompts, positive and negative."""
     from expertsteer_lens.data.contrast import Behaviour
 
-    data = _json_object(path, "a behaviour file")
-    missing = [k for k in ("prompts", "positive", "negative") if k not in data]
-    if missing:
-        raise DataError(
-            f"{path} lacks {missing[0]!r}; a behaviour file holds 'prompts', 'positive' and "
-            "'negative'."
-        )
-    return Behaviour(prompts=data["prompts"], positive=data["positive"], negative=data["negative"])
+    return Behaviour.from_json(path)
 
 
 def steered_texts(

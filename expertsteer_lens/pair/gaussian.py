@@ -103,4 +103,5 @@ def _whiten(scores: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(centred.mT @ centred / centred.shape[1])
     tiny = 1e-10 * values[:, -1:].clamp(min=torch.finfo(values.dtype).tiny)
     scale = torch.where(values > tiny, values.clamp(min=tiny).rsqrt(), 0.0)
-    return centred @ vectors * scale[:, None]
+    white: Tensor = centred @ vectors * scale[:, None]
+    return white

@@ -14,8 +14,9 @@ from torch import Tensor
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.hosts import capture, texts_sha256
+from expertsteer_lens.hosts import capture
 from expertsteer_lens.learn.directions import mean_difference
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ def _from_states(
         else "capture(expert, pairs.texts)"
     )
     facts = states.provenance
-    if states.n != len(texts) or facts.get("texts_sha256", texts_sha256(texts)) != texts_sha256(
-        texts
-    ):
+    if states.n != len(texts) or not are_states_of(facts, texts):
         raise DataError(
             f"expert holds states of {states.n} texts, which are not the {len(texts)} of pairs and "
             "anchors, in this order; "
