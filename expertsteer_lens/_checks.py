@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,29 +53,70 @@ def check_finite(name: str, value: Tensor) -> None:
         )
 
 
-def check_labels(name: str, labels: Tensor, n: int) -> Tensor:
+def check_classes(name: str, labels: Any, n: int) -> Tensor:
+    """Return labels as a tensor of shape `[n]`, values as they are: bool, 0/1 or -1/+1. A single
+    class is allowed (a part of labelled rows), see `check_labels`.
+
+    Raises:
+        DataError: no numbers, wrong length, NaN, or values of another kind.
+    """
+    try:
+        given = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name} must be 0/1, -1/+1 or bool, got {type(labels).__name__} that is no list of "
+            f"numbers ({error})."
+        ) from error
+    if given.shape != (n,):
+        raise DataError(
+            f"{name} must have one label per row: expected shape ({n},), got {tuple(given.shape)}."
+        )
+    if given.is_complex():
+        raise DataError(f"{name} must be 0/1, -1/+1 or bool, got {given.dtype}.")
+    values = given.to(torch.float64)
+    if values.isnan().any():
+        raise DataError(f"{name} holds NaN in row {int(values.isnan().nonzero()[0])}.")
+    present = set(torch.unique(values).tolist())
+    if not (present <= {0.0, 1.0} or present <= {-1.0, 1.0}):
+        raise DataError(f"{name} must be 0/1, -1/+1 or bool, got values {sorted(present)[:5]}.")
+    return given
+
+
+def check_labels(name: str, labels: Any, n: int) -> Tensor:
     """Return labels as float64 0/1 of shape `[n]`; accepts bool, 0/1 or -1/+1.
 
     Raises:
-        DataError: wrong length, other values, or fewer than two classes.
+        DataError: as `check_classes`, or fewer than two classes.
     """
-    labels = torch.as_tensor(labels)
-    if labels.ndim != 1 or labels.shape[0] != n:
-        raise DataError(
-            f"{name} must have one label per row: expected shape ({n},), got {tuple(labels.shape)}."
-        )
-    values = labels.to(torch.float64)
-    check_finite(name, values)
-    present = set(values.unique().tolist())
-    if not (present <= {0.0, 1.0} or present <= {-1.0, 1.0}):
-        shown = sorted(present)[:5]
-        raise DataError(f"{name} must be 0/1, -1/+1 or bool, got values {shown}.")
+    values = check_classes(name, labels, n).to(torch.float64)
+    present = torch.unique(values).tolist()
     if len(present) < 2:
         raise DataError(
-            f"{name} must hold two classes, got only {sorted(present)}; give positive and negative "
+            f"{name} must hold two classes, got only {present}; give positive and negative "
             "examples."
         )
     return (values > 0).to(torch.float64)
+
+
+def check_list(name: str, value: Iterable[Any], of: str = "texts") -> list[Any]:
+    """Return the items of `value` as a list.
+
+    Raises:
+        DataError: a single str (whose items are letters), a dict or a set (whose order is not the
+            caller's), or nothing to iterate over.
+    """
+    if isinstance(value, str | bytes):
+        raise DataError(
+            f"{name} must be a list of {of}, got one {type(value).__name__}; wrap it in a list."
+        )
+    if isinstance(value, Mapping | Set):
+        raise DataError(
+            f"{name} must be a list of {of}, got a {type(value).__name__}, which has no order of "
+            "its own; give a list."
+        )
+    if not isinstance(value, Iterable):
+        raise DataError(f"{name} must be a list of {of}, got {type(value).__name__}.")
+    return list(value)
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> str:

@@ -16,7 +16,17 @@ from jaxtyping import install_import_hook
 
 # The inner mathematics only: public functions refuse bad shapes themselves, with messages that are
 # tested.
-INNER = ("learn.recursion", "learn.rows", "align.fold_sums", "align.folds", "pair.estimators")
+INNER = (
+    "learn.recursion",
+    "learn.rows",
+    "align.fold_sums",
+    "align.folds",
+    "pair.cca",
+    "pair.gaussian",
+    "pair.ksg",
+    "pair.cka",
+    "pair.preparation",
+)
 install_import_hook([f"expertsteer_lens.{name}" for name in INNER], "typechecking.checked")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"

@@ -102,12 +102,18 @@ class TestRendering:
                 r"messages\[0\] \(user\) must have a text as content, got ' '",
             ),
             ([{"role": "user", "text": "x"}], "must have 'role' and 'content' only"),
+            (
+                [{"role": "user", "content": "x \ud800"}],
+                r"messages\[0\] holds half of a character",
+            ),
+            ("hello", "messages must be a list of messages, got one str"),
+            (ASKED[0], "messages must be a list of messages, got a dict"),
             (["hello"], r"messages\[0\] must be a dict with 'role' and 'content', got 'hello'"),
         ],
     )
     def test_what_is_no_conversation_is_refused(self, messages, message):
         with pytest.raises(DataError, match=message):
-            Chat(tuple(messages))
+            Chat(messages)
 
 
 class TestWhereTextsAreTaken:

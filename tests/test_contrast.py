@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import pathlib
+from typing import Any
 
 import pytest
 import torch
 
+import expertsteer_lens as esl
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.texts import are_states_of, texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError
 
 GOOD, BAD = ["a good day", "she laughed", "it was warm"], ["a bad day", "she cried", "it was cold"]
@@ -80,7 +85,9 @@ class TestContrastPairs:
         with pytest.raises(DataError, match="line 1: no field 'positive'"):
             ContrastPairs.from_jsonl(path)
         path.write_text('{"positive": "a", "negative": "b"}\n{"positive": ')
-        with pytest.raises(DataError, match="line 2: not JSON"):
+        with pytest.raises(
+            DataError, match=r"is not JSON \(Expecting value, line 2\); give one JSON object"
+        ):
             ContrastPairs.from_jsonl(path)
 
     def test_datasets_with_two_columns_or_with_labels_give_the_same_pairs(self):
@@ -186,3 +193,170 @@ def test_labels_are_a_fresh_tensor_each_time():
     pairs.labels.zero_()
     assert pairs.labels.sum() == 3
     assert pairs.labels.dtype == torch.float32
+
+
+NO_LISTS = {
+    "a str": ("abc", "one str; wrap it in a list"),
+    "bytes": (b"abc", "one bytes; wrap it"),
+    "a dict": ({"a": 1, "b": 2}, "a dict, which has no order of its own; give a list"),
+    "a set": ({"a", "b"}, "a set, which has no order"),
+    "a frozenset": (frozenset({"a", "b"}), "a frozenset, which has no order"),
+    "None": (None, "got NoneType"),
+    "a number": (3, "got int"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), NO_LISTS.values(), ids=NO_LISTS)
+class TestWhatIsNoList:
+    """Every list of texts, wherever it is taken."""
+
+    def test_pairs(self, value: Any, message: str):
+        for sides in ((value, BAD), (GOOD, value)):
+            with pytest.raises(DataError, match=f"(posi|nega)tive must be a list of .*{message}"):
+                ContrastPairs.from_lists(*sides)
+            with pytest.raises(DataError, match=message):
+                ContrastPairs(*sides)
+
+    def test_behaviours(self, value: Any, message: str):
+        given = {"prompts": ["p", "q"], "positive": [" a"], "negative": [" b"]}
+        for name in given:
+            with pytest.raises(DataError, match=f"{name} must be a list of texts, .*{message}"):
+                Behaviour(**{**given, name: value})
+
+    def test_completions_of_one_prompt(self, value: Any, message: str):
+        if not isinstance(value, str):  # a list of str is a list of shared completions
+            with pytest.raises(DataError, match=rf"positive\[1\] must be a list .*{message}"):
+                Behaviour(["p", "q"], [[" a"], value], [" b"])
+
+    def test_items_and_rows(self, value: Any, message: str):
+        for read in (ContrastPairs.from_multiple_choice, Behaviour.from_multiple_choice):
+            with pytest.raises(DataError, match=f"items must be a list of items, .*{message}"):
+                read(value)
+        with pytest.raises(DataError, match=f"dataset must be a list of rows, .*{message}"):
+            ContrastPairs.from_dataset(value)
+
+    def test_choices_of_an_item(self, value: Any, message: str):
+        if not isinstance(value, dict):  # choices may have keys
+            item = {"question": "q", "choices": value, "answer": "a"}
+            with pytest.raises(DataError, match=f"item 0: choices must be a list .*{message}"):
+                Behaviour.from_multiple_choice([item])
+
+    def test_texts_to_capture(self, value: Any, message: str):
+        from expertsteer_lens.data.chat import check_texts
+
+        with pytest.raises(DataError, match=f"anchors must be a list of texts, .*{message}"):
+            check_texts("anchors", value)
+
+
+def test_rows_that_are_no_dicts_are_named():
+    with pytest.raises(DataError, match="dataset row 1 must be a dict, got str"):
+        ContrastPairs.from_dataset([{"positive": "a", "negative": "b"}, "positive and negative"])
+    with pytest.raises(DataError, match="item 0 must be a dict, got str"):
+        Behaviour.from_multiple_choice(["question choices answer"])
+    with pytest.raises(DataError, match="column 'y' must hold 0/1 labels, got 'no' in row 1"):
+        ContrastPairs.from_dataset([{"t": "a", "y": 1}, {"t": "b", "y": "no"}], text="t", label="y")
+
+
+def test_half_characters_are_named_with_their_place():
+    message = r"negative\[1\] holds half of a character \(lone surrogate U\+D800 at place 2\)"
+    with pytest.raises(DataError, match=message):
+        ContrastPairs.from_lists(["a", "b"], ["c", "d \ud800"])
+    with pytest.raises(DataError, match=r"prompts\[0\] holds half of a character"):
+        Behaviour(["\udfff"], [" a"], [" b"])
+    with pytest.raises(DataError, match=r"positive\[0\]\[0\] holds half of a character"):
+        Behaviour(["p"], [["\ud83d"]], [" b"])
+    assert ContrastPairs.from_lists(["\U0001f600 a", "b"], ["c", "d"]).positive[0] == "\U0001f600 a"
+
+
+class TestCompletionsCountOnce:
+    def test_twice_on_one_side(self):
+        with pytest.raises(DataError, match="positive holds ' happy' twice"):
+            Behaviour(["p"], [" happy", " glad", " happy"], [" sad"])
+        with pytest.raises(DataError, match=r"negative of prompts\[1\] holds ' c' twice"):
+            Behaviour(["p", "q"], [" a"], [[" b"], [" c", " c"]])
+
+    def test_on_both_sides(self):
+        with pytest.raises(DataError, match="' yes' is both a positive and a negative completion;"):
+            Behaviour(["p"], [" no", " yes"], [" yes"])
+        with pytest.raises(DataError, match=r"' a' is both .* completion of prompts\[1\]"):
+            Behaviour(["p", "q"], [[" b"], [" a"]], [" a"])
+
+    def test_the_same_completion_for_two_prompts_is_fine(self):
+        own = Behaviour(["p", "q"], [[" a"], [" b"]], [[" b"], [" a"]])
+        assert own.completions(1) == ((" b",), (" a",))
+
+    def test_an_option_that_stands_twice_is_one_completion(self):
+        item = {"question": "q", "choices": ["a", "b", "b", "c"], "answer": 0}
+        assert Behaviour.from_multiple_choice([item]).completions(0)[1] == (" b", " c")
+
+
+class TestBehaviourFiles:
+    DATA = {"prompts": ["p", "q"], "positive": [" a"], "negative": [[" b"], [" c", " d"]]}  # noqa: RUF012
+
+    def test_round_trip(self, tmp_path):
+        path = tmp_path / "b.json"
+        path.write_text(json.dumps(self.DATA))
+        assert Behaviour.from_json(path) == Behaviour.from_dict(self.DATA) == Behaviour(**self.DATA)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{", r"b\.json is not JSON \(.*line 1"),
+            (b'{"prompts":\n [,', r"is not JSON \(.*line 2"),
+            (b"[1]", "must hold one JSON object, got list"),
+            (b"\xff\xfe{\x00", r"b\.json is not UTF-8 text"),
+            (b"[" * 100_000, "b.json is no JSON that can be read"),
+            (b"1" + b"0" * 5000, "b.json is no JSON that can be read"),
+            (b'{"prompts": ["p"], "positive": ["a"]}', r"b\.json: a behaviour lacks 'negative'"),
+            (
+                b'{"prompts": ["p"], "positive": null, "negative": ["a"]}',
+                r"b\.json: positive must be a list of texts, got NoneType",
+            ),
+            (
+                b'{"prompts": ["p"], "positive": ["a"], "negative": ["b"], "neagtive": ["c"]}',
+                r"b\.json: a behaviour holds an unknown 'neagtive'",
+            ),
+            (
+                b'{"prompts": ["\\ud800"], "positive": ["a"], "negative": ["b"]}',
+                r"b\.json: prompts\[0\] holds half of a character",
+            ),
+        ],
+    )
+    def test_what_is_wrong_is_named_with_the_file(self, tmp_path, content, message):
+        path = tmp_path / "b.json"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            Behaviour.from_json(path)
+
+    def test_pairs_files_that_are_no_text(self, tmp_path):
+        path = tmp_path / "p.jsonl"
+        path.write_text('{"positive": "a", "negative": "b"}', encoding="utf-16")
+        with pytest.raises(DataError, match=r"p\.jsonl is not UTF-8 text"):
+            ContrastPairs.from_jsonl(path)
+        path.write_bytes(b"[" * 100_000)
+        with pytest.raises(DataError, match=r"p\.jsonl is no JSON that can be read .*line 1"):
+            ContrastPairs.from_jsonl(path)
+
+
+class TestDigests:
+    def test_a_separator_inside_a_text_is_not_a_border(self):
+        assert texts_sha256(["a\x1eb"]) != texts_sha256(["a", "b"])
+        assert text_hash(GOOD) == texts_sha256(GOOD)[:16]
+
+    def test_states_know_their_texts(self):
+        facts = {"texts_digest": texts_sha256(GOOD)}
+        assert are_states_of(facts, GOOD)
+        assert not are_states_of(facts, GOOD[::-1])
+        assert are_states_of({}, GOOD)  # nothing is known
+        assert not are_states_of({"texts_digest": texts_sha256(["a\x1eb"])}, ["a", "b"])
+
+    def test_states_of_version_0_1_0_are_checked_by_its_rule(self):
+        old = {"texts_sha256": hashlib.sha256("\x1e".join(GOOD).encode()).hexdigest()}
+        assert are_states_of(old, GOOD)
+        assert not are_states_of(old, BAD)
+        golden = pathlib.Path(__file__).parent / "goldens" / "saved_0_1_0" / "ActivationStore"
+        store = esl.load(golden)
+        texts = esl.zoo.contrast_pairs(6).texts
+        assert store.n == len(texts)
+        assert are_states_of(store.provenance, texts)
+        assert not are_states_of(store.provenance, texts[::-1])

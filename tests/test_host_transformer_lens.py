@@ -367,7 +367,7 @@ def test_the_store_says_where_it_came_from() -> None:
     }
     assert {k: facts[k] for k in wanted} == wanted
     other = capture(shared_model("bridge"), PROMPTS[::-1], [HOOK]).provenance
-    assert facts["texts_sha256"] != other["texts_sha256"]
+    assert facts["texts_digest"] != other["texts_digest"]
     assert facts["fingerprint"] == other["fingerprint"]
     assert facts["versions"]["torch"] == torch.__version__
 
@@ -378,7 +378,11 @@ def test_the_store_says_where_it_came_from() -> None:
         ({"prompts": []}, DataError, "prompts is empty"),
         ({"prompts": "one"}, DataError, "must be a list of texts"),
         ({"batch_size": 0}, ArgumentError, "batch_size must be an integer"),
-        ({"labels": [1, 0]}, DataError, r"labels must have shape \(4,\)"),
+        (
+            {"labels": [1, 0]},
+            DataError,
+            r"labels must have one label per row: expected shape \(4,\)",
+        ),
         ({"positions": "first"}, ArgumentError, "positions must be"),
         ({"hook_names": ["blocks.1.attn.hook_pattern"]}, HookNameError, r"only \[batch, pos, d\]"),
     ],

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.pair.estimators import (
-    CORRELATION_CAP,
-    nats_of,
-    parallel_map,
-    principal_scores,
-)
+from expertsteer_lens.pair import ESTIMATORS as TABLE
+from expertsteer_lens.pair import Estimator, register_estimator
+from expertsteer_lens.pair.base import CORRELATION_CAP
+from expertsteer_lens.pair.cca import nats_of
 from expertsteer_lens.pair.mutual_information import (
     LayerPairMI,
     MIConfig,
-    _draws,
     _interval,
     layer_pair_mi,
 )
+from expertsteer_lens.pair.parallel import parallel_map
+from expertsteer_lens.pair.preparation import principal_scores
+from expertsteer_lens.pair.resampling import draw_resamples
 
 ESTIMATORS = ("cca", "gaussian", "ksg", "cka")
 NATS = ("cca", "gaussian", "ksg")
@@ -234,7 +234,7 @@ def test_a_null_draw_is_the_estimate_on_permuted_rows(estimator: str) -> None:
     x, y, _ = correlated(60, [0.9, 0.3, 0.2, 0.1, 0.0, 0.0], seed=2)
     config = quick(estimator, n_permutations=4)
     got = layer_pair_mi([x], [y], config, seed=4)
-    orders = _draws(60, config, 4, x.device)[1]
+    orders = draw_resamples(torch.arange(60), config, 4).orders
     for order, draw in zip(orders, got.null, strict=True):
         assert sorted(order.tolist()) == list(range(60))
         again = layer_pair_mi([x], [y[order]], config, seed=4)
@@ -428,23 +428,6 @@ def test_without_permutations_the_null_is_empty() -> None:
     assert "no null" in repr(got)
 
 
-def test_separated_compares_intervals_on_either_side() -> None:
-    got = example()
-    best = got.argmax()
-    others = [
-        (e, t) for e in got.expert_hook_names for t in got.target_hook_names if (e, t) != best
-    ]
-    assert got.separated([best])
-    assert got.separated(others)
-    assert not got.separated(others[:1])
-    assert not got.separated([best, others[0]])
-    for bad in ([], [best, *others]):
-        with pytest.raises(ArgumentError, match="must leave some pairs in and some out"):
-            got.separated(bad)
-    with pytest.raises(ArgumentError, match=r"blocks\.9.*not a pair of this result"):
-        got.separated([("blocks.9.hook_resid_post", best[1])])
-
-
 def test_the_plot_is_made_by_plots() -> None:
     pytest.importorskip("plotly")
     assert type(example(n_permutations=2).plot()).__name__ == "Figure"
@@ -601,10 +584,10 @@ def test_counts_decide_the_draws() -> None:
         ({"estimator": "ksg", "n_neighbors": 0}, "n_neighbors must be an integer"),
         ({"confidence": 1.0}, "confidence must be a number"),
         ({"n_neighbors": 3}, "n_neighbors=3 has no effect for estimator='cca'"),
-        ({"estimator": "ksg", "n_folds": 3}, "n_folds=3 has no effect for estimator='ksg'"),
+        ({"estimator": "ksg", "n_folds": 4}, "n_folds=4 has no effect for estimator='ksg'"),
         (
-            {"estimator": "gaussian", "shrinkage": 0.1},
-            "shrinkage=0.1 has no effect for estimator='gaussian'",
+            {"estimator": "gaussian", "shrinkage": 0.2},
+            r"shrinkage=0.2 has no effect for estimator='gaussian' \(it applies to cca\)",
         ),
         (
             {"estimator": "cka", "n_components": 3},
@@ -646,6 +629,207 @@ def test_more_components_than_rank_are_refused() -> None:
         match=r"n_components=3 exceeds the rank 2 of target_states\['target.0.states'\]",
     ):
         layer_pair_mi([x], [low_rank], quick(n_components=3))
+
+
+# --- defaults, groups, and estimators of one's own
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_config_says_which_settings_were_used() -> None:
+    def settings(estimator: str) -> dict[str, Any]:
+        known = MIConfig(estimator=estimator).to_dict()
+        return {k: known[k] for k in ("n_folds", "shrinkage", "n_neighbors", "n_components")}
+
+    nothing = dict.fromkeys(("n_folds", "shrinkage", "n_neighbors", "n_components"))
+    assert settings("cca") == {**nothing, "n_folds": 3, "shrinkage": 0.1}
+    assert settings("ksg") == {**nothing, "n_neighbors": 5}
+    assert settings("gaussian") == settings("cka") == nothing
+    # As version 0.1.0 saved it: null is the default still.
+    assert MIConfig(n_folds=None, shrinkage=None, n_neighbors=None) == MIConfig()
+
+
+def test_the_estimator_of_a_config_may_be_changed_in_a_copy() -> None:
+    copy = dataclasses.replace(MIConfig(), estimator="ksg")
+    assert copy == MIConfig(estimator="ksg")
+    assert MIConfig(**{**MIConfig().to_dict(), "estimator": "gaussian"}).n_folds is None
+    with pytest.raises(ArgumentError, match="n_folds=5 has no effect"):
+        dataclasses.replace(MIConfig(n_folds=5), estimator="ksg")
+
+
+def test_without_groups_every_row_is_drawn_alone_as_before() -> None:
+    config = MIConfig(n_permutations=3, n_bootstrap=4)
+    got = draw_resamples(torch.arange(20), config, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(20, generator=generator)
+    first, second = torch.randint(2**62, (2,), generator=generator).tolist()
+    assert torch.equal(torch.cat(got.folds), order)
+    assert [len(f) for f in got.folds] == [7, 7, 6]
+    stream = torch.Generator().manual_seed(first)
+    assert all(torch.equal(o, torch.randperm(20, generator=stream)) for o in got.orders)
+    drawn = torch.randint(20, (4, 20), generator=torch.Generator().manual_seed(second))
+    counts = torch.stack([torch.bincount(row, minlength=20) for row in drawn])
+    assert torch.equal(got.weights, counts.double())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_rows_that_are_groups_of_one_are_rows(estimator: str) -> None:
+    x, y, _ = correlated(40, [0.9, 0.5], seed=0)
+    config = quick(estimator, n_permutations=3)
+    plain = layer_pair_mi([x], [y], config)
+    groups = torch.randperm(40, generator=torch.Generator().manual_seed(1)).sort().values - 7
+    grouped = layer_pair_mi([x], [y], config, groups=groups)
+    for name in ("matrix", "null", "interval"):
+        assert torch.equal(getattr(plain, name), getattr(grouped, name))
+    assert (plain.n_groups, grouped.n_groups) == (None, 40)
+    assert "n_samples=40 in 40 groups" in repr(grouped)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_draws_keep_groups_together(equal: bool) -> None:
+    sizes = torch.full((45,), 4) if equal else torch.arange(45) % 5 + 2
+    groups = torch.repeat_interleave(torch.randperm(45) * 3, sizes)
+    config = MIConfig(n_permutations=20, n_bootstrap=6)
+    got = draw_resamples(groups, config, seed=0)
+    parts = [set(groups[fold].tolist()) for fold in got.folds]
+    assert sum(map(len, parts)) == 45
+    assert sorted(torch.cat(got.folds).tolist()) == list(range(len(groups)))
+    met_itself = 0
+    for order in got.orders:
+        for group in groups.unique():
+            rows = (groups == group).nonzero()[:, 0]
+            met = order[rows]
+            other = groups[met].unique()
+            assert len(other) == 1
+            whole = (groups == other).nonzero()[:, 0]
+            assert (met.diff() >= 0).all()  # in the order of its tokens
+            assert len(met.unique()) == min(len(rows), len(whole))
+            met_itself += bool(other == group)
+        if equal:
+            assert len(order.unique()) == len(order)
+    assert met_itself < 0.08 * 20 * 45
+    for weights in got.weights:
+        assert float(weights.sum()) == pytest.approx(len(groups))
+        assert all(len(weights[groups == g].unique()) == 1 for g in groups.unique())
+
+
+def tokens(sizes: Tensor, seed: int) -> Tensor:
+    """Rows of which 80 % of the variance belongs to their text."""
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    text, token = normal(len(sizes), 3, seed=seed), normal(len(groups), 3, seed=seed + 10**6)
+    return 0.8**0.5 * text[groups] + 0.2**0.5 * token
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_null_of_groups_is_calibrated_where_that_of_rows_is_not(estimator: str) -> None:
+    components = {} if estimator == "cka" else {"n_components": 2}
+    config = quick(estimator, n_permutations=39, n_bootstrap=2, **components)
+    layers = 4 if estimator == "ksg" else 6
+    by_group, by_row = [], []
+    for seed in range(5):
+        sizes = torch.randint(3, 10, (20,), generator=torch.Generator().manual_seed(seed))
+        groups = torch.repeat_interleave(torch.arange(20), sizes)
+        x, y = (
+            [tokens(sizes, 1000 * seed + start + i) for i in range(layers)] for start in (0, 500)
+        )
+        by_group.append(layer_pair_mi(x, y, config, seed=seed, groups=groups).p_values)
+        by_row.append(layer_pair_mi(x, y, config, seed=seed).p_values)
+    # 80-180 pairs, of which those sharing a layer are dependent. Nominal 0.05.
+    assert float((torch.stack(by_group) <= 0.05).double().mean()) <= 0.11
+    assert float((torch.stack(by_group) <= 0.5).double().mean()) > 0.25
+    assert float((torch.stack(by_row) <= 0.05).double().mean()) > 0.5
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_dependence_between_groups_is_found_and_its_interval_is_wider(estimator: str) -> None:
+    sizes = torch.arange(60) % 4 + 3
+    groups = torch.repeat_interleave(torch.arange(60), sizes)
+    x = tokens(sizes, 0)
+    y = x + 0.3 * tokens(sizes, 1)
+    config = quick(estimator, n_permutations=39, n_bootstrap=200)
+    grouped = layer_pair_mi([x], [y], config, groups=groups)
+    plain = layer_pair_mi([x], [y], config)
+    assert float(grouped.p_values) == pytest.approx(1 / 40)
+    assert float(grouped.matrix) == pytest.approx(
+        float(plain.matrix), abs=0.3 if estimator == "cca" else 1e-12
+    )
+    width = [float(r.interval[..., 1] - r.interval[..., 0]) for r in (grouped, plain)]
+    assert width[0] > 1.2 * width[1]
+
+
+@pytest.mark.parametrize("estimator", ["gaussian", "cka"])
+def test_a_null_draw_with_repeated_rows_is_the_estimate_on_them(estimator: str) -> None:
+    sizes = torch.arange(12) % 5 + 2
+    groups = torch.repeat_interleave(torch.arange(12), sizes)
+    x, y = tokens(sizes, 0), tokens(sizes, 1)
+    config = quick(estimator, n_permutations=3, standardise=False)
+    got = layer_pair_mi([x], [y], config, groups=groups)
+    for order, draw in zip(draw_resamples(groups, config, 0).orders, got.null, strict=True):
+        assert len(order.unique()) < len(order)
+        again = layer_pair_mi([x], [y[order]], config)
+        torch.testing.assert_close(draw, again.matrix)
+
+
+def test_repeated_rows_that_span_fewer_components_are_no_error() -> None:
+    groups = torch.repeat_interleave(torch.arange(5), torch.tensor([60, 1, 1, 1, 1]))
+    x, y = normal(64, 8, seed=0), normal(64, 8, seed=1)
+    got = layer_pair_mi([x], [y], quick("gaussian", n_permutations=20), groups=groups)
+    assert torch.isfinite(got.null).all()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([0, 1, 2], r"one integer per row, shape \(30,\), got torch.int64 of shape \(3,\)"),
+        (torch.arange(30) / 2, "one integer per row, .* got torch.float32"),
+        (["a"] * 30, "one integer per row"),
+        ([0] * 15 + [1] * 15, "at least 6 groups .* got 2"),
+    ],
+)
+def test_unusable_groups_are_refused(groups: Any, message: str) -> None:
+    x = normal(30, 3, seed=0)
+    with pytest.raises(DataError, match=message):
+        layer_pair_mi([x], [x], quick(), groups=groups)
+
+
+def test_an_estimator_of_ones_own_is_one_entry_in_the_table() -> None:
+    def columns(side: Any) -> Tensor:
+        return torch.stack([layer.features[:, 0] for layer in side])
+
+    @register_estimator("own")
+    class Own(Estimator):
+        unit, quantity = "share", "common_sign"
+        defaults = {"n_folds": 4}  # noqa: RUF012
+
+        def __init__(self, expert: Any, target: Any, config: MIConfig, folds: Any) -> None:
+            self.x, self.y, self.folds = columns(expert).sign(), columns(target).sign(), folds
+
+        def observed(self) -> Tensor:
+            return (self.x @ self.y.T) / self.x.shape[1]
+
+        def permuted(self, order: Tensor) -> Tensor:
+            return (self.x @ self.y[:, order].T) / self.x.shape[1]
+
+        def bootstrap(self, weights: Tensor) -> Tensor:
+            return torch.einsum("bn,in,jn->bij", weights, self.x, self.y) / self.x.shape[1]
+
+    try:
+        x = normal(40, 3, seed=0)
+        config = MIConfig(estimator="own", n_permutations=9)
+        assert config.n_folds == 4
+        got = layer_pair_mi([x, -x], [x], config)
+        assert got.matrix.flatten().tolist() == [1.0, -1.0]
+        assert (got.unit, got.n_components) == ("share", None)
+        assert "common_sign" in got.to_pandas()
+        with pytest.raises(ArgumentError, match=r"'own' is registered already \(Own\)"):
+            register_estimator("own")(Own)
+        with pytest.raises(ArgumentError, match=r"n_neighbors=7 .* applies to ksg"):
+            MIConfig(estimator="own", n_neighbors=7)
+    finally:
+        del TABLE["own"]
+    with pytest.raises(ArgumentError, match="estimator must be one of"):
+        MIConfig(estimator="own")
+    with pytest.raises(ArgumentError, match=r"Estimator must define observed\(\)"):
+        register_estimator("empty")(Estimator)
 
 
 # --- threads

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
-from expertsteer_lens.pair.rules import PairingConfig, select_layer_pairs
+from expertsteer_lens.pair import RULES, PairingConfig, register_rule, select_layer_pairs
 
 EXPERT = [f"blocks.{i}.hook_resid_post" for i in range(3)]
 TARGET = [f"blocks.{i}.hook_resid_post" for i in range(4)]
@@ -93,3 +93,42 @@ def test_bad_scores_are_refused():
         pick("max_mi", skip_first=2, skip_last=2)
     with pytest.raises(ArgumentError, match="n_pairs=3"):
         pick("max_mi", n_pairs=3)
+
+
+def test_a_rule_of_ones_own_is_one_entry_in_the_table():
+    @register_rule("own", needs="mi", lowest_first=True)
+    def squares(scores, shape, seed):
+        assert shape == (3, 4)
+        return (scores - 5) ** 2
+
+    try:
+        pairs = pick("own", n_pairs=2, **NO_SKIP)
+        assert pairs.keys() == [(EXPERT[1], TARGET[1]), (EXPERT[1], TARGET[0])]
+        assert pairs.to_pandas().score.is_monotonic_increasing
+        with pytest.raises(ArgumentError, match="needs scores: pass the matrix of mutual"):
+            pick("own", None)
+        with pytest.raises(ArgumentError, match="'own' is registered already"):
+            register_rule("own")(squares)
+    finally:
+        del RULES["own"]
+    with pytest.raises(ArgumentError, match="needs must be one of"):
+        register_rule("other", needs="gradients")
+
+
+def test_a_rule_that_gives_another_shape_is_refused():
+    register_rule("flat")(lambda scores, shape, seed: torch.zeros(shape[1]))
+    try:
+        with pytest.raises(WidthError, match=r"rule 'flat' must give scores of shape \(3, 4\)"):
+            pick("flat", None)
+    finally:
+        del RULES["flat"]
+
+
+def test_rules_say_what_they_need():
+    assert {name: RULES[name].needs for name in RULES} == {
+        "attribution": "effects",
+        "min_mi": "mi",
+        "max_mi": "mi",
+        "depth": "nothing",
+        "random": "nothing",
+    }

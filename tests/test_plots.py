@@ -78,7 +78,7 @@ class TestLayerPairMI:
 
     def test_a_score_without_a_unit_is_not_called_nats(self):
         figure = plots.plot_layer_pair_mi(results.layer_pair_mi(estimator="cka"))
-        assert figure.data[0].colorbar.title.text == "CKA"
+        assert figure.data[0].colorbar.title.text == "cka"
         assert "nats" not in figure.to_json()
 
     def test_unknown_quantities_are_refused(self):

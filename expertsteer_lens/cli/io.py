@@ -137,18 +137,7 @@ def read_behaviour(path: Path) -> Any:
     """
     from expertsteer_lens.data.contrast import Behaviour
 
-    data = _json_object(path, "a behaviour file")
-    names = ("prompts", "positive", "negative")
-    missing = [k for k in names if k not in data]
-    if missing:
-        raise DataError(
-            f"{path} lacks {missing[0]!r}; a behaviour file holds 'prompts', 'positive' and "
-            "'negative'."
-        )
-    for name in names:
-        if not isinstance(data[name], list):
-            raise DataError(f"{path}: {name!r} must be a list, got {data[name]!r}.")
-    return Behaviour(prompts=data["prompts"], positive=data["positive"], negative=data["negative"])
+    return Behaviour.from_json(path)
 
 
 def load_saved(name: str, kind: str, *, target: Any = None) -> Any:

@@ -11,8 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_lens._checks import check_finite, unknown_hook
+from expertsteer_lens._checks import check_classes, check_finite, check_list, unknown_hook
 from expertsteer_lens.errors import ArgumentError, DataError
+
+from .read_positions import take_positions as take_positions
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def layer_of(hook_name: str) -> int:
@@ -21,13 +25,24 @@ def layer_of(hook_name: str) -> int:
     Raises:
         ArgumentError: the name carries no layer index.
     """
-    found = re.search(r"(?:^|\.)(\d+)\.", hook_name)
-    if not found:
+    layer = layer_or_none(hook_name)
+    if layer is None:
         raise ArgumentError(
             f"hook_name {hook_name!r} carries no layer index; expected e.g. "
             "'blocks.3.hook_resid_post'."
         )
-    return int(found.group(1))
+    return layer
+
+
+def layer_or_none(hook_name: str) -> int | None:
+    """The layer in a hook name, or None for a place outside the layers (embedding, final norm).
+
+    Example:
+        >>> layer_or_none("blocks.3.hook_resid_post"), layer_or_none("conv2.hook_out")
+        (3, None)
+    """
+    match = _LAYER.search(hook_name)
+    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +52,27 @@ class ActivationStore(Mapping[str, Tensor]):
 
     Behaves like a read-only dict. Tensors are cloned on construction, so a later in-place change
     elsewhere cannot reach them. Expert and target stores are *paired* when they were captured from
-    the same texts in the same order."""
+    the same texts in the same order.
+
+    Raises:
+        DataError: no hook name, a tensor that is not a floating `[n, d_model]` matrix of finite
+            numbers, unequal numbers of rows, or labels that are not one class per row.
+
+    Example:
+        >>> states = {"blocks.0.hook_resid_post": torch.tensor([[0.0, 3.0], [4.0, 0.0]])}
+        >>> store = ActivationStore(states, labels=[1, 0])
+        >>> store
+        ActivationStore(1 hook points, n=2, 1 positive, d_model=2)
+        >>> store.select([1])["blocks.0.hook_resid_post"].tolist()
+        [[4.0, 0.0]]
+        >>> store.median_norm("blocks.0.hook_resid_post")
+        3.0
+    """
 
     activations: Mapping[str, Float[Tensor, "n d_model"]]
     labels: Tensor | None = None
-    """Class of each row, shape `[n]`, 1 = positive (the behaviour one steers towards); None if
-    unlabelled."""
+    """Class of each row, shape `[n]`, 1 = positive (the behaviour one steers towards), 0 or -1 =
+    negative; None if unlabelled."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able facts about the capture: model, fingerprint, basis, positions, BOS policy, hash of
     the texts."""
@@ -65,12 +95,8 @@ class ActivationStore(Mapping[str, Tensor]):
             )
         object.__setattr__(self, "activations", cloned)
         if self.labels is not None:
-            labels = torch.as_tensor(self.labels).detach().clone()
-            if labels.shape != (self.n,):
-                raise DataError(
-                    f"labels must have shape ({self.n},), one per row, got {tuple(labels.shape)}."
-                )
-            object.__setattr__(self, "labels", labels)
+            labels = check_classes("labels", self.labels, self.n)
+            object.__setattr__(self, "labels", labels.detach().clone())
         object.__setattr__(self, "provenance", dict(self.provenance))
 
     @classmethod
@@ -95,10 +121,15 @@ class ActivationStore(Mapping[str, Tensor]):
             labels: one per batch row.
 
         The values are taken as they are: for LayerNorm models processed weights give centred
-        activations and raw weights raw ones; `capture` records which, a cache cannot."""
+        activations and raw weights raw ones; `capture` records which, a cache cannot.
+
+        Raises:
+            DataError: no entry to take, or a prompt too short for `positions`.
+            HookNameError: an unknown hook name.
+        """
         keys = list(cache.keys())
         names = (
-            list(hook_names)
+            check_list("hook_names", hook_names, of="hook names")
             if hook_names is not None
             else [k for k in keys if k.endswith("hook_resid_post")]
         )
@@ -138,8 +169,22 @@ class ActivationStore(Mapping[str, Tensor]):
         return next(iter(self.activations.values())).shape[1]
 
     def select(self, rows: Tensor | Sequence[int]) -> ActivationStore:
-        """A new store with the given rows (indices or a boolean mask), in that order."""
+        """A new store with the given rows (indices or a boolean mask), in that order.
+
+        Raises:
+            ArgumentError: an index that is no row, or a mask that is not `[n]`.
+        """
         index = torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            usable = index.shape == (self.n,)
+        else:
+            usable = index.ndim == 1 and not (index.is_floating_point() or index.is_complex())
+            usable = usable and bool(((index >= -self.n) & (index < self.n)).all())
+        if not usable:
+            raise ArgumentError(
+                f"rows must be indices below n={self.n} or a mask of shape ({self.n},), got "
+                f"{index.dtype} of shape {tuple(index.shape)}."
+            )
         labels = None if self.labels is None else self.labels[index]
         return ActivationStore(
             {k: v[index] for k, v in self.activations.items()}, labels, self.provenance
@@ -162,46 +207,3 @@ class ActivationStore(Mapping[str, Tensor]):
         labelled = "" if self.labels is None else f", {int((self.labels > 0).sum())} positive"
         size = f"n={self.n}{labelled}, d_model={self.d_model}"
         return f"ActivationStore({len(self)} hook points, {size})"
-
-
-def take_positions(
-    activations: Float[Tensor, "batch pos d"],
-    positions: str | int,
-    attention_mask: Tensor | None = None,
-) -> Float[Tensor, "n d"]:
-    """One row per prompt ("last", "mean" or an absolute token index), or every real token ("all",
-    prompt after prompt).
-
-    An index counts real tokens from 0 (BOS included); negative counts from the end. Padding is
-    never counted."""
-    if activations.ndim != 3:
-        raise DataError(
-            f"activations must have shape [batch, pos, d_model], got {tuple(activations.shape)}."
-        )
-    batch, pos, _ = activations.shape
-    mask = (
-        torch.ones(batch, pos, dtype=torch.bool)
-        if attention_mask is None
-        else attention_mask.bool()
-    )
-    mask = mask.to(activations.device)
-    if mask.shape != (batch, pos):
-        raise DataError(f"attention_mask must have shape {(batch, pos)}, got {tuple(mask.shape)}.")
-    if positions == "all":
-        return activations[mask]
-    if positions == "mean":
-        weights = mask.to(activations.dtype)[..., None]
-        return (activations * weights).sum(1) / weights.sum(1)
-    if positions == "last" or isinstance(positions, int):
-        wanted = -1 if positions == "last" else int(positions)
-        lengths = mask.sum(1)
-        rank = torch.full_like(lengths, wanted) if wanted >= 0 else lengths + wanted
-        if ((rank < 0) | (rank >= lengths)).any():
-            row = int(((rank < 0) | (rank >= lengths)).nonzero()[0])
-            raise DataError(
-                f"positions={positions} is outside prompt {row}, which has {int(lengths[row])} "
-                "tokens."
-            )
-        hit = mask & (mask.long().cumsum(1) - 1 == rank[:, None])
-        return activations[hit]
-    raise ArgumentError(f"positions must be 'last', 'mean', 'all' or an int, got {positions!r}.")

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from expertsteer_lens._checks import check_list
 from expertsteer_lens.errors import DataError
+
+from .texts import check_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -22,13 +25,24 @@ class Chat:
     same to both. If the last message is the assistant's, the text ends with its last word, the turn
     left open; else it ends where the assistant's turn begins. `chat + text` lets the assistant say
     (or go on saying) the text; `text + chat` puts the text in front of what the user says first.
+
+    Raises:
+        DataError: no message, no user's message, an unknown role, an empty content.
+
+    Example:
+        >>> chat = Chat(({"role": "user", "content": "Was it good?"},))
+        >>> chat == Chat.ask("Was it good?")
+        True
+        >>> (chat + " Yes.").messages
+        (('user', 'Was it good?'), ('assistant', 'Yes.'))
     """
 
     messages: tuple[tuple[str, str], ...]
     """(role, content) of each message; roles are "system" (first only), "user" and "assistant"."""
 
     def __post_init__(self) -> None:
-        messages = tuple(_message(m, i) for i, m in enumerate(self.messages))
+        given = check_list("messages", self.messages, of="messages")
+        messages = tuple(_check_message(m, i) for i, m in enumerate(given))
         if not messages:
             raise DataError("a chat needs at least one message.")
         roles = [role for role, _ in messages]
@@ -112,16 +126,14 @@ def as_text(value: Any) -> Any:
     return Chat(tuple(value)) if messages and all(isinstance(m, Mapping) for m in value) else value
 
 
-def check_texts(name: str, texts: Sequence[Any], *, chats: bool = True) -> list[Any]:
+def check_texts(name: str, texts: Iterable[Any], *, chats: bool = True) -> list[Any]:
     """Return texts as a list, lists of messages among them as `Chat`s.
 
     Raises:
-        DataError: an empty list, an empty text, or something that is no text (naming its index); a
-            chat without `chats`.
+        DataError: no list (a str, a dict, a set), an empty list, an empty text, or something that
+            is no text (naming its index); a chat without `chats`.
     """
-    if isinstance(texts, str):
-        raise DataError(f"{name} must be a list of texts, got one str; wrap it in a list.")
-    out = [as_text(text) for text in texts]
+    out = [as_text(text) for text in check_list(name, texts)]
     if not out:
         raise DataError(f"{name} is empty; give at least one text.")
     for i, text in enumerate(out):
@@ -133,17 +145,11 @@ def check_texts(name: str, texts: Sequence[Any], *, chats: bool = True) -> list[
                 f"{name}[{i}] must be a str{' or a list of messages' if chats else ''}, got "
                 f"{type(text).__name__}{hint}."
             )
-        if not text.strip():
-            raise DataError(f"{name}[{i}] is empty; remove it or give it a text.")
+        check_text(f"{name}[{i}]", text)
     return out
 
 
-def joined_bytes(texts: Iterable[Text]) -> bytes:
-    """The texts in order, for a digest."""
-    return b"\x1e".join(text.encode() for text in texts)
-
-
-def _message(message: Any, index: int) -> tuple[str, str]:
+def _check_message(message: Any, index: int) -> tuple[str, str]:
     if isinstance(message, Mapping):
         if set(message) != {"role", "content"}:
             raise DataError(
@@ -159,4 +165,5 @@ def _message(message: Any, index: int) -> tuple[str, str]:
         raise DataError(f"messages[{index}] has role {role!r}; roles are {', '.join(ROLES)}.")
     if not isinstance(content, str) or not content.strip():
         raise DataError(f"messages[{index}] ({role}) must have a text as content, got {content!r}.")
+    check_text(f"messages[{index}]", content)
     return role, content

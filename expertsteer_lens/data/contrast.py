@@ -3,8 +3,6 @@ completions."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number
-from expertsteer_lens.data.chat import check_texts
+from expertsteer_lens._checks import check_list, check_number
 from expertsteer_lens.errors import ArgumentError, DataError
 
-from .chat import Chat, Text
-
-
-def text_hash(texts: Iterable[Text]) -> str:
-    """SHA-256 (first 16 hex digits) of texts in order; equal hashes mean the same texts in the same
-    order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:16]
+from .chat import Chat, Text, check_texts
+from .texts import parse_json, read_file
+from .texts import text_hash as text_hash
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,19 @@ class ContrastPairs:
     paired by index.
 
     The steering direction points from negative to positive. A text may be a chat: a list of
-    messages, see `Chat`."""
+    messages, see `Chat`.
+
+    Raises:
+        DataError: not two lists of as many texts, fewer than two pairs, or a pair of equal texts.
+
+    Example:
+        >>> pairs = ContrastPairs.from_lists(["It was warm.", "She laughed."],
+        ...                                  ["It was cold.", "She cried."])
+        >>> pairs.texts
+        ['It was warm.', 'It was cold.', 'She laughed.', 'She cried.']
+        >>> pairs.labels.tolist()
+        [1.0, 0.0, 1.0, 0.0]
+    """
 
     positive: tuple[Text, ...]
     negative: tuple[Text, ...]
@@ -78,19 +79,14 @@ class ContrastPairs:
         fields.
 
         Raises:
-            DataError: a line is not JSON or lacks a field (the message names the line, from 1).
+            DataError: the file is not UTF-8 text, or a line is not JSON or lacks a field (the
+                message names the line, from 1).
         """
         rows = []
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON ({error.msg}); give one JSON object a line."
-                ) from error
-            rows.append((number, row))
+        for number, line in enumerate(read_file(path).splitlines(), start=1):
+            if line.strip():
+                row = parse_json(line, path, line=number, hint="; give one JSON object a line")
+                rows.append((number, row))
         for number, row in rows:
             for name in (positive, negative):
                 if not isinstance(row, dict) or name not in row:
@@ -116,9 +112,11 @@ class ContrastPairs:
         Either two text columns (`positive`, `negative`), or one `text` column with a 0/1 `label`
         column, whose rows are then paired in order; both classes must have the same number of rows.
         """
-        rows = list(dataset)
+        rows = check_list("dataset", dataset, of="rows")
         needed = [positive, negative] if text is None else [text, label or "label"]
         for i, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise DataError(f"dataset row {i} must be a dict, got {type(row).__name__}.")
             missing = [name for name in needed if name not in row]
             if missing:
                 raise DataError(
@@ -127,13 +125,15 @@ class ContrastPairs:
         if text is None:
             return cls.from_lists([r[positive] for r in rows], [r[negative] for r in rows])
         column = label or "label"
-        values = {int(r[column]) for r in rows}
-        if not values <= {0, 1}:
-            raise DataError(f"column {column!r} must hold 0/1 labels, got {sorted(values)[:5]}.")
-        return cls.from_lists(
-            [r[text] for r in rows if int(r[column]) == 1],
-            [r[text] for r in rows if int(r[column]) == 0],
-        )
+        sides: dict[int, list[Any]] = {0: [], 1: []}
+        for i, row in enumerate(rows):
+            try:
+                sides[int(row[column])].append(row[text])
+            except (TypeError, ValueError, KeyError) as error:
+                raise DataError(
+                    f"column {column!r} must hold 0/1 labels, got {row[column]!r} in row {i}."
+                ) from error
+        return cls.from_lists(sides[1], sides[0])
 
     @classmethod
     def from_multiple_choice(
@@ -153,9 +153,7 @@ class ContrastPairs:
         `choices` is a list or a dict of options; `answer` an index into the list, a key of the
         dict, or the text itself. With `chat` the user asks the question and the assistant gives the
         answer; `template` is not used."""
-        rows = [
-            multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)
-        ]
+        rows = multiple_choice_items(items, question, choices, answer)
         generator = torch.Generator().manual_seed(seed)
         positive: list[Text] = []
         negative: list[Text] = []
@@ -211,7 +209,23 @@ class Behaviour:
     completion)` in nats, per prompt. `positive` and `negative` are either one list shared by all
     prompts or one list per prompt (multiple choice). Completions are appended to the prompt as they
     are: give them their leading space. A prompt may be a chat (a list of messages, see `Chat`),
-    whose assistant then says the completion."""
+    whose assistant then says the completion.
+
+    Raises:
+        DataError: not lists of texts, as many lists of completions as prompts, or a completion that
+            stands twice (its probability would count twice) or on both sides (it would count
+            against itself).
+
+    Example:
+        >>> behaviour = Behaviour(["Now she was", "At last he was"], [" happy", " glad"], [" sad"])
+        >>> behaviour
+        Behaviour(2 prompts; + ' happy'; - ' sad')
+        >>> behaviour.completions(1)
+        ((' happy', ' glad'), (' sad',))
+        >>> own = Behaviour(["2 + 2 =", "3 + 3 ="], [[" 4"], [" 6"]], [[" 5"], [" 7"]])
+        >>> own.completions(1)
+        ((' 6',), (' 7',))
+    """
 
     prompts: tuple[Text, ...]
     positive: tuple[Any, ...]
@@ -221,7 +235,7 @@ class Behaviour:
         prompts = tuple(check_texts("prompts", self.prompts))
         object.__setattr__(self, "prompts", prompts)
         for name in ("positive", "negative"):
-            value = list(getattr(self, name))
+            value = check_list(name, getattr(self, name))
             if value and all(not isinstance(v, str) for v in value):
                 if len(value) != len(prompts):
                     raise DataError(
@@ -235,6 +249,52 @@ class Behaviour:
                 object.__setattr__(self, name, lists)
             else:
                 object.__setattr__(self, name, tuple(check_texts(name, value, chats=False)))
+        shared = isinstance(self.positive[0], str) and isinstance(self.negative[0], str)
+        for i in range(1 if shared else len(prompts)):
+            _check_completions(*self.completions(i), "" if shared else f" of prompts[{i}]")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Behaviour:
+        """From a dict with the keys "prompts", "positive" and "negative".
+
+        Raises:
+            DataError: a key is missing or unknown, or holds what a behaviour cannot.
+
+        Example:
+            >>> Behaviour.from_dict({"prompts": ["p"], "positive": [" a"], "negative": [" b"]})
+            Behaviour(1 prompts; + ' a'; - ' b')
+        """
+        if not isinstance(data, Mapping):
+            raise DataError(f"a behaviour must be a dict, got {type(data).__name__}.")
+        known = ("prompts", "positive", "negative")
+        for key in known:
+            if key not in data:
+                raise DataError(
+                    f"a behaviour lacks {key!r}; it holds 'prompts', 'positive' and 'negative'."
+                )
+        unknown = [key for key in data if key not in known]
+        if unknown:
+            raise DataError(
+                f"a behaviour holds an unknown {unknown[0]!r}; it holds 'prompts', 'positive' and "
+                "'negative'."
+            )
+        return cls(**data)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Behaviour:
+        """From a JSON file that holds one object with "prompts", "positive" and "negative".
+
+        Raises:
+            DataError: the file is not UTF-8 text, not JSON, or not what `from_dict` takes (the
+                message names the file).
+        """
+        data = parse_json(read_file(path), path)
+        if not isinstance(data, dict):
+            raise DataError(f"{path} must hold one JSON object, got {type(data).__name__}.")
+        try:
+            return cls.from_dict(data)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     @classmethod
     def from_multiple_choice(
@@ -252,15 +312,14 @@ class Behaviour:
 
         With `chat` the user asks the question and the assistant is to answer; `template` is not
         used."""
-        rows = [
-            multiple_choice_item(item, i, question, choices, answer) for i, item in enumerate(items)
-        ]
+        rows = multiple_choice_items(items, question, choices, answer)
         return cls(
             tuple(
                 Chat.ask(asked) if chat else template.format(question=asked) for asked, _, _ in rows
             ),
             tuple((" " + right,) for _, right, _ in rows),
-            tuple(tuple(" " + w for w in wrong) for _, _, wrong in rows),
+            # An option that stands twice is one completion: its probability counts once.
+            tuple(tuple(" " + w for w in dict.fromkeys(wrong)) for _, _, wrong in rows),
         )
 
     def completions(self, index: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -308,6 +367,16 @@ class Behaviour:
         return f"Behaviour({len(self)} prompts; + {_short(good[0])}; - {_short(bad[0])})"
 
 
+def multiple_choice_items(
+    items: Iterable[Mapping[str, Any]], question: str, choices: str, answer: str
+) -> list[tuple[str, str, list[str]]]:
+    """`multiple_choice_item` of each."""
+    return [
+        multiple_choice_item(item, i, question, choices, answer)
+        for i, item in enumerate(check_list("items", items, of="items"))
+    ]
+
+
 def multiple_choice_item(
     item: Mapping[str, Any], index: int, question: str, choices: str, answer: str
 ) -> tuple[str, str, list[str]]:
@@ -318,11 +387,15 @@ def multiple_choice_item(
         DataError: a field is missing, the answer is not among the choices, or there is no wrong
             choice.
     """
+    if not isinstance(item, Mapping):
+        raise DataError(f"item {index} must be a dict, got {type(item).__name__}.")
     for name in (question, choices, answer):
         if name not in item:
             raise DataError(f"item {index} has no field {name!r}; its fields are {sorted(item)}.")
     options = item[choices]
-    table = dict(options) if isinstance(options, Mapping) else {i: c for i, c in enumerate(options)}
+    if not isinstance(options, Mapping):
+        options = dict(enumerate(check_list(f"item {index}: {choices}", options, of="choices")))
+    table = dict(options)
     key = item[answer]
     if key not in table:
         by_text = [k for k, v in table.items() if v == key]
@@ -339,6 +412,22 @@ def multiple_choice_item(
     if not wrong:
         raise DataError(f"item {index} has no wrong choice; drop it.")
     return str(item[question]), right, wrong
+
+
+def _check_completions(positive: tuple[str, ...], negative: tuple[str, ...], where: str) -> None:
+    for name, side in (("positive", positive), ("negative", negative)):
+        repeated = [c for i, c in enumerate(side) if c in side[:i]]
+        if repeated:
+            raise DataError(
+                f"{name}{where} holds {repeated[0]!r} twice, which would count its probability "
+                "twice; remove one."
+            )
+    both = [c for c in positive if c in negative]
+    if both:
+        raise DataError(
+            f"{both[0]!r} is both a positive and a negative completion{where}; remove it from one "
+            "side."
+        )
 
 
 def _split(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number
+from expertsteer_lens._checks import check_classes, check_number
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore, layer_of, take_positions
-from expertsteer_lens.data.chat import Text, check_texts, joined_bytes
+from expertsteer_lens.data.chat import Text, check_texts
+from expertsteer_lens.data.texts import TEXTS_KEY
+from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
 from expertsteer_lens.interventions.edits import centre
 
@@ -70,6 +71,7 @@ def capture(
     host.check_ready()
     check_number("batch_size", batch_size, low=1, integer=True)
     texts = check_texts("prompts", prompts)
+    classes = None if labels is None else check_classes("labels", labels, len(texts))
     names = host.check_hook_names(list(hook_names) if hook_names is not None else host.hook_names())
     if not names:
         raise ArgumentError(
@@ -91,7 +93,7 @@ def capture(
     stacked = {name: torch.cat(parts) for name, parts in rows.items()}
     return ActivationStore(
         stacked,
-        _labels(labels, counts),
+        None if classes is None else classes.repeat_interleave(torch.tensor(counts)),
         _provenance(host, texts, names, positions, prepend_bos, counts),
     )
 
@@ -174,17 +176,6 @@ def _check_finite(rows: dict[str, list[Tensor]], index: Sequence[int]) -> None:
                 )
 
 
-def _labels(labels: Tensor | Sequence[int] | None, counts: Sequence[int]) -> Tensor | None:
-    if labels is None:
-        return None
-    given = torch.as_tensor(labels)
-    if given.shape != (len(counts),):
-        raise DataError(
-            f"labels must have shape ({len(counts)},), one per prompt, got {tuple(given.shape)}."
-        )
-    return given.repeat_interleave(torch.tensor(counts))
-
-
 def _provenance(
     host: Host,
     texts: Sequence[Text],
@@ -208,15 +199,9 @@ def _provenance(
         if prepend_bos is not None
         else getattr(host.tokenizer, "bos_token_id", None) is not None,
         "rows_per_prompt": list(counts) if positions == "all" else 1,
-        "texts_sha256": texts_sha256(texts),
+        TEXTS_KEY: texts_sha256(texts),
         "versions": _versions(),
     }
-
-
-def texts_sha256(texts: Sequence[Text]) -> str:
-    """What the provenance of captured states says of their texts: the same for the same texts in
-    the same order."""
-    return hashlib.sha256(joined_bytes(texts)).hexdigest()
 
 
 def _versions() -> dict[str, str]:

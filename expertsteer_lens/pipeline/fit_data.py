@@ -15,8 +15,9 @@ from expertsteer_lens._moved import Renamed
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.hosts import capture, texts_sha256
+from expertsteer_lens.hosts import capture
 from expertsteer_lens.learn.directions import mean_difference
 
 if TYPE_CHECKING:
@@ -250,8 +251,8 @@ def _rows_of_states(
     command = "capture(expert, pairs.texts)"
     if anchors is not None:
         command = "capture(expert, [*pairs.texts, *anchors])"
-    facts, digest = states.provenance, texts_sha256(expected)
-    if states.n != len(expected) or facts.get("texts_sha256", digest) != digest:
+    facts = states.provenance
+    if states.n != len(expected) or not are_states_of(facts, expected):
         raise DataError(
             f"expert holds states of {states.n} texts, which are not the {len(expected)} of pairs "
             f"and anchors, in this order; make them with {command}."

@@ -19,7 +19,7 @@ from expertsteer_lens.errors import ArgumentError, ModelStateError
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
 from expertsteer_lens.pair.mutual_information import LayerPairMI
-from expertsteer_lens.pair.rules import LayerPairs
+from expertsteer_lens.pair.rules import LayerPairs, find_rule
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 from .config import ExpertSteerConfig, reading_changes
@@ -323,7 +323,7 @@ class ExpertSteering:
                 }
             )
         return pd.DataFrame(rows).sort_values(
-            "score", ascending=self.layer_pairs.rule == "min_mi", ignore_index=True
+            "score", ascending=find_rule(self.layer_pairs.rule).lowest_first, ignore_index=True
         )
 
     def summary(self) -> str:

@@ -16,7 +16,7 @@ from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.learn.rfm import RFM, fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient, readout_gradient
 from expertsteer_lens.pair.mutual_information import LayerPairMI, layer_pair_mi
-from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, select_layer_pairs
+from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, find_rule, select_layer_pairs
 
 from .config import ExpertSteerConfig
 from .fit_data import FitData, PairKey, labels_of
@@ -57,7 +57,7 @@ class StepLog:
 
 def takes_gradients(config: ExpertSteerConfig) -> bool:
     """Whether the pairing rule asks for the gradient of the behaviour."""
-    return config.pairing.rule == "attribution"
+    return find_rule(config.pairing.rule).needs == "effects"
 
 
 def solve(
@@ -148,7 +148,7 @@ def _choose_by_rule(
     """Pairs first, then maps and directions for these alone."""
     c = config.pairing
     names_e, names_t = list(data.expert_pair_states), list(data.target_pair_states)
-    scores = mi.matrix if c.rule in ("min_mi", "max_mi") else None
+    scores = mi.matrix if find_rule(c.rule).needs == "mi" else None
     chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=seed)
     expert_rows, target_rows = _rows_to_align(config, data)
     grid = AlignerGrid(target_rows, config.aligner, seed=seed)

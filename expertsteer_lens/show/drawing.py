@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expertsteer_lens.data.activations import layer_of
+from expertsteer_lens.data.activations import layer_or_none
 from expertsteer_lens.errors import ExpertSteerError
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ def layer_label(hook_name: str) -> str:
         >>> layer_label("blocks.3.hook_resid_post"), layer_label("blocks.3.hook_mlp_out")
         ('3', '3 mlp_out')
     """
-    try:
-        layer = layer_of(hook_name)
-    except ExpertSteerError:
+    layer = layer_or_none(hook_name)
+    if layer is None:
         return hook_name
     kind = hook_name.rsplit(".", 1)[-1]
     return str(layer) if kind == "hook_resid_post" else f"{layer} {kind.removeprefix('hook_')}"

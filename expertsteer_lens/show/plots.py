@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.pair.rules import find_rule
 
 from .drawing import (
     BLUE,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from expertsteer_lens.pair.rules import LayerPairs
 
 Quantity = Literal["mi", "excess"]
-SIGNED_RULES = {"attribution": "predicted effect on the behaviour per unit coefficient, nats"}
-"""Pairing rules whose score may have either sign, and what it is."""
 
 
 class DrawnBench(Protocol):
@@ -89,7 +88,8 @@ def plot_layer_pair_mi(
 def plot_layer_pairs(pairs: LayerPairs) -> Any:
     """Heat map of the pairing rule's own score, with the chosen pairs outlined; blank cells were
     not scored."""
-    subtitle = SIGNED_RULES.get(pairs.rule, f"score of rule {pairs.rule!r}")
+    rule = find_rule(pairs.rule)
+    subtitle = rule.score_name or f"score of rule {pairs.rule!r}"
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(pairs.scores[i, j]):+.3f}"
@@ -106,7 +106,7 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         "score",
         hover,
         pairs,
-        diverging=pairs.rule in SIGNED_RULES,
+        diverging=rule.signed,
     )
 
 

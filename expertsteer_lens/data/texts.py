@@ -1,0 +1,108 @@
+"""Plain texts: what a text may be, digests of texts in order, and files that hold them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from expertsteer_lens.errors import DataError
+
+
+class HasBytes(Protocol):
+    """A text: a str, or a chat."""
+
+    def encode(self) -> bytes:
+        """Bytes that are equal for equal texts."""
+        ...
+
+
+def check_text(name: str, text: str) -> str:
+    """Return `text` if it can be shown to a model.
+
+    Raises:
+        DataError: it is empty, or holds half of a character (a lone surrogate, which JSON allows
+            and no tokenizer takes).
+    """
+    if not text.strip():
+        raise DataError(f"{name} is empty; remove it or give it a text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} holds half of a character (lone surrogate U+{ord(text[error.start]):04X} at "
+            f"place {error.start}), which no tokenizer takes; remove it or mend the file."
+        ) from error
+    return text
+
+
+def texts_sha256(texts: Iterable[HasBytes]) -> str:
+    """SHA-256 of texts in order, each preceded by its length: equal digests mean the same texts in
+    the same order.
+
+    Example:
+        >>> texts_sha256(["ab", "c"]) == texts_sha256(["a", "bc"])
+        False
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def text_hash(texts: Iterable[HasBytes]) -> str:
+    """The first 16 hex digits of `texts_sha256`: how results name the texts they come from."""
+    return texts_sha256(texts)[:16]
+
+
+TEXTS_KEY = "texts_digest"
+"""Where the provenance of captured states has the `texts_sha256` of their texts."""
+
+
+def are_states_of(provenance: Mapping[str, Any], texts: Iterable[HasBytes]) -> bool:
+    """Whether states with this provenance were read from these texts in this order; True where the
+    provenance does not say."""
+    texts = list(texts)
+    if TEXTS_KEY in provenance:
+        return bool(provenance[TEXTS_KEY] == texts_sha256(texts))
+    if "texts_sha256" in provenance:
+        return bool(provenance["texts_sha256"] == _sha256_of_version_0_1_0(texts))
+    return True
+
+
+def _sha256_of_version_0_1_0(texts: Iterable[HasBytes]) -> str:
+    """What version 0.1.0 wrote as "texts_sha256": texts joined by the character U+001E, so a text
+    that holds it is not told from two. Read only, never written."""
+    return hashlib.sha256(b"\x1e".join(text.encode() for text in texts)).hexdigest()
+
+
+def read_file(path: str | Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: it is not UTF-8 text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
+
+
+def parse_json(text: str, path: str | Path, *, line: int = 1, hint: str = "") -> Any:
+    """The value of a JSON text that begins at `line` of a file; `hint` ends the message.
+
+    Raises:
+        DataError: it is not JSON, or nested too deeply, or holds a number of too many digits.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        reason, line = error.msg, line + error.lineno - 1
+        raise DataError(f"{path} is not JSON ({reason}, line {line}){hint}.") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path} is no JSON that can be read ({error}, line {line}).") from error
