@@ -57,7 +57,7 @@ def test_ablate_leaves_nothing_along_the_direction_and_everything_else(seed: int
 def test_ablate_is_idempotent_and_half_ablate_is_not(seed: int) -> None:
     x, v, _ = sample(seed)
     torch.testing.assert_close(edits.ablate(edits.ablate(x, v), v), edits.ablate(x, v))
-    half = edits.ablate(x, v, strength=0.5)
+    half = edits.ablate(x, v, coefficient=0.5)
     torch.testing.assert_close(along(half, v), 0.5 * along(x, v))
     assert not torch.allclose(edits.ablate(half, v, strength=0.5), half)
 

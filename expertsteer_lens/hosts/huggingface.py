@@ -28,7 +28,7 @@ from .blocks import (
     with_first,
     with_first_argument,
 )
-from .facts import _probe_batch, facts, hooks_suspended
+from .facts import facts, hooks_suspended, probe_batch
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import watch_causal_module, watch_generate
 
@@ -36,8 +36,7 @@ NO_TOKEN = 2**31 - 1
 """An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like
 any other token."""
 
-# Tokenizers given to `as_host`, or found beside a model's weights; None where there is none to be
-# found.
+# Tokenizers given to `as_host`, or that lie beside a model's weights; None where there is none.
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -85,7 +84,7 @@ class HuggingFaceHost(Host):
         branches = [name for name in found if name.endswith(("hook_attn_out", "hook_mlp_out"))]
         if branches and not self._branches_add_up():
             raise HookNameError(
-                f"hook {branches[0]!r} is not to be had on {type(self.model).__name__}: the "
+                f"hook {branches[0]!r} cannot be used on {type(self.model).__name__}: the "
                 "outputs of its attention and MLP "
                 "modules do not add up to what the block adds to the residual stream; use "
                 "hook_resid_pre or hook_resid_post."
@@ -270,7 +269,7 @@ def _measure_branches(host: HuggingFaceHost) -> bool:
         return lambda x: seen.__setitem__(name, x.double())
 
     with host.quiet(), host.torch_hooks({name: keep(name) for name in names}):
-        host.forward(_probe_batch(host), stop_at_layer=1)
+        host.forward(probe_batch(host), stop_at_layer=1)
     before, attention, mlp, after = (seen[name] for name in names)
     error = (before + attention + mlp - after).norm() / after.norm()
     return float(error) < (1e-4 if host.dtype in (torch.float32, torch.float64) else 3e-2)
