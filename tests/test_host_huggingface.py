@@ -38,7 +38,7 @@ from expertsteer_lens.errors import (
 )
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
-from expertsteer_lens.steer.run import Steering
+from expertsteer_lens.steer.run import PlanRun
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 GENERATE = {
@@ -466,7 +466,7 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(
         found = []
         for long in (False, True):
             if long:
-                monkeypatch.setattr(Steering, "_fastest", Steering._function)
+                monkeypatch.setattr(PlanRun, "_fastest", PlanRun._function)
             with plan.hooks(model) as report:
                 found.append(
                     (
@@ -490,11 +490,11 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(
 def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
     from transformers import DynamicCache
 
-    from expertsteer_lens.hosts.pass_tracking import forward_info
+    from expertsteer_lens.hosts.pass_tracking import describe_pass
 
     cache, keys = DynamicCache(), torch.zeros(1, 2, 5, 4)
     cache.update(keys, keys, 0)
-    info = forward_info(
-        ["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True}
+    info = describe_pass(
+        ["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True}, {}
     )
     assert (info.past, info.n_new) == (5, 1)

@@ -290,15 +290,15 @@ def test_what_an_edit_cannot_hold_is_refused(model: Any) -> None:
         plan.edit(models.hf("llama"))
     ids, _ = padded(prompt_ids()[:2], "left")
     handle = plan_for("llama", -1).edit(model)
-    with pytest.raises(ValueError, match="does not say which tokens are padding"):
+    with pytest.raises(DataError, match="does not say which tokens of the batch are padding"):
         logits(model, ids, attention_mask=torch.zeros(2, 1, 10, 10))
     with pytest.raises(
-        ValueError, match="several tokens on top of a cache hide where the prompt ends"
+        InterventionError, match=r"several tokens on top of a cache.*pass prompt_lengths="
     ):
         model.generate(input_ids=IDS, prefill_chunk_size=2, **GENERATE)
     handle.remove()
     handle = plan_for("llama", -7).edit(model)
-    with pytest.raises(ValueError, match="position -7 is before the first token of a prompt"):
+    with pytest.raises(DataError, match="position -7 is before the first token of row 0"):
         logits(model)
     handle.remove()
 

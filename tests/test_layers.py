@@ -19,12 +19,6 @@ UPWARD = {
     ("pair.result", "show.plots"): DRAWS,
     ("measure.calibration", "show.plots"): DRAWS,
     ("evaluation.result", "show.plots"): DRAWS,
-    ("hosts.base", "steer.plan"): "types of two nnsight-only methods",
-    ("hosts.base", "steer.run"): "types of two nnsight-only methods",
-    ("hosts.nnsight.edit", "steer.plan"): "an nnsight edit says a plan again",
-    ("hosts.nnsight.host", "steer.plan"): "types of two nnsight-only methods",
-    ("hosts.nnsight.host", "steer.run"): "types of two nnsight-only methods",
-    ("hosts.nnsight.host", "steer.checks"): "an nnsight edit checks the plan",
 }
 """(module, what it imports from a floor above): why."""
 

@@ -299,13 +299,13 @@ def test_a_prompt_told_is_forgotten_when_the_call_ends_and_when_it_is_only_what_
     clock = PositionClock()
     clock.generation(True, torch.ones(1, 4))
     assert clock.observe(ForwardInfo(1, 6)).prompt_lengths.tolist() == [4]
-    assert clock.told(1) is not None
+    assert clock.prompt_rows(1) is not None
     clock.generation(False)
-    assert clock.told(1) is None
+    assert clock.prompt_rows(1) is None
     assert clock.observe(ForwardInfo(1, 6)).prompt_lengths.tolist() == [6]
     clock.generation(True, torch.ones(1, 2))  # two new tokens, on a cache of five
     assert clock.observe(ForwardInfo(1, 2, past=5)).prompt_lengths.tolist() == [7]
-    assert clock.told(1) is None
+    assert clock.prompt_rows(1) is None
 
 
 @pytest.mark.parametrize("name", RULES)

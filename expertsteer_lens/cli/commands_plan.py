@@ -170,14 +170,11 @@ def export(
 ) -> None:
     """Write a saved plan in another program's format, coefficients folded in; loads no model."""
     from expertsteer_lens._checks import check_choice
-    from expertsteer_lens.files.export import FORMATS, to_gguf, to_lm_eval
+    from expertsteer_lens.files.export import FORMATS, export_plan
 
     check_choice("--format", format, FORMATS)
     loaded = load_saved(plan, "SteeringPlan")
     out.parent.mkdir(parents=True, exist_ok=True)
-    path = (
-        to_lm_eval(loaded, out, blocks=blocks)
-        if format == "lm_eval"
-        else to_gguf(loaded, out, model_hint=model_hint)
-    )
-    say(str(path.resolve()))
+    given = {"blocks": blocks, "model_hint": model_hint}
+    options = {name: given[name] for name in FORMATS[format].options if name in given}
+    say(str(export_plan(loaded, out, format=format, **options).resolve()))

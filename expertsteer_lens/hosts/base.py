@@ -4,40 +4,42 @@ prompt at a time."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from expertsteer_lens._checks import check_number, unknown_hook
+from expertsteer_lens.data.activations import layer_of, take_positions
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.errors import (
     ArgumentError,
     DataError,
     HookNameError,
     HostError,
+    InterventionError,
     ModelStateError,
 )
+from expertsteer_lens.interventions.edits import centre
 
 from .facts import facts as facts_of
-from .facts import measure_basis, measure_fingerprint
+from .facts import measure_basis, measure_fingerprint, training_noise
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
 
 if TYPE_CHECKING:
-    from expertsteer_lens.steer.plan import SteeringPlan
-    from expertsteer_lens.steer.run import Steering
-
     from .resume import KeptStream
+
+HostKind = Literal["transformer_lens", "nnsight", "huggingface", "hooked_module"]
 
 
 class Host:
     """What the rest of the package knows about a model. A subclass supplies the model's own ways,
     up to `place`."""
 
-    kind: ClassVar[str] = "?"
-    """ "transformer_lens", "nnsight" or "huggingface"."""
+    kind: ClassVar[HostKind]
+    """ "transformer_lens", "nnsight", "huggingface" or "hooked_module"."""
     reason: str = ""
     """What `as_host` saw in the model."""
 
@@ -116,6 +118,40 @@ class Host:
         gradients are all built on this."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def read(
+        self, batch: TokenBatch, names: Sequence[str], positions: str | int
+    ) -> dict[str, Tensor]:
+        """The rows `[n, d]` that `positions` picks at each hook point (see `take_rows`): copies on
+        the CPU, float32, in the host's basis.
+
+        Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
+        done to the live activation afterwards can reach them.
+
+        Raises:
+            InterventionError: a hook point did not fire.
+        """
+        rows: dict[str, Tensor] = {}
+
+        def reader(name: str) -> EditFn:
+            def fn(activation: Tensor) -> None:
+                rows[name] = take_rows(activation.detach(), positions, batch.attention_mask)
+
+            return fn
+
+        with self.intervene({name: reader(name) for name in names}):
+            self.forward(batch, stop_at_layer=_layer_after(names))
+        missing = [name for name in names if name not in rows]
+        if missing:
+            raise InterventionError(
+                f"hook points {missing} did not fire in a forward pass of {self.name!r}."
+            )
+        return {name: self._in_basis(rows[name]).cpu() for name in names}
+
+    def _in_basis(self, rows: Tensor) -> Tensor:
+        centred = self.basis == "centred" and rows.shape[-1] == self.d_model
+        return centre(rows) if centred else rows
+
     def watch(self, observer: Observer) -> AbstractContextManager[None]:
         """Inside the block, tell `observer` where each forward pass is in its sequence, and about
         generate calls."""
@@ -145,19 +181,7 @@ class Host:
         return ""
 
     def _in_training(self) -> bool:
-        return bool(self._weights.training)
-
-    def apply_plan(self, plan: SteeringPlan, make: Callable[[Host], Steering]) -> None:
-        """Steer the nnsight run whose code is executing; see `SteeringPlan.apply`."""
-        raise HostError(
-            f"apply works inside an nnsight trace; on {self.kind} use `with plan.hooks(model):`."
-        )
-
-    def edit_plan(self, plan: SteeringPlan, *, allow_mismatch: bool, prompt_lengths: Any) -> Any:
-        """Make the plan an nnsight edit; see `SteeringPlan.edit`."""
-        raise HostError(
-            f"edit makes an nnsight edit; on {self.kind} use `handle = plan.attach(model)`."
-        )
+        return training_noise(self._weights)
 
     def __repr__(self) -> str:
         shape = f"{self.n_layers} layers, d_model={self.d_model}"
@@ -202,11 +226,12 @@ class Host:
         return {name: getattr(self, name) for name in names}
 
     def check_ready(self) -> None:
-        """Raise `ModelStateError` if dropout is on."""
+        """Raise `ModelStateError` if the model, or a part of it that has dropout, is in training
+        mode."""
         if self._in_training():
             raise ModelStateError(
-                f"the model {self.name!r} is in training mode, so dropout would make results "
-                "random; call model.eval()."
+                f"the model {self.name!r} (or a part of it with dropout) is in training mode, so "
+                "dropout would make results random; call model.eval()."
             )
 
     def n_blocks_below(self, hook_names: Iterable[str]) -> int:
@@ -398,3 +423,19 @@ class Host:
             row = new.reshape(-1).tolist()
             out.append(row[: row.index(eos) + 1] if eos is not None and eos in row else row)
         return out
+
+
+def take_rows(
+    activation: Tensor, positions: str | int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """`take_positions` as float32 rows `[n, d]`, wherever the model runs; means are taken in
+    float32."""
+    value = activation.float() if positions == "mean" else activation
+    return take_positions(value, positions, attention_mask).float()
+
+
+def _layer_after(names: Sequence[str]) -> int | None:
+    try:
+        return max(layer_of(name) for name in names) + 1
+    except ArgumentError:  # a hook point outside the blocks (embedding, final norm)
+        return None

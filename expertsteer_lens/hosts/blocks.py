@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,13 +22,16 @@ _ATTENTION_POST = ("post_self_attn_layernorm", "post_attention_layernorm")
 _MLP_POST = ("post_mlp_layernorm", "post_feedforward_layernorm")
 
 
+Side = Literal["input", "output"]
+
+
 @dataclass(frozen=True)
 class Place:
     """One hook point: a module, and which side of it."""
 
     path: str
     """Dotted path from the causal model."""
-    side: str
+    side: Side
     """ "input" (first argument) or "output" (first of the outputs)."""
 
 

@@ -54,7 +54,8 @@ def _fixed_numbers(tag: str, count: int, below: int) -> list[int]:
     ]
 
 
-def _probe_batch(host: Host) -> TokenBatch:
+def probe_batch(host: Host) -> TokenBatch:
+    """Two rows of fixed token ids, the same on every machine: what models are measured on."""
     width = min(24, host.n_ctx or 24)
     ids = torch.tensor(_fixed_numbers("tokens", 2 * width, host.d_vocab), dtype=torch.long).reshape(
         2, width
@@ -71,7 +72,7 @@ def measure_basis(host: Host) -> str:
     constant moves the log-probabilities by less than 1/1000 of it (1/10 in half precision, where
     rounding alone shows). True of pre-LayerNorm models only; RMSNorm models and post-LayerNorm
     models are "raw"."""
-    name, batch = host.hook_names()[0], _probe_batch(host)
+    name, batch = host.hook_names()[0], probe_batch(host)
     noise = torch.randn(host.d_model, generator=torch.Generator().manual_seed(0))
 
     def shifted_by(vector: Tensor) -> EditFn:
@@ -99,6 +100,25 @@ def measure_basis(host: Host) -> str:
     return "centred" if moved[0] < tolerance * moved[1] else "raw"
 
 
+def training_noise(model: nn.Module) -> bool:
+    """Whether the model is in training mode, or a part of it is that has dropout: results would
+    then be random.
+
+    A part counts if it is a dropout module, or keeps a rate of its own, as attention modules do,
+    and the rate is above 0. Other parts may be in training mode without any effect, e.g. an adapter
+    that was just added."""
+    return model.training or any(
+        part.training and _dropout_rate(part) > 0 for part in model.modules()
+    )
+
+
+def _dropout_rate(part: nn.Module) -> float:
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return float(part.p)
+    rates = [value for name, value in vars(part).items() if "drop" in name]
+    return max((value for value in rates if isinstance(value, float)), default=0.0)
+
+
 FINGERPRINT_BITS = 256
 _TOLERATED_BITS = 8
 
@@ -114,7 +134,7 @@ def measure_fingerprint(host: Host) -> str:
     give the same fingerprint everywhere, up to a bit or two (`fingerprints_match` allows 8 of 256).
     Other weights agree on half the bits. It proves that two models behave alike on 48 tokens; it
     does not prove that every weight is equal: a light fine-tune may pass."""
-    batch = _probe_batch(host)
+    batch = probe_batch(host)
     with host.quiet():
         logits = host.forward(batch).float().cpu()
     rows = logits.reshape(-1, logits.shape[-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from expertsteer_lens.interventions.positions import ForwardInfo
 
 from .base import Host
 from .facts import hooks_suspended
+from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .transformer_lens import _add, _Registered, _remove
 
 
 class HookedModuleHost(Host):
@@ -32,7 +32,6 @@ class HookedModuleHost(Host):
     they are (basis "raw")."""
 
     kind = "hooked_module"
-    basis = "raw"  # type: ignore[assignment]  # what the output is invariant to cannot be measured without inputs
 
     def __init__(self, model: Any) -> None:
         cfg = getattr(model, "cfg", None)
@@ -47,6 +46,11 @@ class HookedModuleHost(Host):
             n_ctx=None,
         )
         self._watching: list[tuple[Observer, list[Any]]] = []
+
+    @property
+    def basis(self) -> str:
+        """ "raw": without inputs nobody can measure what the output is invariant to."""
+        return "raw"
 
     @property
     def fingerprint(self) -> str:
@@ -79,19 +83,13 @@ class HookedModuleHost(Host):
             "inputs."
         )
 
-    @contextmanager
-    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
+    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[HookPoints]:
         """See `Host.intervene`."""
         self.check_hook_names(list(fns))
-        points, registered = self.model.hook_dict, _Registered(self.model)
-        with ExitStack() as stack:
-            for name, fn in fns.items():
-                handle = _add(points[name], self._noticed(guarded(name, fn)))
-                stack.callback(_remove, points[name], handle)
-                registered.entries.append((name, points[name], handle))
-            yield registered
+        checked = {name: self._report_passes(guarded(name, fn)) for name, fn in fns.items()}
+        return functions_at(self.model, checked)
 
-    def _noticed(self, fn: EditFn) -> EditFn:
+    def _report_passes(self, fn: EditFn) -> EditFn:
         def at_point(x: Tensor) -> Tensor | None:
             flat = isinstance(x, Tensor) and x.ndim == 2
             value = x[:, None] if flat else x
@@ -169,7 +167,7 @@ def capture_tensors(
         InterventionError: a hook point did not fire, or fired more than once in a pass.
         DataError: no inputs, NaN, or labels of another number.
     """
-    from expertsteer_lens.hosts import as_host
+    from . import as_host
 
     host = as_host(model)
     host.check_ready()

@@ -28,7 +28,7 @@ from .blocks import (
     with_first,
     with_first_argument,
 )
-from .facts import _probe_batch, facts, hooks_suspended
+from .facts import facts, hooks_suspended, probe_batch
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import watch_causal_module, watch_generate
 from .resume import KeptStream, keep_stream, logits_only_at, skip_blocks
@@ -37,8 +37,7 @@ NO_TOKEN = 2**31 - 1
 """An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like
 any other token."""
 
-# Tokenizers given to `as_host`, or found beside a model's weights; None where there is none to be
-# found.
+# Tokenizers given to `as_host`, or that lie beside a model's weights; None where there is none.
 _TOKENIZERS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -49,7 +48,7 @@ class HuggingFaceHost(Host):
 
     def __init__(self, model: nn.Module, *, tokenizer: Any = None) -> None:
         config = text_config(model)
-        if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+        if getattr(model.config, "is_encoder_decoder", False):
             raise HostError(
                 f"{type(model).__name__} is an encoder-decoder; only decoder-only language models "
                 "can be steered as a "
@@ -86,7 +85,7 @@ class HuggingFaceHost(Host):
         branches = [name for name in found if name.endswith(("hook_attn_out", "hook_mlp_out"))]
         if branches and not self._branches_add_up():
             raise HookNameError(
-                f"hook {branches[0]!r} is not to be had on {type(self.model).__name__}: the "
+                f"hook {branches[0]!r} cannot be used on {type(self.model).__name__}: the "
                 "outputs of its attention and MLP "
                 "modules do not add up to what the block adds to the residual stream; use "
                 "hook_resid_pre or hook_resid_post."
@@ -109,7 +108,7 @@ class HuggingFaceHost(Host):
             **no_cache(self.model),
         }
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
-            return self.model(**options).logits
+            return _logits_of(self.model(**options))
 
         def leave(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(first_argument(args, kwargs))
@@ -117,7 +116,7 @@ class HuggingFaceHost(Host):
         block = self.model.get_submodule(self.blocks.layers[stop_at_layer])
         handle = block.register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            return self.model(**options).logits
+            return _logits_of(self.model(**options))
         except _Reached as reached:
             return reached.residual
         finally:
@@ -194,8 +193,13 @@ class HuggingFaceHost(Host):
         options = generate_options(
             max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self.pad_id
         )
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        out: Tensor = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return out[:, ids.shape[1] :]
+
+
+def _logits_of(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
 
 
 class TorchHooks:
@@ -242,7 +246,7 @@ def find_tokenizer(model: nn.Module) -> Any:
     if attached is not None:
         return attached
     if model not in _TOKENIZERS:
-        _TOKENIZERS[model] = _local_tokenizer(getattr(model.config, "name_or_path", ""))  # type: ignore[union-attr]
+        _TOKENIZERS[model] = _local_tokenizer(getattr(model.config, "name_or_path", ""))
     return _TOKENIZERS[model]
 
 
@@ -259,7 +263,7 @@ def _local_tokenizer(name: str) -> Any:
 
 def label(model: nn.Module) -> str:
     """The model's name; of a folder only its own name, not where it lies on this machine."""
-    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)  # type: ignore[union-attr]
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).is_dir() else name
 
 
@@ -295,7 +299,7 @@ def _resumes_exactly(host: HuggingFaceHost, n_blocks: int) -> bool:
     per-layer inputs. A pass over other tokens comes between, so that nothing left over from the
     full pass can help.
     """
-    batch = _probe_batch(host)
+    batch = probe_batch(host)
     other = TokenBatch(batch.input_ids.flip(0, 1), batch.attention_mask)
     with host.quiet():
         whole = host.forward(batch)
@@ -322,7 +326,7 @@ def _measure_branches(host: HuggingFaceHost) -> bool:
         return lambda x: seen.__setitem__(name, x.double())
 
     with host.quiet(), host.torch_hooks({name: keep(name) for name in names}):
-        host.forward(_probe_batch(host), stop_at_layer=1)
+        host.forward(probe_batch(host), stop_at_layer=1)
     before, attention, mlp, after = (seen[name] for name in names)
     error = (before + attention + mlp - after).norm() / after.norm()
     return float(error) < (1e-4 if host.dtype in (torch.float32, torch.float64) else 3e-2)

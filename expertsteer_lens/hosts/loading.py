@@ -4,20 +4,21 @@ notebooks."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens.errors import ArgumentError
 
+LoadedAs = Literal["transformer_lens", "nnsight", "huggingface"]
 HOSTS = ("transformer_lens", "nnsight", "huggingface")
 
 
 def load_model(
     name_or_path: str,
     *,
-    host: str = "transformer_lens",
+    host: LoadedAs = "transformer_lens",
     dtype: str = "float32",
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -46,6 +47,33 @@ def load_model(
         name_or_path, dtype=torch_dtype, trust_remote_code=trust_remote_code
     ).to(device)
     model.eval()
+    # A folder's own name, not where it lies on this machine.
+    label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    return wrap_model(model, tokenizer, host=host, name=label, trust_remote_code=trust_remote_code)
+
+
+def wrap_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    host: LoadedAs | str,
+    name: str,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A Hugging Face model as an object of the host asked for.
+
+    Args:
+        model: on its device, in evaluation mode. TransformerLens works on it in place.
+        tokenizer: its tokenizer; "huggingface" keeps it as the attribute `tokenizer`.
+        host: "transformer_lens" (TransformerBridge, raw weights), "nnsight" (TransformersModel) or
+            "huggingface" (the model itself).
+        name: what TransformerLens calls the model.
+        trust_remote_code: whether the tokenizer may run code that ships with it.
+
+    Raises:
+        ArgumentError: unknown host.
+    """
+    check_choice("host", host, HOSTS)
     if host == "huggingface":
         model.tokenizer = tokenizer
         return model
@@ -55,17 +83,13 @@ def load_model(
         return TransformersModel(model, tokenizer=tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
-    if (
-        trust_remote_code
-    ):  # TransformerLens loads the tokenizer once more from these, and would ask on the terminal
+    if trust_remote_code:
+        # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
         tokenizer.init_kwargs["trust_remote_code"] = True
-    # With model and tokenizer given the name is only a label: a folder's own name, not where it
-    # lies on this machine.
-    label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
     return TransformerBridge.boot_transformers(
-        label,
+        name,  # only a label, as model and tokenizer are given
         hf_model=model,
         tokenizer=tokenizer,
-        device=device,
+        device=str(next(model.parameters()).device),
         trust_remote_code=trust_remote_code,
     )

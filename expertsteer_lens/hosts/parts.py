@@ -20,7 +20,8 @@ EditFn = Callable[[Tensor], Tensor | None]
 
 @runtime_checkable
 class Observer(Protocol):
-    """Told where the model is in a sequence; see `Host.watch`."""
+    """Hears where the model is in a sequence, before the first block of every pass; see
+    `Host.watch`."""
 
     def on_forward(self, info: ForwardInfo) -> None:
         """A forward pass is about to run its first block."""
@@ -36,7 +37,7 @@ class Registration(Protocol):
 
     def lost(self, *, thorough: bool = True) -> list[str]:
         """Hook names whose intervention someone else removed; without `thorough` only what can be
-        told at once."""
+        seen at once."""
 
 
 @dataclass(frozen=True, eq=False)

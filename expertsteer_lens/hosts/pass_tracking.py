@@ -7,9 +7,8 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +20,13 @@ from expertsteer_lens.interventions.positions import ForwardInfo
 from .parts import Observer
 
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
-"""What decoders of transformers call their cache; it became `cache` in 5.24."""
+"""What decoders of transformers call their cache: it became `cache` in 5.24, and is `cache_params`
+in recurrent models."""
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
+
+_CACHED_TOKENS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""Tokens given so far to caches that do not count them (those of recurrent models), as seen by the
+watchers of this process."""
 
 
 @contextmanager
@@ -35,43 +39,61 @@ def watch_causal_module(
     number of cached tokens is the cache's own. Where the decoder is given its mask in a form that
     hides the padding, the mask is the one that the whole model, `root`, was given."""
     names = parameter_names(module)
-    outer: list[Tensor] = []
+    root_mask: Tensor | None = None
+    total = 0
+
+    def enters_root(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal root_mask
+        mask = kwargs.get("attention_mask")
+        root_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        outer[:] = [mask] if isinstance(mask, Tensor) and mask.ndim == 2 else []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        info = None if module in UNWATCHED else forward_info(names, args, kwargs)
+        nonlocal total
+        if is_measured(module):
+            return
+        info = describe_pass(names, args, kwargs, _CACHED_TOKENS)
         if info is None:
             return
-        if info.opaque_mask and outer and outer[0].shape == (info.batch, info.past + info.n_new):
-            info = replace(info, attention_mask=outer[0], opaque_mask=False)
+        total = info.past + info.n_new
+        whole = (info.batch, total)
+        if info.opaque_mask and root_mask is not None and root_mask.shape == whole:
+            info = info.with_mask(root_mask)
         observer.on_forward(info)
+
+    def leaves(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # Noted at the end of the pass, so that two watchers of one pass read the same number at its
+        # beginning and note the same number here.
+        if not is_measured(module):
+            note_cached(names, args, kwargs, _CACHED_TOKENS, total)
 
     with ExitStack() as stack:
         if root is not module:
-            stack.callback(root.register_forward_pre_hook(enters, with_kwargs=True).remove)
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(root.register_forward_pre_hook(enters_root, with_kwargs=True).remove)
+        stack.callback(module.register_forward_pre_hook(enters, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(leaves, with_kwargs=True).remove)
         yield
 
 
-UNWATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Modules whose passes are reported to nobody just now."""
+_MEASURED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextmanager
-def unwatched(module: nn.Module) -> Iterator[None]:
-    """Inside the block, passes of the module are measurements of our own, and no part of anybody's
-    sequence."""
-    if module in UNWATCHED:
+def measuring(module: nn.Module) -> Iterator[None]:
+    """Inside the block, passes of the module are measurements of our own and no part of anybody's
+    sequence: no observer hears of them."""
+    if module in _MEASURED:
         yield
         return
-    UNWATCHED.add(module)
+    _MEASURED.add(module)
     try:
         yield
     finally:
-        UNWATCHED.discard(module)
+        _MEASURED.discard(module)
+
+
+def is_measured(module: nn.Module) -> bool:
+    """Whether a pass of the module would be a measurement of our own; see `measuring`."""
+    return module in _MEASURED
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -80,11 +102,22 @@ def parameter_names(module: nn.Module) -> list[str]:
     return [name for name in inspect.signature(module.forward).parameters if name != "self"]
 
 
-def forward_info(
-    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+def describe_pass(
+    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], counts: Mapping[Any, int]
 ) -> ForwardInfo | None:
     """What a decoder's arguments say about the pass; None if they hold no tokens, or stand-ins
-    without values."""
+    without values.
+
+    Args:
+        names: of the positional arguments.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        counts: tokens in caches that do not count them themselves.
+
+    Raises:
+        InterventionError: the cache does not count its tokens, and was filled before anybody
+            watched.
+    """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     ids = given.get("input_ids")
     tokens = ids if ids is not None else given.get("inputs_embeds")
@@ -93,18 +126,77 @@ def forward_info(
     if tokens is None or is_stand_in(tokens):
         return None
     mask = given.get("attention_mask")
-    plain = isinstance(mask, Tensor) and mask.ndim == 2
+    is_plain = isinstance(mask, Tensor) and mask.ndim == 2
     return ForwardInfo(
         batch=tokens.shape[0],
         n_new=tokens.shape[1],
-        past=_cached_tokens(
-            next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None),
-            tokens.shape[1],
-        ),
-        attention_mask=mask if plain else None,
+        past=_cached_tokens(_find_cache(given), counts),
+        attention_mask=mask if is_plain else None,
         input_ids=ids if isinstance(ids, Tensor) else None,
-        opaque_mask=mask is not None and not plain,
+        opaque_mask=mask is not None and not is_plain,
     )
+
+
+def note_cached(
+    names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    counts: MutableMapping[Any, int],
+    total: int,
+) -> None:
+    """Note that the cache in these arguments holds `total` tokens after the pass, unless it counts
+    them itself."""
+    cache = _find_cache({**dict(zip(names, args, strict=False)), **kwargs})
+    if hasattr(cache, "get_seq_length") and not _counts_itself(cache):
+        counts[cache] = total
+
+
+def read_pass(
+    names: Sequence[str],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    counts: MutableMapping[Any, int],
+) -> ForwardInfo | None:
+    """`describe_pass` for one that reads each pass once and keeps `counts` for itself."""
+    info = describe_pass(names, args, kwargs, counts)
+    if info is not None:
+        note_cached(names, args, kwargs, counts, info.past + info.n_new)
+    return info
+
+
+def _find_cache(given: Mapping[str, Any]) -> Any:
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
+def _counts_itself(cache: Any) -> bool:
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        return False
+    return True
+
+
+def _cached_tokens(cache: Any, counts: Mapping[Any, int]) -> int:
+    """Tokens in a cache before a pass."""
+    if cache is None:
+        return 0
+    if not hasattr(cache, "get_seq_length"):
+        try:  # the tuple-of-tuples form of older transformers: keys are [batch, heads, pos, d_head]
+            return int(cache[0][0].shape[-2])
+        except (TypeError, IndexError, AttributeError):
+            return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # states of a recurrent model, which have no length
+        pass
+    past = counts.get(cache, 0)
+    filled = getattr(cache, "has_previous_state", False)
+    if past == 0 and (filled() if callable(filled) else filled):
+        raise InterventionError(
+            f"the {type(cache).__name__} given does not say how many tokens it holds, and it was "
+            "filled before steering was on; start steering before the prompt is run."
+        )
+    return past
 
 
 def prompt_mask(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -131,52 +223,18 @@ def is_stand_in(tensor: Tensor) -> bool:
     return kind is not Tensor and "FakeTensor" in (cls.__name__ for cls in kind.__mro__)
 
 
-_FED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""Tokens given so far to caches that do not count (those of recurrent models)."""
-
-
-def _cached_tokens(cache: Any, n_new: int) -> int:
-    """Tokens in a cache before a pass that adds `n_new`.
-
-    Raises:
-        InterventionError: the cache does not count its tokens, and was filled before anybody
-            watched.
-    """
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        try:
-            return int(cache.get_seq_length())
-        except ValueError:  # states of a recurrent model, which have no length
-            pass
-        past = _FED.get(cache, 0)
-        filled = getattr(cache, "has_previous_state", False)
-        if past == 0 and (filled() if callable(filled) else filled):
-            raise InterventionError(
-                f"the {type(cache).__name__} given does not say how many tokens it holds, and it "
-                "was filled before steering "
-                "was on; start steering before the prompt is run."
-            )
-        _FED[cache] = past + n_new
-        return past
-    try:  # the tuple-of-tuples form of older transformers: keys are [batch, heads, pos, d_head]
-        return int(cache[0][0].shape[-2])
-    except (TypeError, IndexError, AttributeError):
-        return 0
-
-
 @contextmanager
 def watch_generate(objects: Sequence[Any], observer: Observer) -> Iterator[None]:
     """Report the beginning and end of every `generate` call on `objects` to `observer`.
 
-    Uncached generation and one-token prompts cannot be told from a series of unrelated passes by
-    their shapes, so the call itself is noted, by a wrapper that lives on the instance only as long
+    By their shapes, uncached generation and one-token prompts look like a series of unrelated
+    passes, so the call itself is noted, by a wrapper that lives on the instance only as long
     as somebody watches."""
     with ExitStack() as stack:
         for obj in objects:
             for name in GENERATE_NAMES:
                 if callable(getattr(type(obj), name, None)):
-                    stack.enter_context(_noted(obj, name, observer))
+                    stack.enter_context(_observed_calls(obj, name, observer))
         yield
 
 
@@ -184,10 +242,10 @@ _OBSERVERS = "_expertsteer_observers"
 
 
 @contextmanager
-def _noted(obj: Any, name: str, observer: Observer) -> Iterator[None]:
+def _observed_calls(obj: Any, name: str, observer: Observer) -> Iterator[None]:
     current = obj.__dict__.get(name)
     if current is None or not hasattr(current, _OBSERVERS):
-        wrapper = _wrapper(obj, name, current)
+        wrapper = _wrap_calls(obj, name, current)
         obj.__dict__[name] = wrapper
         current = wrapper
     observers: list[Observer] = getattr(current, _OBSERVERS)
@@ -205,7 +263,7 @@ def _noted(obj: Any, name: str, observer: Observer) -> Iterator[None]:
                 obj.__dict__[name] = previous
 
 
-def _wrapper(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any:
+def _wrap_calls(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any:
     original = previous if previous is not None else getattr(type(obj), name).__get__(obj)
     observers: list[Observer] = []
 
@@ -214,14 +272,14 @@ def _wrapper(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any:
 
     @contextlib.contextmanager
     def noting(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        told = list(observers)
+        watching = list(observers)  # those who were there when the call began hear of its end
         prompt = prompt_mask(args, kwargs) if reads_prompt else None
-        for observer in told:
+        for observer in watching:
             observer.on_generate(True, prompt)
         try:
             yield
         finally:
-            for observer in told:
+            for observer in watching:
                 observer.on_generate(False)
 
     if inspect.isgeneratorfunction(inspect.unwrap(original)):

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_classes, check_number
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.data.activations import ActivationStore, layer_of, take_positions
+from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.texts import TEXTS_KEY
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
-from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
-from expertsteer_lens.interventions.edits import centre
+from expertsteer_lens.errors import ArgumentError, DataError
 
 from .parts import TokenBatch
 
@@ -65,7 +64,7 @@ def capture(
         ModelStateError: the model is in training mode.
         InterventionError: a hook point did not fire.
     """
-    from expertsteer_lens.hosts import as_host
+    from . import as_host
 
     host = as_host(model)
     host.check_ready()
@@ -85,7 +84,7 @@ def capture(
     for index in progress_bar(batches, "capture", progress=progress, unit="batch"):
         part = _trimmed(tokens, index)
         counts = part.lengths.tolist() if positions == "all" else [1] * len(index)
-        for name, value in _read(host, part, names, positions).items():
+        for name, value in host.read(part, names, positions).items():
             for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)
@@ -96,51 +95,6 @@ def capture(
         None if classes is None else classes.repeat_interleave(torch.tensor(counts)),
         _provenance(host, texts, names, positions, prepend_bos, counts),
     )
-
-
-@torch.no_grad()
-def _read(
-    host: Host, batch: TokenBatch, names: Sequence[str], positions: str | int
-) -> dict[str, Tensor]:
-    """The rows `[n, d]` that `positions` picks at each name: copies on the CPU, float32, in the
-    host's basis.
-
-    Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is done
-    to the live activation afterwards can reach them."""
-    found: dict[str, Tensor] = {}
-    centred = host.basis == "centred"
-    if getattr(host, "remote", False):
-        found = host.read_remotely(batch, list(names), positions)  # type: ignore[attr-defined]
-        return {
-            name: centre(x) if centred and x.shape[-1] == host.d_model else x
-            for name, x in found.items()
-        }
-
-    def reader(name: str) -> Any:
-        def fn(activation: Tensor) -> None:
-            value = activation.detach()
-            taken = take_positions(
-                value.float() if positions == "mean" else value, positions, batch.attention_mask
-            ).float()
-            found[name] = centre(taken) if centred and taken.shape[-1] == host.d_model else taken
-
-        return fn
-
-    with host.intervene({name: reader(name) for name in names}):
-        host.forward(batch, stop_at_layer=_stop_layer(names))
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise InterventionError(
-            f"hook points {missing} did not fire in a forward pass of {host.name!r}."
-        )
-    return {name: found[name].cpu() for name in names}
-
-
-def _stop_layer(names: Sequence[str]) -> int | None:
-    try:
-        return max(layer_of(name) for name in names) + 1
-    except ArgumentError:  # a hook point outside the blocks (embedding, final norm)
-        return None
 
 
 def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:

@@ -8,7 +8,7 @@ registration."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from expertsteer_lens.interventions.positions import ForwardInfo
 
 from .base import Host
-from .facts import hooks_suspended
+from .facts import hooks_suspended, training_noise
+from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import UNWATCHED, unwatched, watch_causal_module, watch_generate
+from .pass_tracking import is_measured, measuring, watch_causal_module, watch_generate
 
 
 class TransformerLensHost(Host):
@@ -52,7 +53,7 @@ class TransformerLensHost(Host):
         # HookedTransformer has no dropout and is in "training mode" as it comes; its flag means
         # nothing.
         inner = _underlying(self.model)
-        return inner is not None and bool(inner.training)
+        return inner is not None and training_noise(inner)
 
     def _unsteerable(self, hook_name: str) -> str | None:
         if hook_name.endswith("hook_resid_mid") and self.is_bridge:
@@ -83,23 +84,16 @@ class TransformerLensHost(Host):
         options: dict[str, Any] = {} if stop is None else {"stop_at_layer": stop}
         if hasattr(getattr(_underlying(self.model), "config", None), "use_cache"):
             options["use_cache"] = False  # a Bridge would keep keys and values that nobody asks for
-        return self.model(
+        out: Tensor = self.model(
             batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options
         )
+        return out
 
-    @contextmanager
-    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
+    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[HookPoints]:
         """Put each function at its hook point, in order; names are resolved before anything is
         registered."""
         self.check_hook_names(list(fns))
-        points = self.model.hook_dict
-        registered = _Registered(self.model)
-        with ExitStack() as stack:
-            for name, fn in fns.items():
-                handle = _add(points[name], guarded(name, fn))
-                stack.callback(_remove, points[name], handle)
-                registered.entries.append((name, points[name], handle))
-            yield registered
+        return functions_at(self.model, {name: guarded(name, fn) for name, fn in fns.items()})
 
     @contextmanager
     def watch(self, observer: Observer) -> Iterator[None]:
@@ -118,7 +112,7 @@ class TransformerLensHost(Host):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """See `Host.quiet`: hook points, and whoever watches the passes."""
-        with unwatched(self._watched()), hooks_suspended(list(self.model.hook_dict.values())):
+        with measuring(self._watched()), hooks_suspended(list(self.model.hook_dict.values())):
             yield
 
     def _watched(self) -> nn.Module:
@@ -126,7 +120,7 @@ class TransformerLensHost(Host):
         blocks."""
         inner = _underlying(self.model)
         if inner is None:
-            return self.model
+            return self._weights
         blocks = getattr(self.model, "blocks", None)
         for module in inner.modules():
             if any(child is blocks for child in module.children()):
@@ -136,7 +130,7 @@ class TransformerLensHost(Host):
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
     ) -> Tensor:
-        out = self.model.generate(
+        out: Tensor = self.model.generate(
             ids,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -147,43 +141,6 @@ class TransformerLensHost(Host):
             **({} if eos is None else {"eos_token_id": eos}),
         )
         return out[:, ids.shape[1] :]
-
-
-class _Registered:
-    """The hooks of one `intervene` call."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.entries: list[tuple[str, Any, Any]] = []
-
-    def lost(self, *, thorough: bool = True) -> list[str]:
-        # A Bridge builds its hook_dict anew each time it is asked, about a millisecond: not on
-        # every pass.
-        points = self.model.hook_dict if thorough else None
-        return [
-            name
-            for name, point, handle in self.entries
-            if not _is_there(point, handle)
-            or (points is not None and points.get(name) is not point)
-        ]
-
-
-def _add(point: Any, fn: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register at the hook point and return its handle (`add_hook` returns None before
-    TransformerLens 4.3)."""
-    before = {id(h) for h in point.fwd_hooks}
-    point.add_hook(lambda tensor, hook: fn(tensor), dir="fwd")
-    return next(h for h in point.fwd_hooks if id(h) not in before)
-
-
-def _remove(point: Any, handle: Any) -> None:
-    """Take off this handle and nothing else; harmless if somebody did already."""
-    handle.hook.remove()
-    point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
-
-
-def _is_there(point: Any, handle: Any) -> bool:
-    return any(h is handle for h in point.fwd_hooks) and handle.hook.id in point._forward_hooks
 
 
 def _underlying(model: Any) -> nn.Module | None:
@@ -212,7 +169,7 @@ def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
             if not isinstance(residual, Tensor):
                 return
             starts, last = index <= last[0] or residual.shape != last[1], (index, residual.shape)
-            if not starts or model in UNWATCHED:
+            if not starts or is_measured(model):
                 return
             entry = kwargs.get("past_kv_cache_entry")
             tokens = ids[0] if ids[0] is not None and ids[0].shape == residual.shape[:2] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import edits
+from .edits import EDITS, Edit, register_edit
 from .gates import Gate, fit_gate
 
-__all__ = ["Gate", "edits", "fit_gate"]
+__all__ = ["EDITS", "Edit", "Gate", "edits", "fit_gate", "register_edit"]

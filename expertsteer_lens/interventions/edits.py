@@ -1,19 +1,40 @@
-"""Edits: pure functions on activations `[batch, pos, d]`, with an optional boolean mask `[batch,
-pos]`.
+"""Edits: pure functions on activations `[batch, pos, d]`, and the table of those a plan can name.
 
-Each returns a new tensor of the same shape, dtype and device. Tokens outside the mask come back bit
-for bit. A `direction` is used as a unit vector: it is normalised here, so its length never matters.
+The public functions take an optional boolean mask `[batch, pos]` and return a new tensor of the
+same shape, dtype and device. Tokens outside the mask come back bit for bit. A `direction` is used
+as a unit vector: it is normalised here, so its length never matters.
+
+`EDITS` holds the edits that a `SteeringVector` knows by name. `register_edit` adds one of yours:
+
+    >>> import torch
+    >>> from expertsteer_lens import SteeringPlan
+    >>> from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
+    >>> def mirror(activations, direction, coefficient):
+    ...     along = activations @ direction
+    ...     return activations - (2 * coefficient * along)[..., None] * direction
+    >>> register_edit("mirror", Edit(mirror, coefficient="fraction"))
+    >>> vectors = {"blocks.0.hook_resid_post": torch.tensor([3.0, 4.0])}
+    >>> plan = SteeringPlan.from_vectors(vectors, edit="mirror", relative_to="unit")
+    >>> plan.vectors[0]
+    blocks.0.hook_resid_post: mirror +1, d=2
+    >>> plan.vectors[0].prepared(centred=False)(torch.ones(1, 1, 2))
+    tensor([[[-0.6800, -1.2400]]])
+    >>> del EDITS["mirror"]
 """
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number
+from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.errors import ArgumentError, WidthError
 
 Activations = Float[Tensor, "batch pos d"]
@@ -32,6 +53,9 @@ def wide(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
+# -- the functions --------------------------------------------------------------------------------
+
+
 def add(
     activations: Activations, delta: Tensor, *, mask: Mask = None, preserve_norm: bool = False
 ) -> Activations:
@@ -46,6 +70,11 @@ def add(
 
     Raises:
         WidthError: the last axis of `delta` is not `d`.
+
+    Example:
+        >>> add(torch.zeros(1, 2, 2), torch.tensor([1.0, 2.0]), mask=torch.tensor([[False, True]]))
+        tensor([[[0., 0.],
+                 [1., 2.]]])
     """
     _check_width("delta", delta, activations)
     base = wide(activations) if preserve_norm else activations
@@ -56,42 +85,73 @@ def ablate(
     activations: Activations,
     direction: Tensor,
     *,
-    strength: float | Tensor = 1.0,
+    coefficient: float | Tensor = 1.0,
     mask: Mask = None,
     preserve_norm: bool = False,
+    strength: float | Tensor | None = None,
 ) -> Activations:
-    """x - strength * (x . v) v: at strength 1 nothing is left along v; at -1 the component is
-    doubled.
+    """x - coefficient * (x . v) v: at 1 nothing is left along v; at -1 the component is doubled.
 
-    Idempotent at strength 1. The projection is computed in at least float32.
+    Idempotent at coefficient 1. The projection is computed in at least float32.
+
+    Args:
+        activations: `[batch, pos, d]`.
+        direction: `[d]`.
+        coefficient: the fraction of the projection taken away; a number, or a tensor that
+            broadcasts to `[batch, pos]`.
+        mask: tokens to edit; None edits every token.
+        preserve_norm: rescale each edited token to the norm it had.
+        strength: old name of `coefficient`.
+
+    Example:
+        >>> ablate(torch.tensor([[[3.0, 4.0]]]), torch.tensor([2.0, 0.0]))
+        tensor([[[0., 4.]]])
     """
-    return rescale(
-        activations, direction, factor=1.0 - strength, mask=mask, preserve_norm=preserve_norm
-    )
+    if strength is not None:
+        _warn_renamed("ablate", "strength=s", "coefficient=s")
+        coefficient = strength
+    unit = _unit(direction, activations)
+    edited = _multiply_along(wide(activations), unit, 1.0 - coefficient)
+    return _finish(activations, edited, mask, preserve_norm)
 
 
 def rescale(
     activations: Activations,
     direction: Tensor,
     *,
-    factor: float | Tensor,
+    coefficient: float | Tensor | None = None,
     mask: Mask = None,
     preserve_norm: bool = False,
+    factor: float | Tensor | None = None,
 ) -> Activations:
-    """x + (factor - 1) * (x . v) v: the component along v times `factor`; the rest is left alone.
+    """x + coefficient * (x . v) v: the component along v times (1 + coefficient); the rest is left
+    alone.
 
     Args:
         activations: `[batch, pos, d]`.
         direction: `[d]`.
-        factor: a number, or a tensor that broadcasts to `[batch, pos]`. 1 changes nothing, 0
-            ablates.
+        coefficient: the fraction of the projection that is added; a number, or a tensor that
+            broadcasts to `[batch, pos]`. 0 changes nothing, -1 ablates, 1 doubles.
         mask: tokens to edit; None edits every token.
         preserve_norm: rescale each edited token to the norm it had.
+        factor: what the component is multiplied by: 1 + coefficient, the old way to say it.
+
+    Raises:
+        ArgumentError: no coefficient is given.
+
+    Example:
+        >>> rescale(torch.tensor([[[3.0, 4.0]]]), torch.tensor([2.0, 0.0]), coefficient=1.0)
+        tensor([[[6., 4.]]])
     """
+    if factor is not None:
+        _warn_renamed("rescale", "factor=f", "coefficient=f - 1")
+    elif coefficient is None:
+        raise ArgumentError("rescale needs a coefficient, got none; 1.0 doubles the component.")
+    else:
+        factor = 1.0 + coefficient
     unit = _unit(direction, activations)
-    along = wide(activations) @ unit
-    change = (torch.as_tensor(factor, device=along.device) - 1.0) * along
-    return _finish(activations, wide(activations) + change[..., None] * unit, mask, preserve_norm)
+    edited = _multiply_along(wide(activations), unit, factor)
+    return _finish(activations, edited, mask, preserve_norm)
 
 
 def clamp(
@@ -116,19 +176,248 @@ def clamp(
 
     Raises:
         ArgumentError: neither bound is given, or low > high.
+
+    Example:
+        >>> clamp(torch.tensor([[[3.0, 4.0]]]), torch.tensor([2.0, 0.0]), high=1.0)
+        tensor([[[1., 4.]]])
     """
     if low is None and high is None:
         raise ArgumentError("clamp needs low, high or both, got neither.")
-    unit = _unit(direction, activations)
-    along = wide(activations) @ unit
-    lower = None if low is None else torch.as_tensor(low, dtype=along.dtype, device=along.device)
-    upper = None if high is None else torch.as_tensor(high, dtype=along.dtype, device=along.device)
+    x = wide(activations)
+    lower = None if low is None else torch.as_tensor(low, dtype=x.dtype, device=x.device)
+    upper = None if high is None else torch.as_tensor(high, dtype=x.dtype, device=x.device)
     if lower is not None and upper is not None and bool((lower > upper).any()):
         raise ArgumentError(f"clamp needs low <= high, got low={low}, high={high}.")
-    moved = along if lower is None else torch.maximum(along, lower)
-    moved = moved if upper is None else torch.minimum(moved, upper)
-    edited = wide(activations) + (moved - along)[..., None] * unit
+    edited = _move_between(x, _unit(direction, activations), lower, upper)
     return _finish(activations, edited, mask, preserve_norm)
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+EditFunction = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
+"""`function(activations, direction, coefficient) -> activations`.
+
+`activations` `[batch, pos, d]` are in the plan's basis and in float32 or float64, `direction` `[d]`
+is a unit vector of that type, and `coefficient` is a number, or a tensor `[batch, 1]` where it
+differs from row to row. The basis, the mask, the norm to be kept and the model's own type are
+somebody else's business. For runs on a server the function must be one that can be sent: torch
+operations on its arguments."""
+
+CoefficientKind = Literal["length", "fraction"]
+COEFFICIENT_KINDS = ("length", "fraction")
+EditName = Literal["add", "ablate", "clamp", "rescale"]
+"""The edits that come with the package; `register_edit` adds others."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One kind of edit, as `EDITS` holds it: what is done, and what its coefficient means.
+
+    A coefficient above 0 must steer towards the direction, and 0 must leave the activations as they
+    are: calibration and `SteeringPlan.with_coefficient` count on both. (`ablate`, whose business is
+    to take away, is the one exception to the sign.)"""
+
+    function: EditFunction
+    coefficient: CoefficientKind = "length"
+    """ "length": along the direction, in the unit of the activations, so a plan may state it in
+    median norms. "fraction": of the projection on the direction, so it has no unit."""
+    is_constant: bool = False
+    """Whether the edit adds coefficient * (a vector that depends on the direction alone). Such an
+    edit is done in the activations' own type, and is what other programs' files can hold."""
+    check: Callable[[float], None] | None = None
+    """Raises `ArgumentError` for a coefficient that makes no sense; None: any finite number."""
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ArgumentError(
+                "an Edit needs a function of (activations, direction, coefficient), got "
+                f"{self.function!r}."
+            )
+        check_choice("coefficient", self.coefficient, COEFFICIENT_KINDS)
+
+    def delta(self, direction: Float[Tensor, " d"], coefficient: float) -> Float[Tensor, " d"]:
+        """What a constant edit adds to every token."""
+        return self.function(torch.zeros_like(direction)[None, None], direction, coefficient)[0, 0]
+
+
+def _add_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    by_row = isinstance(coefficient, Tensor) and coefficient.ndim > 0
+    return x + (coefficient[..., None] if by_row else coefficient) * direction  # type: ignore[index]
+
+
+def _ablate_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    return _multiply_along(x, direction, 1.0 - coefficient)
+
+
+def _rescale_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    return _multiply_along(x, direction, 1.0 + coefficient)
+
+
+def _clamp_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    # A coefficient of 0 is off, so it bounds nothing; its sign says which side is bounded.
+    bound = torch.as_tensor(coefficient, device=x.device)
+    unbounded = torch.full_like(bound, torch.inf)
+    low = torch.where(bound > 0, bound, -unbounded).to(x.dtype)
+    high = torch.where(bound < 0, bound, unbounded).to(x.dtype)
+    return _move_between(x, direction, low, high)
+
+
+EDITS: dict[str, Edit] = {
+    "add": Edit(_add_edit, coefficient="length", is_constant=True),
+    "ablate": Edit(_ablate_edit, coefficient="fraction"),
+    "clamp": Edit(_clamp_edit, coefficient="length"),
+    "rescale": Edit(_rescale_edit, coefficient="fraction"),
+}
+"""Every edit a plan can name; add to it with `register_edit`."""
+
+
+def register_edit(name: str, edit: Edit) -> None:
+    """Make an edit of your own known under `name`, to `SteeringVector`, plans and files alike.
+
+    A saved plan says the name only, so register the edit before you load one. See the head of this
+    module for an example.
+
+    Raises:
+        ArgumentError: the name is taken by another edit or is no name, or `edit` is no `Edit`.
+    """
+    if not isinstance(edit, Edit):
+        raise ArgumentError(f"edit must be an Edit(function, coefficient=...), got {edit!r}.")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ArgumentError(f"the name of an edit must be a plain word, got {name!r}.")
+    if EDITS.get(name, edit) != edit:
+        raise ArgumentError(f"there is already an edit {name!r}; choose another name.")
+    EDITS[name] = edit
+
+
+def find_edit(name: EditName | str) -> Edit:
+    """The edit of this name.
+
+    Raises:
+        ArgumentError: there is none; the message says how to make it known.
+    """
+    if name not in EDITS:
+        try:
+            check_choice("edit", name, EDITS)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"{error} One of your own must be registered first: "
+                "expertsteer_lens.edits.register_edit(name, Edit(...))."
+            ) from None
+    return EDITS[name]
+
+
+class VectorEdit:
+    """The edit of one steering vector, ready to be applied to the activations of a pass.
+
+    Everything that applies a vector goes through here, on this machine and on a server. It is sent
+    to a server as source, which is why it is a plain class (see `hosts.nnsight.remote.pack`).
+
+    Args:
+        edit: what is done.
+        hook_name: for messages.
+        direction: `[d]`.
+        scale: the coefficient in the unit of the activations.
+        preserve_norm: rescale each edited token to the norm it had.
+        centred: whether the edit is done on x - mean(x); the mean of x is left as it is.
+
+    Example:
+        >>> double = VectorEdit(EDITS["rescale"], "a hook", torch.tensor([1.0, 0.0]), 1.0)
+        >>> double(torch.tensor([[[3.0, 4.0]]]))
+        tensor([[[6., 4.]]])
+    """
+
+    def __init__(
+        self,
+        edit: Edit,
+        hook_name: str,
+        direction: Tensor,
+        scale: float,
+        *,
+        preserve_norm: bool = False,
+        centred: bool = False,
+    ) -> None:
+        self.hook_name = hook_name
+        self.scale = scale
+        self.adds_delta = edit.is_constant and not preserve_norm
+        """Whether all that it ever does is to add `delta`."""
+        self._function = edit.function
+        self._direction = direction
+        self._preserve_norm = preserve_norm
+        self._centred = centred
+        self._constant: Tensor | None = None
+        if edit.is_constant:
+            constant = edit.delta(direction, scale)
+            self._constant = centre(constant) if centred else constant
+        self._ready: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Edited activations, in the type of `x`.
+
+        Args:
+            x: `[batch, pos, d]`, in whatever basis the model has.
+            mask: tokens to edit `[batch, pos]`; None edits every token.
+            rows: multiplies the coefficient, `[batch]`.
+        """
+        if self.adds_delta:
+            return add(x, self._delta_by_row(x, rows), mask=mask)
+        before = centre(wide(x)) if self._centred else wide(x)
+        if self._constant is None:
+            scale = self.scale if rows is None else self.scale * rows[:, None]
+            after = self._function(before, self._unit(before), scale)
+        else:
+            after = before + self._delta_by_row(before, rows)
+        after = _finish(before, after, None, self._preserve_norm)
+        # The change is what is added, so the part of x outside of the basis (its mean) stays.
+        return _outside_unchanged(x, (wide(x) + (after - before)).to(x.dtype), mask)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """What a constant edit adds, `[d]` in the type and on the device of `x`.
+
+        Raises:
+            WidthError: the activations have another width.
+        """
+        key = ("delta", x.dtype, x.device)
+        if key not in self._ready:
+            self._check_width(x)
+            assert self._constant is not None
+            self._ready[key] = self._constant.to(x)
+        return self._ready[key]
+
+    def _delta_by_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        delta = self.delta(x)
+        return delta if rows is None else rows.to(x)[:, None, None] * delta
+
+    def _unit(self, x: Tensor) -> Tensor:
+        key = ("unit", x.dtype, x.device)
+        if key not in self._ready:
+            self._check_width(x)
+            self._ready[key] = _unit(self._direction, x)
+        return self._ready[key]
+
+    def _check_width(self, x: Tensor) -> None:
+        if self._direction.shape[0] != x.shape[-1]:
+            raise WidthError(
+                f"the vector at {self.hook_name!r} has width {self._direction.shape[0]}, but the "
+                f"activations there have width {x.shape[-1]}."
+            )
+
+
+# -- what they share ------------------------------------------------------------------------------
+
+
+def _multiply_along(x: Tensor, unit: Tensor, factor: float | Tensor) -> Tensor:
+    """The component of x along `unit` times `factor`."""
+    along = x @ unit
+    change = (torch.as_tensor(factor, device=along.device) - 1.0) * along
+    return x + change[..., None] * unit
+
+
+def _move_between(x: Tensor, unit: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    """The projection of x on `unit` moved into [low, high]."""
+    along = x @ unit
+    moved = along if low is None else torch.maximum(along, low)
+    moved = moved if high is None else torch.minimum(moved, high)
+    return x + (moved - along)[..., None] * unit
 
 
 def _finish(before: Tensor, after: Tensor, mask: Mask, preserve_norm: bool) -> Tensor:
@@ -139,7 +428,10 @@ def _finish(before: Tensor, after: Tensor, mask: Mask, preserve_norm: bool) -> T
             wide(before).norm(dim=-1, keepdim=True)
             / norm.clamp(min=torch.finfo(torch.float32).tiny)
         )
-    after = after.to(before.dtype)
+    return _outside_unchanged(before, after.to(before.dtype), mask)
+
+
+def _outside_unchanged(before: Tensor, after: Tensor, mask: Mask) -> Tensor:
     if mask is None:
         return after
     if mask.shape != before.shape[:2]:
@@ -164,6 +456,12 @@ def _check_width(name: str, value: Tensor, activations: Tensor) -> None:
 def _unit(direction: Tensor, activations: Tensor) -> Tensor:
     _check_width("direction", direction, activations)
     value = direction.to(wide(activations))
-    norm = value.norm()
+    norm: Tensor = value.norm()
     check_number("the norm of direction", float(norm), low=0.0, high=math.inf, low_open=True)
     return value / norm
+
+
+def _warn_renamed(function: str, old: str, new: str) -> None:
+    warnings.warn(
+        f"edits.{function}({old}) is now edits.{function}({new})", DeprecationWarning, stacklevel=3
+    )

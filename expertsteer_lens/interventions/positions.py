@@ -8,7 +8,6 @@ whatever the padding side."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,42 +84,72 @@ def positions_from_json(value: Any) -> Positions:
     return check_positions(value)
 
 
-@dataclass(frozen=True, eq=False)
 class ForwardInfo:
-    """What a host knows about one forward pass before the first block runs."""
+    """What a host knows about one forward pass before the first block runs.
 
-    batch: int
-    """Rows."""
-    n_new: int
-    """Tokens per row in this pass (1 for a cached decode step)."""
-    past: int = 0
-    """Tokens per row already in the key-value cache."""
-    attention_mask: Tensor | None = None
-    """`[batch, past + n_new]`, nonzero at real tokens; None when the host was given none."""
-    input_ids: Tensor | None = None
-    """`[batch, n_new]`, when the host can see them."""
-    opaque_mask: bool = False
-    """A mask was given, but in a form that does not say which tokens are padding (four axes, or one
-    per kind of layer)."""
+    Like `Step` and `PositionClock` a plain class and no dataclass: nnsight sends all three to a
+    server as source, and methods that `dataclass` makes up have none.
+
+    Attributes:
+        batch: rows.
+        n_new: tokens per row in this pass (1 for a cached decode step).
+        past: tokens per row already in the key-value cache.
+        attention_mask: `[batch, past + n_new]`, nonzero at real tokens; None when the host was
+            given none.
+        input_ids: `[batch, n_new]`, when the host can see them.
+        opaque_mask: a mask was given, but in a form that does not say which tokens are padding
+            (four axes, or one per kind of layer).
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_new: int,
+        past: int = 0,
+        attention_mask: Tensor | None = None,
+        input_ids: Int[Tensor, "batch new"] | None = None,
+        opaque_mask: bool = False,
+    ) -> None:
+        self.batch = batch
+        self.n_new = n_new
+        self.past = past
+        self.attention_mask = attention_mask
+        self.input_ids = input_ids
+        self.opaque_mask = opaque_mask
+
+    def with_mask(self, attention_mask: Tensor) -> ForwardInfo:
+        """The same pass with a mask that does say which tokens are padding."""
+        return ForwardInfo(self.batch, self.n_new, self.past, attention_mask, self.input_ids)
 
 
-@dataclass(frozen=True, eq=False)
 class Step:
-    """One forward pass, placed in the sequence."""
+    """One forward pass, placed in the sequence.
 
-    index: Int[Tensor, "batch new"]
-    """Absolute position of each token; -1 at padding."""
-    prompt_lengths: Int[Tensor, " batch"]
-    """Real tokens in each row's prompt."""
-    real: Bool[Tensor, "batch total"]
-    """Real tokens of the whole sequence so far; its last columns are this pass."""
-    continues: bool = False
-    """Whether this pass continues a sequence (a later step of a generation) rather than starting
-    one."""
-    guessed_prompt: bool = False
-    """Whether this pass shows that the first pass of the generation need not have been the prompt:
-    it adds several tokens to a cache, as a prompt run in chunks does, or decoding with an
-    assistant, and nobody said how long the prompt is."""
+    Attributes:
+        index: absolute position of each token `[batch, new]`; -1 at padding.
+        prompt_lengths: real tokens in each row's prompt, `[batch]`.
+        real: real tokens of the whole sequence so far, `[batch, total]`; its last columns are this
+            pass.
+        continues: whether this pass continues a sequence (a later step of a generation) rather than
+            starting one.
+        guessed_prompt: whether this pass shows that the first pass of the generation need not have
+            been the prompt: it adds several tokens to a cache, as a prompt run in chunks does, or
+            decoding with an assistant, and nobody said how long the prompt is.
+    """
+
+    def __init__(
+        self,
+        index: Int[Tensor, "batch new"],
+        prompt_lengths: Int[Tensor, " batch"],
+        real: Bool[Tensor, "batch total"],
+        continues: bool = False,
+        guessed_prompt: bool = False,
+    ) -> None:
+        self.index = index
+        self.prompt_lengths = prompt_lengths
+        self.real = real
+        self.continues = continues
+        self.guessed_prompt = guessed_prompt
 
     def mask(self, positions: Positions) -> Bool[Tensor, "batch new"]:
         """The tokens of this pass that `positions` selects.
@@ -139,18 +168,17 @@ class Step:
         index = self.index
         real = index >= 0
         if isinstance(positions, str):
-            return self._named(check_choice("positions", positions, NAMED), real)
+            return self._in_named(check_choice("positions", positions, NAMED), real)
         if isinstance(positions, slice):
             return real & self._in_slice(positions)
         if callable(positions):
             return real & self._from_callable(positions)
-        wanted = [positions] if isinstance(positions, int) else list(positions)
         out = torch.zeros_like(real)
-        for position in wanted:
+        for position in [positions] if isinstance(positions, int) else positions:
             out |= index == self._absolute(position)
         return real & out
 
-    def _named(self, positions: str, real: Tensor) -> Tensor:
+    def _in_named(self, positions: str, real: Tensor) -> Tensor:
         if positions == "all":
             return real
         lengths = self.prompt_lengths[:, None]
@@ -234,21 +262,38 @@ class PositionClock:
     What counts as the prompt, in this order: `prompt_lengths` if given; inside a `generate` call
     the tokens that the call was given, if it can be seen, else those of its first pass; otherwise
     every token of a pass that starts a sequence. A pass on top of a cache belongs to the sequence
-    before it: one new token counts as generated, several as more prompt."""
+    before it: one new token counts as generated, several as more prompt.
+
+    Example:
+        >>> clock = PositionClock()
+        >>> clock.observe(ForwardInfo(batch=1, n_new=3)).index  # a prompt of three tokens
+        tensor([[0, 1, 2]])
+        >>> step = clock.observe(ForwardInfo(batch=1, n_new=1, past=3))  # and one on top of it
+        >>> step.index, step.mask("generated"), step.mask("prompt")
+        (tensor([[3]]), tensor([[True]]), tensor([[False]]))
+    """
 
     def __init__(self, prompt_lengths: int | Sequence[int] | Tensor | None = None) -> None:
-        self._given = (
+        self._given_lengths = (
             None if prompt_lengths is None else torch.as_tensor(prompt_lengths, dtype=torch.long)
         )
-        if self._given is not None and (self._given.ndim > 1 or bool((self._given < 1).any())):
+        if self._given_lengths is not None and (
+            self._given_lengths.ndim > 1 or bool((self._given_lengths < 1).any())
+        ):
             raise ArgumentError(
                 f"prompt_lengths must be a positive int or one per row, got {prompt_lengths!r}."
             )
+        # How many generate calls are open, one inside the other.
         self._depth = 0
+        # Of the generate call that is open: the mask of the prompt it was given `[rows, pos]`; None
+        # where it does not say, and outside of generate calls.
+        self._call_prompt: Tensor | None = None
+        # Whether no pass was seen since the generate call began (or ended): the next one starts a
+        # sequence.
+        self._is_fresh = True
+        # Of the last pass: the real tokens `[batch, total]`, and the prompt's length in each row.
         self._real: Tensor | None = None
         self._lengths: Tensor | None = None
-        self._prompt: Tensor | None = None
-        self._fresh = True
 
     def generation(self, entering: bool, prompt: Tensor | None = None) -> None:
         """Note that a `generate` call begins or ends; calls may nest (a host's own generate may
@@ -261,12 +306,12 @@ class PositionClock:
                 too. Rows may be repeated (beams).
         """
         if self._depth == 0:
-            self._fresh, self._prompt = True, None
-        if entering and self._fresh and prompt is not None:
-            self._prompt = prompt.bool()
+            self._is_fresh, self._call_prompt = True, None
+        if entering and self._is_fresh and prompt is not None:
+            self._call_prompt = prompt.bool()  # the innermost call knows best what is run
         self._depth = max(0, self._depth + (1 if entering else -1))
         if self._depth == 0:
-            self._prompt = None
+            self._call_prompt = None
 
     def observe(self, info: ForwardInfo) -> Step:
         """Place one forward pass.
@@ -275,96 +320,160 @@ class PositionClock:
             ArgumentError: `prompt_lengths` has another number of rows than the batch.
             DataError: the attention mask does not cover the tokens.
         """
-        told = self._prompt
-        if (
-            self._fresh
-            and told is not None
-            and info.past > 0
-            and told.shape[1] < info.past + info.n_new
-        ):
-            self._prompt = None  # only what is new was given, on top of a cache filled before
+        # 1. A generate call may be given new tokens only, to go on from a cache that was filled
+        #    before. What it was given is then not the whole prompt: forget it, and count instead.
+        prompt = self._call_prompt
+        if self._is_fresh and prompt is not None and info.past > 0:
+            covers_everything = prompt.shape[1] >= info.past + info.n_new
+            self._call_prompt = prompt if covers_everything else None
+
+        # 2. Which tokens are real: in this pass, and in everything that is cached.
         real = self._real_tokens(info)
         totals = real.sum(1)
-        same = self._lengths is not None and self._lengths.shape[0] == info.batch
-        shorter = same and bool((totals < self._lengths.to(totals.device)).any())  # type: ignore[union-attr]
-        if self._depth:
-            continues = same and not self._fresh and not (shorter and info.past == 0)
-        else:
-            continues = same and info.past > 0 and info.n_new == 1
+
+        # 3. Does the pass go on with the sequence of the pass before it, or start a new one?
+        continues = self._continues(info, totals)
+
+        # 4. The pass that starts a sequence says where its prompt ends; later ones keep to that.
         if not continues:
             self._lengths = self._prompt_tokens(info, real)
-        self._fresh = False
+        self._is_fresh = False
         self._real = real
         lengths = totals if self._lengths is None else self._lengths
-        if self._given is not None:
+        if self._given_lengths is not None:
             lengths = self._given_for(info.batch)
+
+        # 5. Real tokens are numbered along the whole sequence; this pass is its last columns.
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
-        several = continues and info.past > 0 and info.n_new > 1
-        guessed = several and self._given is None and self._prompt is None
+
+        # 6. Several tokens on top of a cache, in the middle of a generation: the prompt may have
+        #    been cut into chunks, so the first pass did not show where it ends.
+        adds_several = continues and info.past > 0 and info.n_new > 1
+        guessed = adds_several and self._given_lengths is None and self._call_prompt is None
         return Step(index, lengths.to(real.device), real, continues, guessed)
+
+    def _continues(self, info: ForwardInfo, totals: Tensor) -> bool:
+        """Whether a pass goes on with the sequence of the pass before it."""
+        # Another number of rows is another batch.
+        if self._lengths is None or self._lengths.shape[0] != info.batch:
+            return False
+        if not self._depth:
+            # Outside of generate calls only the cache can tell. One token on top of it is a decode
+            # step; several are taken as more of a prompt, so the prompt ends behind them.
+            return info.past > 0 and info.n_new == 1
+        if self._is_fresh:
+            return False
+        # Inside of a generate call every pass goes on with it, also without a cache, where the
+        # whole sequence is run anew at each step. The exception: a sequence without a cache that
+        # is shorter than the prompt was cannot be a later step; somebody ran another text.
+        if info.past > 0:
+            return True
+        return not bool((totals < self._lengths.to(totals.device)).any())
 
     def _prompt_tokens(self, info: ForwardInfo, real: Tensor) -> Tensor:
         """Real tokens of each row's prompt, in a pass that starts a sequence."""
-        told = self.told(info.batch)
-        if told is None:
+        prompt = self.prompt_rows(info.batch)
+        if prompt is None:
             return real.sum(1)
-        seen = min(real.shape[1], told.shape[1])
-        return real[:, :seen].sum(1) + told[:, seen:].to(real.device).sum(1)
+        # The pass may be shorter than the prompt (a chunk of it) or longer (an assistant's guesses
+        # behind it): count what it shows of the prompt, and the part of the prompt still to come.
+        seen = min(real.shape[1], prompt.shape[1])
+        return real[:, :seen].sum(1) + prompt[:, seen:].to(real.device).sum(1)
 
-    def told(self, batch: int) -> Tensor | None:
-        """The mask of the prompt, a row for each row of the batch (beams repeat the rows of their
-        prompt)."""
-        if self._prompt is None or batch % self._prompt.shape[0]:
+    def prompt_rows(self, batch: int) -> Tensor | None:
+        """The mask of the prompt that the open generate call was given, a row for each row of the
+        batch (beams repeat the rows of their prompt); None if it does not say."""
+        if self._call_prompt is None or batch % self._call_prompt.shape[0]:
             return None
-        return self._prompt.repeat_interleave(batch // self._prompt.shape[0], dim=0)
+        return self._call_prompt.repeat_interleave(batch // self._call_prompt.shape[0], dim=0)
 
     def _given_for(self, batch: int) -> Tensor:
-        assert self._given is not None
-        if self._given.ndim == 1 and self._given.shape[0] not in (1, batch):
+        lengths = self._given_lengths
+        assert lengths is not None
+        if lengths.ndim == 1 and lengths.shape[0] not in (1, batch):
             raise ArgumentError(
-                f"prompt_lengths has {self._given.shape[0]} entries, but the batch has {batch} "
-                "rows."
+                f"prompt_lengths has {lengths.shape[0]} entries, but the batch has {batch} rows."
             )
-        return self._given.expand(batch)
+        return lengths.expand(batch)
 
     def _real_tokens(self, info: ForwardInfo) -> Tensor:
+        """Which tokens of the whole sequence so far are no padding, `[batch, past + n_new]`."""
         total = info.past + info.n_new
         mask = info.attention_mask
-        if mask is not None and mask.ndim == 2 and mask.shape == (info.batch, total):
-            return mask.bool()
-        if mask is not None and (mask.ndim != 2 or mask.shape != (info.batch, info.n_new)):
-            lost = mask.ndim == 2 and info.past == 0 and mask.shape[1] > total
+        if mask is not None and mask.ndim == 2:
+            if mask.shape == (info.batch, total):
+                return mask.bool()  # the usual case: the mask covers the cached tokens too
+            if mask.shape == (info.batch, info.n_new):
+                return self._after_cached(info, mask.bool())  # it covers the new tokens only
+        if mask is not None:
+            cache_lost = mask.ndim == 2 and info.past == 0 and mask.shape[1] > total
             hint = (
                 "; the cache seems to have got lost between two steps of a generation, which is "
                 "then wrong"
-                if lost
+                if cache_lost
                 else ""
             )
             raise DataError(
                 f"attention_mask must have shape {(info.batch, total)} (cached tokens included), "
                 f"got {tuple(mask.shape)}{hint}."
             )
-        device = (
-            mask.device
-            if mask is not None
-            else None
-            if info.input_ids is None
-            else info.input_ids.device
-        )
-        new = (
-            torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device)
-            if mask is None
-            else mask.bool()
-        )
-        told = self.told(info.batch) if mask is None else None
-        if told is not None:
-            rest = torch.ones(
-                info.batch, max(0, total - told.shape[1]), dtype=torch.bool, device=told.device
-            )
-            return torch.cat([told[:, :total], rest], dim=1)
+        prompt = self.prompt_rows(info.batch)
+        if (
+            prompt is not None
+        ):  # the generate call knows the padding of its prompt; all else is text
+            n_rest = max(0, total - prompt.shape[1])
+            rest = torch.ones(info.batch, n_rest, dtype=torch.bool, device=prompt.device)
+            return torch.cat([prompt[:, :total], rest], dim=1)
+        device = None if info.input_ids is None else info.input_ids.device
+        new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device)
+        return self._after_cached(info, new)
+
+    def _after_cached(self, info: ForwardInfo, new: Tensor) -> Tensor:
+        """The new tokens behind those in the cache, whose padding the pass before it has shown."""
         if info.past == 0:
             return new
-        known = self._real is not None and self._real.shape == (info.batch, info.past)
-        before = self._real if known else torch.ones(info.batch, info.past, dtype=torch.bool)
-        assert before is not None
+        shape = (info.batch, info.past)
+        before = self._real if self._real is not None and self._real.shape == shape else None
+        if before is None:
+            before = torch.ones(shape, dtype=torch.bool)
         return torch.cat([before.to(new.device), new], dim=1)
+
+
+class PassTokens:
+    """The tokens of one forward pass that are to be edited; a plain class, like `ForwardInfo`.
+
+    Args:
+        shape: rows and tokens of the pass.
+        mask: the tokens, `[batch, pos]`; None: every one.
+        step: where the pass is in its sequence; None where that is of no interest.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], mask: Tensor | None = None, step: Step | None = None
+    ) -> None:
+        self.shape = shape
+        self.step = step
+        self.mask = mask
+        """None: every token of the pass is edited."""
+        self.is_empty = False
+        """Whether no token is; False also where looking would have to wait for an accelerator."""
+        self._n_selected: Tensor | None = None
+        if mask is not None and mask.device.type == "cpu":
+            if bool(mask.all()):
+                self.mask = None
+            else:
+                self.is_empty = not bool(mask.any())
+
+    def mask_on(self, device: torch.device) -> Tensor | None:
+        """The mask, moved once to where the activations are."""
+        if self.mask is not None:
+            self.mask = self.mask.to(device)
+        return self.mask
+
+    def n_selected(self) -> Tensor | int:
+        """How many tokens are selected: counted once for all hook points, and not waited for."""
+        if self.mask is None:
+            return self.shape[0] * self.shape[1]
+        if self._n_selected is None:
+            self._n_selected = self.mask.sum()
+        return self._n_selected

@@ -16,6 +16,7 @@ from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, ModelStateError
+from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
 from expertsteer_lens.pair.mutual_information import LayerPairMI
@@ -263,16 +264,15 @@ class ExpertSteering:
         positions: Any = "all",
         edit: str = "add",
     ) -> SteeringPlan:
-        # A fraction (ablate, rescale) has no length; every other coefficient is in units of the
-        # layer's norm.
-        relative = edit not in ("ablate", "rescale")
+        # A fraction has no length; every other coefficient is in units of the layer's norm.
+        is_length = find_edit(edit).coefficient == "length"
         vectors = [
             SteeringVector(
                 hook_name=target_hook,
                 direction=direction,
                 coefficient=coefficient,
-                relative_to="median_norm" if relative else "unit",
-                median_norm=self.target_anchors.median_norm(target_hook) if relative else None,
+                relative_to="median_norm" if is_length else "unit",
+                median_norm=self.target_anchors.median_norm(target_hook) if is_length else None,
                 edit=edit,
                 provenance=self._pair_facts(expert_hook, target_hook),
             )

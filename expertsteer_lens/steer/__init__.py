@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .plan import SteeringPlan, SteeringVector
+from .report import RunReport
+from .run import SteeringHandle, detach
 
-__all__ = ["SteeringPlan", "SteeringVector"]
+__all__ = ["RunReport", "SteeringHandle", "SteeringPlan", "SteeringVector", "detach"]

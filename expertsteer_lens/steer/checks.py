@@ -1,14 +1,14 @@
-"""What steering refuses on entry, what it reports, and what it checks at the end."""
+"""What steering refuses on entry, in a pass, and at the end."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from expertsteer_lens.data.activations import layer_of
 from expertsteer_lens.errors import (
+    ArgumentError,
     ArtifactError,
     DataError,
     HookNameError,
@@ -19,44 +19,12 @@ from expertsteer_lens.errors import (
 from expertsteer_lens.hosts import fingerprints_match
 from expertsteer_lens.interventions.positions import ForwardInfo, Positions
 
+from .report import RunReport
+
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
 
     from .plan import SteeringPlan
-
-
-@dataclass(eq=False)
-class RunReport:
-    """What steering has done so far."""
-
-    n_forwards: int = 0
-    """Forward passes seen."""
-    n_fired: dict[str, int] = field(default_factory=dict)
-    """Calls of each hook."""
-    _selected: dict[str, list[Any]] = field(default_factory=dict, repr=False)
-    """A number, and tensors yet to be added to it."""
-    _edited: dict[str, list[Any]] = field(default_factory=dict, repr=False)
-
-    @property
-    def n_selected(self) -> dict[str, int]:
-        """Tokens the position rule selected, by hook name."""
-        return _totals(self._selected)
-
-    @property
-    def n_edited(self) -> dict[str, int]:
-        """Tokens edited (selected, gate open, coefficient not 0), by hook name, summed over its
-        vectors."""
-        return _totals(self._edited)
-
-    def __repr__(self) -> str:
-        return f"RunReport({self.n_forwards} forward passes, tokens edited: {self.n_edited})"
-
-
-def _totals(counts: dict[str, list[Any]]) -> dict[str, int]:
-    # Counts stay on the device until somebody asks: a hook never waits for one.
-    for parts in counts.values():
-        parts[:] = [sum(int(p) for p in parts)]  # in place: the hooks go on counting here
-    return {name: parts[0] for name, parts in counts.items()}
 
 
 def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None:
@@ -73,11 +41,13 @@ def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None
             )
         if vector.gate is not None and vector.gate.hook_name is not None:
             host.check_hook_names([vector.gate.hook_name])
-            if layer_of(vector.gate.hook_name) > layer_of(vector.hook_name):
+            reads, acts = layer_or_none(vector.gate.hook_name), layer_or_none(vector.hook_name)
+            # Names without a layer do not say which comes first; a gate that is not reached before
+            # its vector acts is an error of the pass.
+            if reads is not None and acts is not None and reads > acts:
                 raise HookNameError(
                     f"the gate of {vector.hook_name!r} is read at {vector.gate.hook_name!r}, after "
-                    "it; "
-                    "read it at the same layer or before."
+                    "it; read it at the same layer or before."
                 )
     if allow_mismatch:
         return
@@ -97,6 +67,14 @@ def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None
         )
 
 
+def layer_or_none(hook_name: str) -> int | None:
+    """The layer in a hook name, None for a name that carries none (`conv2.hook_out`)."""
+    try:
+        return layer_of(hook_name)
+    except ArgumentError:
+        return None
+
+
 def _check_distinct(plan: SteeringPlan, host: Host) -> None:
     seen: dict[Any, str] = {}
     for name in dict.fromkeys(v.hook_name for v in plan.vectors):
@@ -112,7 +90,7 @@ def _check_distinct(plan: SteeringPlan, host: Host) -> None:
 
 def check_padding(
     info: ForwardInfo,
-    tokenizer: Any,
+    pad_id: Any,
     positions: Positions,
     *,
     prompt: Tensor | None,
@@ -123,12 +101,12 @@ def check_padding(
 
     Args:
         info: the pass.
-        tokenizer: knows the id of padding.
+        pad_id: the id of padding, as the tokenizer has it; None if it has none.
         positions: for the message.
-        prompt: the mask of the prompt, where a `generate` call told it.
+        prompt: the mask of the prompt, where a `generate` call says it.
         lengths_given: prompt lengths are known, so padding on the right is past all that matters.
     """
-    ids, pad = info.input_ids, getattr(tokenizer, "pad_token_id", None)
+    ids = info.input_ids
     if info.attention_mask is not None or info.past or info.batch < 2:
         return
     if info.opaque_mask and prompt is None:
@@ -137,15 +115,19 @@ def check_padding(
             f"positions={positions!r} cannot be told; "
             "pass attention_mask=[batch, pos] with 0 at padding, or one prompt at a time."
         )
-    if ids is None or not isinstance(pad, int) or (prompt is not None and not bool(prompt.all())):
+    if (
+        ids is None
+        or not isinstance(pad_id, int)
+        or (prompt is not None and not bool(prompt.all()))
+    ):
         return
-    right = (ids[:, -1] == pad).any() & (not lengths_given)
-    left = ((ids[:, 0] == pad) & (ids[:, min(1, ids.shape[1] - 1)] == pad)).any()
+    right = (ids[:, -1] == pad_id).any() & (not lengths_given)
+    left = ((ids[:, 0] == pad_id) & (ids[:, min(1, ids.shape[1] - 1)] == pad_id)).any()
     if bool(right | left):
         raise DataError(
-            f"the batch seems to be padded (pad id {pad}) and came without an attention mask, so "
-            f"positions={positions!r} "
-            "cannot be told; pass ids with attention_mask=..., or one prompt at a time."
+            f"the batch seems to be padded (pad id {pad_id}) and came without an attention mask, "
+            f"so positions={positions!r} cannot be told; pass ids with attention_mask=..., or one "
+            "prompt at a time."
         )
 
 

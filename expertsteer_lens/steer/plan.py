@@ -7,23 +7,27 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
-from expertsteer_lens.data.activations import ActivationStore, layer_of
+from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.interventions.edits import centre
+from expertsteer_lens.hosts import Host, as_host
+from expertsteer_lens.interventions.edits import EDITS as EDITS
+from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, find_edit
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.interventions.positions import Positions, check_positions
 
-if TYPE_CHECKING:
-    from .run import RunReport, Steering, SteeringHandle
+from . import nnsight_edit
+from .checks import layer_or_none
+from .report import RunReport
+from .run import PlanRun, SteeringHandle
 
-EDITS = ("add", "ablate", "clamp", "rescale")
+RelativeTo = Literal["median_norm", "unit"]
 RELATIVE_TO = ("median_norm", "unit")
 
 
@@ -40,6 +44,14 @@ class SteeringVector:
     | clamp | projection on v raised to at least s (s > 0), or lowered to at most s (s < 0) | |
     | ablate | x - coefficient (x.v) v | a fraction: relative_to must be "unit" |
     | rescale | x + coefficient (x.v) v | a fraction: relative_to must be "unit" |
+
+    Edits of yours join the table with `expertsteer_lens.edits.register_edit`.
+
+    Example:
+        >>> SteeringVector(
+        ...     "blocks.3.hook_resid_post", torch.tensor([0.6, 0.8]), 2.0, median_norm=5.0
+        ... )
+        blocks.3.hook_resid_post: add +2×5 (median norm), d=2
     """
 
     hook_name: str
@@ -48,12 +60,12 @@ class SteeringVector:
     """Unit vector, float32, pointing towards the positive class."""
     coefficient: float
     """Signed strength."""
-    relative_to: str = "median_norm"
+    relative_to: RelativeTo = "median_norm"
     """What the coefficient multiplies: the layer's median residual norm, or "unit" (1)."""
     median_norm: float | None = None
     """Median norm of the target's activations at this hook point, in the plan's basis."""
-    edit: str = "add"
-    """ "add", "ablate", "clamp" or "rescale"."""
+    edit: EditName | str = "add"
+    """ "add", "ablate", "clamp", "rescale", or one that was registered."""
     preserve_norm: bool = False
     """Rescale each edited token to the norm it had."""
     gate: Gate | None = None
@@ -77,11 +89,13 @@ class SteeringVector:
             )
         check_number("coefficient", self.coefficient)
         check_choice("relative_to", self.relative_to, RELATIVE_TO)
-        check_choice("edit", self.edit, EDITS)
-        if self.relative_to == "median_norm" and self.edit in ("ablate", "rescale"):
+        edit = find_edit(self.edit)
+        if self.relative_to == "median_norm" and edit.coefficient == "fraction":
             raise ArgumentError(
                 f"edit={self.edit!r} takes a fraction as its coefficient; pass relative_to='unit'."
             )
+        if edit.check is not None:
+            edit.check(self.coefficient)
         if self.relative_to == "median_norm" and self.median_norm is None:
             raise ArgumentError(
                 "relative_to='median_norm' needs median_norm; pass it, or relative_to='unit'."
@@ -108,6 +122,18 @@ class SteeringVector:
     def delta(self) -> Float[Tensor, " d"]:
         """What `add` adds: scale * direction, float32."""
         return self.scale * self.direction
+
+    def prepared(self, *, centred: bool) -> VectorEdit:
+        """What is done to the activations at the hook point, in the centred basis or the raw
+        one."""
+        return VectorEdit(
+            find_edit(self.edit),
+            self.hook_name,
+            self.direction,
+            self.scale,
+            preserve_norm=self.preserve_norm,
+            centred=centred,
+        )
 
     def __repr__(self) -> str:
         unit = f"×{self.median_norm:.4g} (median norm)" if self.relative_to == "median_norm" else ""
@@ -155,10 +181,10 @@ class SteeringPlan:
         vectors: Mapping[str, Tensor],
         *,
         coefficient: float | Mapping[str, float] = 1.0,
-        relative_to: str = "median_norm",
+        relative_to: RelativeTo = "median_norm",
         median_norms: ActivationStore | Mapping[str, float] | None = None,
         positions: Positions = "all",
-        edit: str = "add",
+        edit: EditName | str = "add",
         preserve_norm: bool = False,
         gate: Gate | None = None,
         basis: str | None = None,
@@ -291,17 +317,18 @@ class SteeringPlan:
                 the block, a hook never fired or was removed by someone else (`reset_hooks`), or no
                 token was ever selected by `positions`. For an open end use `attach`.
         """
-        return self._steering(model, allow_mismatch, prompt_lengths, row_coefficients).run()
+        return self._start(model, allow_mismatch, prompt_lengths, row_coefficients).run()
 
     def attach(self, model: Any, *, allow_mismatch: bool = False) -> SteeringHandle:
         """Steer `model` until `.remove()` is called on the handle returned. Nothing is checked at
         the end.
 
+        The model owns the steering, as it owns torch hooks: it goes on if the handle is dropped,
+        until `expertsteer_lens.steer.detach(model)`, and is gone with the model.
+
         If somebody removes the hooks meanwhile (`reset_hooks`), the next pass of the model is an
         `InterventionError`, before its first block, until `.remove()`."""
-        from .run import SteeringHandle
-
-        return SteeringHandle(self._steering(model, allow_mismatch, None, None))
+        return SteeringHandle(self._start(model, allow_mismatch))
 
     def fwd_hooks(
         self,
@@ -317,7 +344,8 @@ class SteeringPlan:
         step, every other pass as a new sequence whose prompt is all of it (or `prompt_lengths`).
         For padded batches pass the `attention_mask` that the model gets. For uncached generation
         use `hooks`, which sees the generate call itself."""
-        return self._steering(model, allow_mismatch, prompt_lengths, None).functions(attention_mask)
+        run = self._start(model, allow_mismatch, prompt_lengths)
+        return run.listed_functions(attention_mask)
 
     def apply(
         self,
@@ -338,10 +366,11 @@ class SteeringPlan:
             HostError: outside of a trace, or on another host; use `hooks` there.
             InterventionError: called after the model began to run, or in a loop over later steps.
         """
-        from expertsteer_lens.hosts import as_host
 
-        options = (allow_mismatch, prompt_lengths, row_coefficients)
-        as_host(model).apply_plan(self, lambda host: self._steering(host, *options))
+        def start(host: Host) -> PlanRun:
+            return self._start(host, allow_mismatch, prompt_lengths, row_coefficients)
+
+        nnsight_edit.apply_plan(self, as_host(model), start)
 
     def edit(
         self,
@@ -353,23 +382,20 @@ class SteeringPlan:
         """Make the plan a default edit of an nnsight model; it steers every later run until
         `.remove()` on the handle.
 
-        It is made of plain torch operations and travels with the model: `remote=True` runs are
-        steered on the server, which needs nothing of this package. Gates and reports are for
-        `hooks`, `attach` and `apply`."""
-        from expertsteer_lens.hosts import as_host
-
-        return as_host(model).edit_plan(
-            self, allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths
+        It travels with the model: `remote=True` runs are steered on the server, which needs nothing
+        of this package. Gates and reports are for `hooks`, `attach` and `apply`."""
+        return nnsight_edit.edit_plan(
+            self, as_host(model), allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths
         )
 
-    def _steering(
-        self, model: Any, allow_mismatch: bool, prompt_lengths: Any, row_coefficients: Any
-    ) -> Steering:
-        from expertsteer_lens.hosts import as_host
-
-        from .run import Steering
-
-        return Steering(
+    def _start(
+        self,
+        model: Any,
+        allow_mismatch: bool,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        row_coefficients: Sequence[float] | Tensor | None = None,
+    ) -> PlanRun:
+        return PlanRun(
             self,
             as_host(model),
             allow_mismatch=allow_mismatch,
@@ -390,11 +416,10 @@ class SteeringPlan:
         names = ("hook_name", "edit", "coefficient", "relative_to", "median_norm", "preserve_norm")
         rows = []
         for v in self.vectors:
-            layer = layer_of(v.hook_name) if any(c.isdigit() for c in v.hook_name) else None
             rows.append(
                 {
                     **{n: getattr(v, n) for n in names},
-                    "layer": layer,
+                    "layer": layer_or_none(v.hook_name),
                     "scale": v.scale,
                     "gate": str(v.gate or ""),
                 }

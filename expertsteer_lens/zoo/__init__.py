@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 _MODELS_DIR = pathlib.Path(__file__).parent / "models"
-_HOSTS = ("transformer_lens", "huggingface", "nnsight")
 
 
 def names() -> list[str]:
@@ -73,18 +72,11 @@ def load(name: str, host: str = "transformer_lens") -> Any:
 def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -> Any:
     """Load the Hugging Face folder `path` as `load` does; `name` is what TransformerLens calls
     it."""
-    check_choice("host", host, _HOSTS)
+    from expertsteer_lens.hosts.loading import HOSTS, wrap_model
+
+    check_choice("host", host, HOSTS)
     hf_model, tokenizer = _load_huggingface(path)
-    if host == "huggingface":
-        hf_model.tokenizer = tokenizer
-        return hf_model
-    if host == "nnsight":
-        nnsight = importlib.import_module("nnsight")
-        return nnsight.TransformersModel(hf_model, tokenizer=tokenizer)
-    bridge = importlib.import_module("transformer_lens.model_bridge")
-    return bridge.TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device="cpu"
-    )
+    return wrap_model(hf_model, tokenizer, host=host, name=name)
 
 
 def load_pair(host: str = "transformer_lens") -> tuple[Any, Any]:

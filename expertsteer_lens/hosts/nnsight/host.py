@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from expertsteer_lens.errors import HostError, InterventionError, ModelStateError
+from expertsteer_lens.errors import HostError
 from expertsteer_lens.hosts.base import Host
+from expertsteer_lens.hosts.blocks import Blocks
 from expertsteer_lens.hosts.facts import facts, measure_basis, measure_fingerprint
 from expertsteer_lens.hosts.huggingface import (
     HuggingFaceHost,
@@ -25,14 +27,11 @@ from expertsteer_lens.hosts.huggingface import (
     no_cache,
 )
 from expertsteer_lens.hosts.parts import EditFn, Observer, TokenBatch, guarded
-from expertsteer_lens.hosts.pass_tracking import forward_info, is_stand_in, parameter_names
+from expertsteer_lens.hosts.pass_tracking import is_stand_in, parameter_names, read_pass
+from expertsteer_lens.interventions.positions import ForwardInfo
 
 from . import remote as remotely
 from . import runs
-
-if TYPE_CHECKING:
-    from expertsteer_lens.steer.plan import SteeringPlan
-    from expertsteer_lens.steer.run import Steering
 
 
 class NNsightHost(Host):
@@ -146,30 +145,30 @@ class NNsightHost(Host):
         if self.remote:
             return remotely.logits(self.model, options, remote=self.remote)
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
-            return self.model.trace(**options, trace=False).logits
+            logits: Tensor = self.model.trace(**options, trace=False).logits
+            return logits
         kept: list[Tensor] = []
         with self._edited(
-            [runs.worker(self.model, runs.stopping(self.inner.blocks.layers[stop_at_layer], kept))]
+            [runs.worker(self.model, runs.stopping(self.blocks.layers[stop_at_layer], kept))]
         ):
             self.model.trace(**options, trace=False)
         return kept[0]
 
-    def read_remotely(
-        self, batch: TokenBatch, names: list[str], positions: str | int
+    @torch.no_grad()
+    def read(
+        self, batch: TokenBatch, names: Sequence[str], positions: str | int
     ) -> dict[str, Tensor]:
-        """The rows that `positions` picks at each hook point, from one run on the server; only they
-        travel back."""
+        """See `Host.read`; from a server only the rows travel back."""
+        if not self.remote:
+            return super().read(batch, names, positions)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             **no_cache(self.model._module),
         }
-        places = {
-            name: self.inner.blocks.places[name]
-            for name in self.inner.blocks.places
-            if name in names
-        }
-        return remotely.rows(self.model, options, places, positions, remote=self.remote)
+        places = {name: place for name, place in self.blocks.places.items() if name in names}
+        rows = remotely.rows(self.model, options, places, positions, remote=self.remote)
+        return {name: self._in_basis(rows[name]) for name in names}
 
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
@@ -199,26 +198,33 @@ class NNsightHost(Host):
         operations alone."""
         self.check_hook_names(list(fns))
         if self.remote:
-            places = self.inner.blocks.places
-            sent = [
-                runs.following(places[name].path, places[name].side, fn) for name, fn in fns.items()
-            ]
-            with self._edited([runs.worker(self.model, body) for body in sent]) as edits:
+            bodies = [runs.following(runs.one_call(*call)) for call in self._calls_at(fns)]
+            with self._edited([runs.worker(self.model, body) for body in bodies]) as edits:
                 yield _Registered(self.model, dict(zip(fns, edits, strict=True)), TorchHooks())
             return
-        checked = {name: _unless_scanned(guarded(name, fn)) for name, fn in fns.items()}
+        checked = self._checked(fns)
+        workers = [
+            runs.HookWorker(self.model, runs.one_call(*call)) for call in self._calls_at(checked)
+        ]
         outside = self._local().torch_hooks(
             checked, active=lambda: not runs.run_in_progress(self.model)
         )
-        with self._edited(self._stations(checked)) as edits, outside as hooks:
+        with self._edited(workers) as edits, outside as hooks:
             yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
 
-    def _stations(self, fns: Mapping[str, EditFn]) -> list[runs.Station]:
-        stops = []
-        for name, fn in fns.items():
-            place = self.inner.blocks.places[name]
-            stops.append((runs.location(self.model.get(place.path), place.side), place.side, fn))
-        return [runs.Station(lambda stop=stop: [stop]) for stop in stops]  # type: ignore[misc]
+    @staticmethod
+    def _checked(fns: Mapping[str, EditFn]) -> dict[str, EditFn]:
+        """Checked, and not called on the stand-ins of `model.scan`, which have no values."""
+
+        def checked(name: str, fn: EditFn) -> EditFn:
+            strict = guarded(name, fn)
+            return lambda x: None if is_stand_in(x) else strict(x)
+
+        return {name: checked(name, fn) for name, fn in fns.items()}
+
+    def _calls_at(self, fns: Mapping[str, EditFn]) -> list[runs.HookCall]:
+        places = self.blocks.places
+        return [(places[name].path, places[name].side, fn) for name, fn in fns.items()]
 
     @contextmanager
     def _edited(self, edits: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -247,82 +253,94 @@ class NNsightHost(Host):
         finally:
             self.model._edits = edits
 
-    # -- plans ------------------------------------------------------------------------------------
+    # -- the user's own runs, and edits that stay --------------------------------------------------
 
-    def apply_plan(self, plan: SteeringPlan, make: Callable[[Host], Steering]) -> None:
-        """Steer the run whose code is executing; see `SteeringPlan.apply`."""
-        caller, base = runs.current_run(), self.inner.blocks.base
-        if caller is None:
-            raise HostError(
-                "plan.apply(model) was called outside of a trace; call it first thing inside `with "
-                "model.trace(...):` or "
-                "`with model.generate(...):`, or use `with plan.hooks(model):` around them."
-            )
-        if runs.has_joined(caller, id(plan)):
-            return  # in a loop over steps: it is at work since the first
-        reached = caller.occurrence(
-            f"{self.model.get(base).path if base else self.model.path}.input"
-        )
-        if reached or caller.iteration not in (0, None):
-            raise InterventionError(
-                "plan.apply(model) was called after the model began to run, or in a loop over "
-                "later steps; call it first thing "
-                "in the body, outside of loops: it steers every step, and the plan's positions say "
-                "which tokens."
-            )
-        steering = make(self)
-        steering.on_generate(True)  # a run is one sequence: a single pass, or one call of generate
-        names = parameter_names(self.model._module.get_submodule(base))
+    @property
+    def blocks(self) -> Blocks:
+        """Where the hook points are."""
+        return self.inner.blocks
 
-        def note(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-            info = forward_info(names, *inputs)
-            if info is not None:
-                steering.on_forward(info)
+    def decoder_arguments(self) -> list[str]:
+        """Names of the positional arguments of the module that every pass goes through."""
+        return parameter_names(self.model._module.get_submodule(self.blocks.base))
 
-        watcher = runs.worker(
-            self.model, runs.following(base, "arguments", note, finish=steering.finish)
-        )
-        checked = {
-            name: _unless_scanned(guarded(name, fn))
-            for name, fn in steering.run_functions().items()
-        }
-        runs.join(caller, [watcher, *self._stations(checked)], id(plan))
+    def open_run(self) -> OpenRun | None:
+        """The run whose code is executing now; None outside of a trace."""
+        caller = runs.current_worker()
+        return None if caller is None else OpenRun(self, caller)
 
-    def edit_plan(
-        self, plan: SteeringPlan, *, allow_mismatch: bool, prompt_lengths: Any
+    def add_edit(
+        self,
+        calls: Callable[[], Sequence[runs.HookCall]],
+        *,
+        sent: Callable[[], Sequence[runs.HookCall]],
     ) -> EditHandle:
-        """Put the plan among the model's default edits; see `SteeringPlan.edit`."""
-        from expertsteer_lens.steer.checks import check_model
+        """Put calls among the model's default edits: they are made in every later run, wherever it
+        runs.
 
-        from .edit import PlainPlan
+        Args:
+            calls: makes the calls of a run on this machine.
+            sent: makes those of a run on a server; what it needs of this package is sent with it,
+                see `remote.pack`.
+        """
 
-        if any(vector.gate is not None for vector in plan.vectors):
-            raise HostError(
-                "an nnsight edit cannot hold gates; use plan.hooks(model), attach or apply."
-            )
-        unseen = (
-            not self.remote and not self.is_loaded
-        )  # weights that only a server has: nothing is loaded to look at them
-        if unseen and (plan.basis is None or ("fingerprint" in plan.target and not allow_mismatch)):
-            raise ModelStateError(
-                f"the weights of {self.name!r} are not loaded here, so the plan cannot be checked "
-                "against them; call "
-                "model.dispatch(), pass as_host(model, remote=True), or give the plan a basis and "
-                "pass allow_mismatch=True."
-            )
-        check_model(plan, self, allow_mismatch=allow_mismatch or unseen)
-        plain = PlainPlan(
-            plan,
-            self.inner.blocks,
-            arguments=parameter_names(self.model._module.get_submodule(self.inner.blocks.base)),
-            centred=(plan.basis or self.basis) == "centred",
-            prompt_lengths=prompt_lengths,
-        )
-        edit = runs.Station(
-            lambda: plain.stops(self.model), twin=runs.worker(self.model, plain.body())
-        )
+        def remote_form() -> Any:
+            unpack = remotely.unpacker(remotely.pack(sent))
+            return runs.worker(self.model, runs.following(remotely.called(unpack)))
+
+        edit = runs.HookWorker(self.model, calls, remote_form=remote_form)
         self.model._edits.append(edit)
         return EditHandle(self.model, edit)
+
+
+class OpenRun:
+    """The run whose code is executing now, seen from that code: a plan may join it."""
+
+    def __init__(self, host: NNsightHost, caller: Any) -> None:
+        self._host, self._caller = host, caller
+
+    def has_joined(self, mark: Any) -> bool:
+        """Whether functions of this mark are at work on the caller's rows of the run."""
+        return runs.has_joined(self._caller, mark)
+
+    def has_begun(self) -> bool:
+        """Whether the caller has seen the model run, or is in a loop over later steps."""
+        start = runs.location(self._host.model, self._host.blocks.base, "input")
+        return bool(self._caller.occurrence(start)) or self._caller.iteration not in (0, None)
+
+    def join(
+        self,
+        on_forward: Callable[[ForwardInfo], None],
+        fns: Mapping[str, EditFn],
+        *,
+        finish: Callable[[], None],
+        mark: Any,
+    ) -> None:
+        """Call functions at their hook points in this run, on the caller's rows and before its own
+        code.
+
+        Args:
+            on_forward: called before the first block of every pass.
+            fns: by hook name.
+            finish: called when the run has ended by itself.
+            mark: see `has_joined`.
+        """
+        host, model = self._host, self._host.model
+        names = host.decoder_arguments()
+        counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+        def note(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+            args, kwargs = inputs
+            info = read_pass(names, args, kwargs, counts)
+            if info is not None:
+                on_forward(info)
+
+        # A coroutine of its own, because only that hears of the end of the run.
+        watching = runs.following(runs.one_call(host.blocks.base, "arguments", note), finish)
+        workers = [runs.worker(model, watching)]
+        for call in host._calls_at(host._checked(fns)):
+            workers.append(runs.HookWorker(model, runs.one_call(*call)))
+        runs.join(self._caller, workers, mark)
 
 
 def _check_root(model: Any) -> None:
@@ -342,11 +360,6 @@ def _check_root(model: Any) -> None:
             "language model; wrap an "
             "AutoModelForCausalLM, or pass the wrapped model itself."
         )
-
-
-def _unless_scanned(fn: EditFn) -> EditFn:
-    """`fn`, except on the stand-ins of `model.scan`, which have shapes and no values."""
-    return lambda x: None if is_stand_in(x) else fn(x)
 
 
 class _Registered:

@@ -1,29 +1,75 @@
-"""Runs on a server: the blocks below are sent as source, so they name nothing but nnsight, torch
-and plain values."""
+"""Runs on a server. The blocks below are sent as source, so they name nothing but nnsight, torch
+and plain values; what they need of this package travels in `pack`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from expertsteer_lens.hosts.base import take_rows
 from expertsteer_lens.hosts.blocks import Place
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def pack(value: Any) -> bytes:
+    """`value` in a form that a server without this package can read, by `unpacker`.
+
+    Functions and classes of this package travel with it as source, which nnsight does for modules
+    that are registered (`nnsight.register`). This package is registered only while `value` is
+    written: a user who sends things of ours elsewhere should not get copies of our classes. Classes
+    that travel must not hold methods without source, which `dataclass` and `NamedTuple` make up:
+    those would be sent as bytecode, which only the same version of Python reads."""
+    import cloudpickle  # type: ignore[import-untyped]
+    from nnsight.intervention.serialization import dumps
+
+    module = sys.modules[PACKAGE]
+    is_ours = PACKAGE not in cloudpickle.list_registry_pickle_by_value()
+    if is_ours:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        packed: bytes = dumps(value)
+        return packed
+    finally:
+        if is_ours:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def unpacker(packed: bytes) -> Callable[[], Any]:
+    """A function that can be sent, and gives back there what was packed."""
+
+    def unpack() -> Any:
+        from nnsight.intervention.serialization import loads
+
+        return loads(packed)
+
+    return unpack
+
+
+def called(unpack: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """A function that can be sent, and calls there what it unpacks."""
+
+    def call() -> Any:
+        return unpack()()
+
+    return call
 
 
 def logits(model: Any, options: Mapping[str, Any], *, remote: bool | str) -> Tensor:
     """The logits of one pass."""
     with model.trace(**options, remote=remote):
-        found = model.output.logits.save()
-    return found
+        saved = model.output.logits.save()
+    return saved  # type: ignore[no-any-return]
 
 
 def generated(model: Any, options: Mapping[str, Any], *, remote: bool | str) -> Tensor:
     """Prompt and new tokens of one call of `generate`."""
     with model.generate(**options, remote=remote) as tracer:
         ids = tracer.result.save()
-    return ids
+    return ids  # type: ignore[no-any-return]
 
 
 def rows(
@@ -34,7 +80,7 @@ def rows(
     *,
     remote: bool | str,
 ) -> dict[str, Tensor]:
-    """What `activations.take_positions` picks at each hook point, picked where the model is.
+    """What `take_rows` picks at each hook point, picked where the model is.
 
     Args:
         model: an nnsight model.
@@ -45,25 +91,16 @@ def rows(
     """
     import nnsight
 
-    mask = options["attention_mask"].bool()
-    rank, lengths = mask.long().cumsum(1) - 1, mask.sum(1, keepdim=True)
-    wanted = {"last": -1, "mean": None, "all": None}.get(positions, positions)  # type: ignore[arg-type]
-    chosen = (
-        mask
-        if wanted is None
-        else mask & (rank == (lengths + wanted if wanted < 0 else torch.full_like(lengths, wanted)))
-    )
-    weights = mask.float() / lengths if positions == "mean" else None
-    sites = [(name, place.path, place.side) for name, place in places.items()]
+    mask = options["attention_mask"]
+    where = [(name, place.path, place.side) for name, place in places.items()]
+    unpack = unpacker(pack(take_rows))
     with model.trace(**options, remote=remote) as tracer:
+        take = unpack()
         kept = nnsight.save({})
-        for name, path, side in sites:
+        for name, path, side in where:
             module = model.get(path)
             value = module.input if side == "input" else module.output
             value = value[0] if isinstance(value, tuple) else value
-            if weights is None:
-                kept[name] = value[chosen.to(value.device)].float().cpu()
-            else:
-                kept[name] = (value.float() * weights.to(value.device)[..., None]).sum(1).cpu()
+            kept[name] = take(value, positions, mask).cpu()
         tracer.stop()
     return dict(kept)

@@ -4,17 +4,17 @@ A run is one `trace`, `generate` or `pipe`. Each worker is a nnsight `Mediator`,
 trace or an edit is, so it is served in turn with the user's own code. It starts over with every run
 and ends with it.
 
-There are two kinds. A `worker` is a coroutine with a body of its own; the bodies made here are
+There are two kinds. `worker` makes a coroutine with a body of its own; the bodies made here are
 nested and name nothing of this package when they run, only nnsight, so nnsight can send them to a
-server that has never heard of it. A `Station` is a few plain functions at hook points: it stays on
-this machine, and costs a call instead of two switches of coroutines."""
+server that has never heard of it. A `HookWorker` is a few plain functions at hook points: it stays
+on this machine, and costs a call instead of two switches of coroutines."""
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from nnsight.intervention.interleaver import Event, Mediator, Pending
 
@@ -25,6 +25,13 @@ CODE = "body(model)"
 
 Body = Callable[[Any], None]
 """What a worker runs; takes the nnsight model."""
+CallSide = Literal["arguments", "input", "output"]
+HookCall = tuple[str, CallSide, Callable[[Any], Any]]
+"""A module (dotted path from the model's root), which side of it, and a function.
+
+At "input" and "output" the function is called with the activation, and what it returns (unless
+None) takes its place. At "arguments" it is called with `(args, kwargs)` of the module's call, to
+look at only. A tuple and no class of ours, because it may be sent to a server."""
 
 
 def worker(model: Any, body: Body) -> Any:
@@ -35,16 +42,12 @@ def worker(model: Any, body: Body) -> Any:
 
 
 def following(
-    path: str, side: str, fn: Callable[[Any], Any], finish: Callable[[], None] | None = None
+    calls: Callable[[], Sequence[HookCall]], finish: Callable[[], None] | None = None
 ) -> Body:
-    """At every pass: `fn(activation)` at one side of the module at `path`; what it returns (unless
-    None) takes its place.
+    """A body that makes the calls at every pass of a run.
 
     Args:
-        path: dotted path from the model's root.
-        side: "input", "output", or "arguments" (`fn` gets `(args, kwargs)` of the call, to look at
-            only).
-        fn: called with the activation.
+        calls: makes the calls of a run, in the order in which a pass reaches them.
         finish: called when the run has ended by itself (not by an exception, and not by
             `tracer.stop()`).
     """
@@ -53,107 +56,37 @@ def following(
         from nnsight.intervention.interleaver import OutOfOrderError
         from nnsight.intervention.iterator import Iterations
 
-        module = model.get(path) if path else model
+        of_run = [(model.get(path) if path else model, side, fn) for path, side, fn in calls()]
         try:
             for _ in Iterations()[:]:
-                if side == "arguments":
-                    fn(module.inputs)
-                elif side == "input":
-                    value = fn(module.input)
-                    if value is not None:
-                        module.input = value
-                else:
-                    output = module.output
-                    pair = isinstance(output, tuple)
-                    value = fn(output[0] if pair else output)
-                    if value is not None:
-                        module.output = (value, *output[1:]) if pair else value
-        except (
-            OutOfOrderError
-        ):  # nnsight's word for: the run is over, and this worker still waits for a next pass
+                for module, side, fn in of_run:
+                    if side == "arguments":
+                        fn(module.inputs)
+                    elif side == "input":
+                        value = fn(module.input)
+                        if value is not None:
+                            module.input = value
+                    else:
+                        output = module.output
+                        pair = isinstance(output, tuple)
+                        value = fn(output[0] if pair else output)
+                        if value is not None:
+                            module.output = (value, *output[1:]) if pair else value
+        except OutOfOrderError:
+            # nnsight's word for: the run is over, and this worker still waits for a next pass.
             if finish is not None:
                 finish()
 
     return body
 
 
-Stop = tuple[str, str, Callable[[Any], Any]]
-"""A location, which side of its module ("input", "output", or "arguments" to look at the whole
-call), and a function that is called there with the activation; what it returns (unless None) takes
-its place."""
+def one_call(path: str, side: CallSide, fn: Callable[[Any], Any]) -> Callable[[], list[HookCall]]:
+    """The calls of a worker that has one; can be sent if `fn` can."""
 
+    def calls() -> Any:
+        return [(path, side, fn)]
 
-def location(envoy: Any, side: str) -> str:
-    """nnsight's word for one side of a module."""
-    return f"{envoy.path}.{'output' if side == 'output' else 'input'}"
-
-
-class Station(Mediator):
-    """Plain functions at one or more hook points, called in turn, pass after pass.
-
-    To nnsight it is a worker that waits at its first stop and, once served there, for the next.
-    """
-
-    def __init__(self, stops: Callable[[], list[Stop]], *, twin: Mediator | None = None) -> None:
-        """Keep where to stop.
-
-        Args:
-            stops: makes the stops of a run, in the order in which a pass reaches them.
-            twin: a worker that does the same and is sent to a server in place of this one; None: it
-                cannot be sent.
-        """
-        super().__init__(None, {}, {})
-        self._stops, self._twin = stops, twin
-        self._run: list[Stop] = []
-        self._next = 0
-
-    def start(self, interleaver: Any = None) -> None:
-        """Wait for the first stop of a run."""
-        self.interleaver, self._run, self._next = interleaver, self._stops(), 0
-        self.counts_at_start = {place: interleaver.counts.get(place, 0) for place, *_ in self._run}
-        self.pending = Pending(Event.VALUE, self._run[0][0], 0)
-
-    def handle(self, provider: str, value: Any) -> Any:
-        """Serve this visit: what the module was given (arguments and keywords), or what it
-        returned."""
-        batcher, edited = (
-            self.interleaver.batcher,
-            None,
-        )  # the batcher knows which rows of the batch are whose
-        own = value if batcher is None else batcher.narrow(value, self.batch_group)
-        for _ in self._run:  # once round at most: several stops may be at this location
-            _, side, fn = self._run[self._next]
-            if side == "arguments":
-                fn(own)
-            elif side == "input":
-                args, kwargs = own
-                changed = fn(first_argument(args, kwargs))
-                if changed is not None:
-                    own = edited = with_first_argument(args, kwargs, changed)
-            else:
-                changed = fn(first_of(own))
-                if changed is not None:
-                    own = edited = with_first(own, changed)
-            self._next = (self._next + 1) % len(self._run)
-            if self._run[self._next][0] != provider:
-                break
-        place = self._run[self._next][0]
-        self.pending = Pending(Event.VALUE, place, self.occurrence(place) + (place == provider))
-        if edited is None:
-            return value
-        return edited if batcher is None else batcher.widen(value, self.batch_group, edited)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._twin is not None:
-            return operator.getitem, (
-                (self._twin,),
-                0,
-            )  # the twin, said in words that every Python knows
-        raise InterventionError(
-            "steering by hooks stays on this machine and cannot be sent with a remote run; use "
-            "`handle = plan.edit(as_host(model, remote=...))` instead of plan.hooks, attach or "
-            "apply."
-        )
+    return calls
 
 
 def stopping(path: str, keep: list[Any]) -> Body:
@@ -168,12 +101,97 @@ def stopping(path: str, keep: list[Any]) -> Body:
     return body
 
 
+class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
+    """Plain functions at one or more hook points, called in turn, pass after pass.
+
+    To nnsight it is a worker that waits at the place of its first call and, once served there, at
+    the place of the next.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        calls: Callable[[], Sequence[HookCall]],
+        *,
+        remote_form: Callable[[], Mediator] | None = None,
+    ) -> None:
+        """Keep where to call.
+
+        Args:
+            model: the nnsight model.
+            calls: makes the calls of a run, in the order in which a pass reaches them.
+            remote_form: makes a worker that does the same and is sent to a server in place of this
+                one; None: it cannot be sent.
+        """
+        super().__init__(None, {}, {})
+        self._model, self._make_calls, self._make_remote_form = model, calls, remote_form
+        # Of the run: nnsight's name of the place, side and function of each call; which is next.
+        self._calls: list[tuple[str, CallSide, Callable[[Any], Any]]] = []
+        self._next = 0
+
+    def start(self, interleaver: Any = None) -> None:
+        """Wait for the first call of a run."""
+        self.interleaver, self._next = interleaver, 0
+        self._calls = [
+            (location(self._model, path, side), side, fn) for path, side, fn in self._make_calls()
+        ]
+        self.counts_at_start = {
+            place: interleaver.counts.get(place, 0) for place, _, _ in self._calls
+        }
+        self.pending = Pending(Event.VALUE, self._calls[0][0], 0)
+
+    def handle(self, provider: str, value: Any) -> Any:
+        """Serve this visit: what the module was given (arguments and keywords), or what it
+        returned."""
+        batcher = self.interleaver.batcher  # knows which rows of the batch are whose
+        own = value if batcher is None else batcher.narrow(value, self.batch_group)
+        edited = None
+        for _ in self._calls:  # once round at most: several calls may be at this place
+            _, side, fn = self._calls[self._next]
+            if side == "arguments":
+                fn(own)
+            elif side == "input":
+                args, kwargs = own
+                changed = fn(first_argument(args, kwargs))
+                if changed is not None:
+                    own = edited = with_first_argument(args, kwargs, changed)
+            else:
+                changed = fn(first_of(own))
+                if changed is not None:
+                    own = edited = with_first(own, changed)
+            self._next = (self._next + 1) % len(self._calls)
+            if self._calls[self._next][0] != provider:
+                break
+        place = self._calls[self._next][0]
+        self.pending = Pending(Event.VALUE, place, self.occurrence(place) + (place == provider))
+        if edited is None:
+            return value
+        return edited if batcher is None else batcher.widen(value, self.batch_group, edited)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._make_remote_form is None:
+            raise InterventionError(
+                "steering by hooks stays on this machine and cannot be sent with a remote run; use "
+                "`handle = plan.edit(as_host(model, remote=...))` instead of plan.hooks, attach or "
+                "apply."
+            )
+        # What is unpickled is `(remote_form,)[0]`, the remote form itself: an expression of
+        # builtins alone, which every Python can evaluate.
+        return operator.getitem, ((self._make_remote_form(),), 0)
+
+
+def location(model: Any, path: str, side: CallSide) -> str:
+    """nnsight's name for one side of a module of the model."""
+    module = model.get(path) if path else model
+    return f"{module.path}.{'output' if side == 'output' else 'input'}"
+
+
 def run_in_progress(model: Any) -> bool:
     """Whether a trace (or generate) of this model is being run now."""
     return bool(model.interleaver.interleaving or model.interleaver.mediators)
 
 
-def current_run() -> Any:
+def current_worker() -> Any:
     """The worker whose code is running now (the body of a trace), or None outside of one."""
     from greenlet import getcurrent
 
@@ -187,7 +205,7 @@ def has_joined(caller: Any, mark: Any) -> bool:
     return (mark, caller.batch_group) in marks
 
 
-def join(caller: Any, workers: list[Any], mark: Any) -> None:
+def join(caller: Any, workers: Sequence[Any], mark: Any) -> None:
     """Start workers in the caller's run, before it in turn and on its rows.
 
     Served before the code that called, they have changed an activation by the time it is read
