@@ -378,7 +378,11 @@ def test_the_store_says_where_it_came_from() -> None:
         ({"prompts": []}, DataError, "prompts is empty"),
         ({"prompts": "one"}, DataError, "must be a list of texts"),
         ({"batch_size": 0}, ArgumentError, "batch_size must be an integer"),
-        ({"labels": [1, 0]}, DataError, r"labels must have one label per row: expected shape \(4,\)"),
+        (
+            {"labels": [1, 0]},
+            DataError,
+            r"labels must have one label per row: expected shape \(4,\)",
+        ),
         ({"positions": "first"}, ArgumentError, "positions must be"),
         ({"hook_names": ["blocks.1.attn.hook_pattern"]}, HookNameError, r"only \[batch, pos, d\]"),
     ],
