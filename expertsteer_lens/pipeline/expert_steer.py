@@ -13,7 +13,7 @@ from expertsteer_lens.hosts import as_host
 
 from .config import PRESETS, ExpertSteerConfig, Preset
 from .fit_data import divide_texts, read_models
-from .fitted import ExpertSteering
+from .fitted import ExpertSteering, collect
 from .rehearsal import check_seed, rehearse
 from .steps import StepLog, solve
 
@@ -153,7 +153,7 @@ class ExpertSteer:
             target_layers=len(target_hooks),
         )
         found = solve(self.config, self.seed, target_host, data, log, progress=progress)
-        return ExpertSteering.of(self.config, self.seed, target_host, data, found, log)
+        return collect(self.config, self.seed, target_host, data, found, log)
 
 
 def _hooks(source: Any) -> list[str]:

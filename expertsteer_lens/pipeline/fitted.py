@@ -87,26 +87,6 @@ class ExpertSteering:
     expert_pairs = Renamed("data.expert_pair_states")
     test_texts = Renamed("data.test_texts")
 
-    @classmethod
-    def of(
-        cls,
-        config: ExpertSteerConfig,
-        seed: int,
-        target: Host,
-        data: FitData,
-        found: Solution,
-        log: StepLog,
-    ) -> ExpertSteering:
-        """The result of steps that have been run."""
-        return cls(
-            config=config,
-            seed=seed,
-            target=target,
-            data=data,
-            steps=tuple(log.steps),
-            **found._asdict(),
-        )
-
     @property
     def target_pairs(self) -> ActivationStore:
         """The target's own states on the contrast pairs, labelled."""
@@ -191,7 +171,7 @@ class ExpertSteering:
             mi=self.layer_pair_mi if same_mi else None,
             gradients=self.gradients or None,
         )
-        return ExpertSteering.of(settings, seed, self.target, self.data, found, log)
+        return collect(settings, seed, self.target, self.data, found, log)
 
     def predicted_effect(self, target_hook: str, direction: Float[Tensor, " d_target"]) -> float:
         """First-order effect on the behaviour of adding `direction` at coefficient 1 at every
@@ -345,3 +325,22 @@ class ExpertSteering:
         chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)
         kind = self.config.aligner.kind
         return f"ExpertSteering({chosen}; {len(self.rfms)} fitted pairs; aligner {kind})"
+
+
+def collect(
+    config: ExpertSteerConfig,
+    seed: int,
+    target: Host,
+    data: FitData,
+    found: Solution,
+    log: StepLog,
+) -> ExpertSteering:
+    """The result of steps that have been run."""
+    return ExpertSteering(
+        config=config,
+        seed=seed,
+        target=target,
+        data=data,
+        steps=tuple(log.steps),
+        **found._asdict(),
+    )

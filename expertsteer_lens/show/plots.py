@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Quantity = Literal["mi", "excess"]
 
 
-class DrawnBench(Protocol):
+class _DrawnBench(Protocol):
     """What a figure reads of `Bench`."""
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -154,6 +154,12 @@ def plot_dose_response(calibration: Calibration) -> Any:
         zeroline=True,
         zerolinecolor="#cbd2d9",
     )
+    _set_two_axes(figure, has_effect)
+    return figure
+
+
+def _set_two_axes(figure: Any, has_effect: bool) -> None:
+    """Effect on the left and cost on the right, or cost alone on the left."""
     left = "effect, nats" if has_effect else "cost, nats per token"
     figure.update_layout(
         yaxis={"title": left, "zeroline": True, "zerolinecolor": "#cbd2d9"},
@@ -167,7 +173,6 @@ def plot_dose_response(calibration: Calibration) -> Any:
         },
         legend={"orientation": "h", "y": -0.22},
     )
-    return figure
 
 
 def _within_budget(calibration: Calibration) -> tuple[float, float]:
@@ -259,7 +264,7 @@ def _add_floor_and_ceiling(figure: Any, evaluation: Evaluation) -> None:
     figure.add_scatter(x=[None], y=[None], mode="lines", name="native ceiling", line=dashed)
 
 
-def plot_bench(bench: DrawnBench) -> Any:
+def plot_bench(bench: _DrawnBench) -> Any:
     """Effect of every method on every task with its interval; grey band: random floor ± 2 sd of the
     task."""
     go = import_plotly()
