@@ -1,5 +1,5 @@
-"""Shared fixtures. The shapes annotated in the inner mathematics are checked by beartype here and
-nowhere else."""
+"""Shared fixtures. The array shapes that the package annotates are checked by beartype here and
+nowhere else (see `typechecking`)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-import typechecking  # noqa: F401 - before nnsight, which gives every object a method that beartype cannot digest at import
+import typechecking  # before nnsight, which gives every object a method that beartype cannot digest at import
 from jaxtyping import install_import_hook
 
-# The inner mathematics only: public functions refuse bad shapes themselves, with messages that are
-# tested.
-INNER = (
-    "learn.recursion",
-    "learn.rows",
-    "align.fold_sums",
-    "align.folds",
-    "pair.cca",
-    "pair.gaussian",
-    "pair.ksg",
-    "pair.cka",
-    "pair.preparation",
-)
-install_import_hook([f"expertsteer_lens.{name}" for name in INNER], "typechecking.checked")
+install_import_hook(typechecking.modules(), "typechecking.checked")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 

@@ -104,12 +104,8 @@ def decode(
             return float(content)
         if tag == "$model" and isinstance(content, dict):
             return model(content)
-        if tag == "$class" and isinstance(part.get("fields"), dict):
-            name = _OLD_CLASSES.get(content, content)
-            if name in CLASSES:
-                today = _OLD_FIELDS.get(name, {})
-                held = {today.get(k, k): inner(v) for k, v in part["fields"].items()}
-                return _build(name, held)
+        if tag == "$class" and content in CLASSES and isinstance(part.get("fields"), dict):
+            return _build(content, {k: inner(v) for k, v in part["fields"].items()})
         raise ArtifactError(f"{tag}: {content!r} is not understood.")
 
     return inner(value)
@@ -216,18 +212,6 @@ def _ours(module: str, name: str) -> Callable[[], type]:
     return locate
 
 
-_OLD_CLASSES = {"Readings": "FitData"}
-"""Class names of version 0.1.0 and today's."""
-_OLD_FIELDS = {
-    "ExpertSteering": {"readings": "data"},
-    "FitData": {
-        "expert_anchors": "expert_anchor_states",
-        "target_anchors": "target_anchor_states",
-        "expert_pairs": "expert_pair_states",
-        "target_pairs": "target_pair_states",
-    },
-}
-"""Field names of version 0.1.0 and today's, by today's class."""
 _HOMES = {
     "align.aligner": ("AffineMap", "Aligner", "AlignerQuality"),
     "align.config": ("AlignerConfig",),

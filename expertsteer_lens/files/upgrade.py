@@ -35,8 +35,24 @@ def _rfm_from_1(fields: Fields) -> Fields:
     }
 
 
-FROM_1: dict[str, Callable[[Fields], Fields]] = {"RFM": _rfm_from_1}
-"""Classes whose fields were others in format 1."""
+def _renamed(**names: str) -> Callable[[Fields], Fields]:
+    """Fields that have another name now, given as old=new."""
+    return lambda fields: {names.get(old, old): value for old, value in fields.items()}
+
+
+FROM_1: dict[str, Callable[[Fields], Fields]] = {
+    "ExpertSteering": _renamed(readings="data"),
+    "Readings": _renamed(
+        expert_anchors="expert_anchor_states",
+        target_anchors="target_anchor_states",
+        expert_pairs="expert_pair_states",
+        target_pairs="target_pair_states",
+    ),
+    "RFM": _rfm_from_1,
+}
+"""Classes whose fields were others in format 1, by the name they had then."""
+NAMES_FROM_1 = {"Readings": "FitData"}
+"""Classes that had another name."""
 
 
 def upgrade(config: dict[str, Any]) -> dict[str, Any]:
@@ -63,5 +79,5 @@ def _upgrade_classes(part: Any) -> Any:
         return part
     name = part.get("$class")
     if isinstance(name, str) and name in FROM_1:
-        part = {**part, "fields": FROM_1[name](part["fields"])}
+        part = {"$class": NAMES_FROM_1.get(name, name), "fields": FROM_1[name](part["fields"])}
     return {key: _upgrade_classes(value) for key, value in part.items()}
