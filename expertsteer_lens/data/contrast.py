@@ -17,6 +17,7 @@ from expertsteer_lens.errors import ArgumentError, DataError
 from .chat import Chat, Text, check_texts
 from .multiple_choice import multiple_choice_item as multiple_choice_item
 from .multiple_choice import multiple_choice_items
+from .spans import Span, differing_spans
 from .texts import parse_json, read_file
 from .texts import text_hash as text_hash
 
@@ -168,6 +169,13 @@ class ContrastPairs:
                     else template.format(question=asked, choice=choice)
                 )
         return cls.from_lists(positive, negative)
+
+    @property
+    def answer_spans(self) -> list[Span]:
+        """Where the answer of each of `texts` is, in characters of its content: the last message of
+        a chat, the part in which two plain texts of a pair differ (see `differing_spans`)."""
+        both = [differing_spans(p, n) for p, n in zip(self.positive, self.negative, strict=True)]
+        return [span for pair in both for span in pair]
 
     @property
     def texts(self) -> list[Text]:

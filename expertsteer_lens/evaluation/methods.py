@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens.align import AlignerConfig, fit_aligner_grid
+from expertsteer_lens.align import AlignerConfig
 from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
 from expertsteer_lens.learn.directions import (
     expert_minus_base,
@@ -26,7 +26,9 @@ from expertsteer_lens.learn.learners import learn as learn_direction
 from expertsteer_lens.learn.rfm import fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient
 from expertsteer_lens.pair.rules import PairingConfig, allowed_targets, select_layer_pairs
+from expertsteer_lens.pipeline.config import ExpertSteerConfig
 from expertsteer_lens.pipeline.fit_data import PairKey, labels_of
+from expertsteer_lens.pipeline.steps import fit_maps
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
@@ -100,8 +102,14 @@ def paper_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPl
     """Reconstruction-only auto-encoder in the gauge of `seed`, pairs of lowest mutual information,
     RFM."""
     pairing = replace(_pairing(fit, plan), rule="min_mi")
+    config = ExpertSteerConfig.preset("paper")
     return _refitted_plan(
-        fit, plan, aligner=AlignerConfig(kind="autoencoder"), pairing=pairing, seed=seed
+        fit,
+        plan,
+        aligner=config.aligner,
+        align_on_pairs=config.align_on_pairs,
+        pairing=pairing,
+        seed=seed,
     )
 
 
@@ -121,16 +129,16 @@ def _refitted_plan(fit: ExpertSteering, plan: SteeringPlan, **changes: Any) -> S
 def least_squares_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
     """Mean difference through a least-squares map between the models' states on the anchors
     (L-Cross, arXiv 2503.04429)."""
-    data = fit.data
-    states, labels = data.expert_pair_states, labels_of(data.expert_pair_states)
-    names = list(data.target_pair_states)
-    allowed = [names[j] for j in allowed_targets(len(names), fit.config.pairing)]
-    keys = [(e, t) for e in states for t in allowed]
-    config = AlignerConfig(kind="ridge", ridge=LEAST_SQUARES)
-    maps = fit_aligner_grid(
-        data.expert_anchor_states, data.target_anchor_states, config, seed=fit.seed, pairs=keys
-    )
-    directions = {key: mean_difference(maps[key].encode(states[key[0]]), labels) for key in keys}
+    states = fit.data.expert_pair_states
+    labels = labels_of(states)
+    config = AlignerConfig(kind="ridge", ridge=LEAST_SQUARES, n_folds=fit.config.aligner.n_folds)
+    directions = {}
+    try:
+        for maps in fit_maps(fit.config, fit.seed, fit.data, config):
+            for key, aligner in maps.items():
+                directions[key] = mean_difference(aligner.encode(states[key[0]]), labels)
+    except ArgumentError as error:
+        raise NotMeasured(str(error).rstrip(".")) from error
     return _at_best_layers(fit, plan, directions)
 
 

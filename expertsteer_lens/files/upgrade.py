@@ -41,6 +41,11 @@ def _renamed(**names: str) -> Callable[[Fields], Fields]:
 
 
 FROM_1: dict[str, Callable[[Fields], Fields]] = {
+    "ExpertSteerConfig": lambda fields: {
+        # Fields that came later act as what the old version did.
+        **_renamed(read_positions="reading")(fields),
+        "pair_tokens": False,
+    },
     "ExpertSteering": _renamed(readings="data"),
     "Readings": _renamed(
         expert_anchors="expert_anchor_states",

@@ -120,10 +120,16 @@ class Host:
 
     @torch.no_grad()
     def read(
-        self, batch: TokenBatch, names: Sequence[str], positions: str | int
+        self,
+        batch: TokenBatch,
+        names: Sequence[str],
+        positions: str | int,
+        tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The rows `[n, d]` that `positions` picks at each hook point (see `take_rows`): copies on
         the CPU, float32, in the host's basis.
+
+        Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
 
         Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
         done to the live activation afterwards can reach them.
@@ -132,10 +138,11 @@ class Host:
             InterventionError: a hook point did not fire.
         """
         rows: dict[str, Tensor] = {}
+        mask = batch.attention_mask if tokens is None else tokens
 
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
-                rows[name] = take_rows(activation.detach(), positions, batch.attention_mask)
+                rows[name] = take_rows(activation.detach(), positions, mask)
 
             return fn
 

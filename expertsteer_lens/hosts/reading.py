@@ -12,12 +12,14 @@ from torch import Tensor
 from expertsteer_lens._checks import check_classes, check_number
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.data.chat import Text, check_texts
+from expertsteer_lens.data.chat import Chat, Text, check_texts
+from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.texts import TEXTS_KEY
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
-from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.errors import ArgumentError, DataError, HostError
 
 from .parts import TokenBatch
+from .token_ends import gives_offsets, token_ends, tokens_in
 
 if TYPE_CHECKING:
     from .base import Host
@@ -29,6 +31,7 @@ def capture(
     hook_names: Sequence[str] | None = None,
     *,
     positions: str | int = "last",
+    spans: Sequence[Span] | None = None,
     labels: Tensor | Sequence[int] | None = None,
     batch_size: int = 16,
     prepend_bos: bool | None = None,
@@ -49,8 +52,13 @@ def capture(
             template.
         hook_names: which hook points; default: `blocks.*.hook_resid_post`.
         positions: which token is *read* (a plan's `positions` say which are steered): "last" (the
-            last token), "mean" (over tokens), "all" (one row per token, prompt after prompt) or an
-            absolute token index (BOS counts; negative from the end).
+            last token), "mean" (over tokens), "answer" (mean over the tokens of the answer: the
+            assistant's last message of a chat, else the whole text; or of `spans`), "all" (one row
+            per token, prompt after prompt) or an absolute token index (BOS counts; negative from
+            the end).
+        spans: one (start, end) per prompt, in characters of its content (see `data.spans`): only
+            tokens that end inside are looked at, so `positions="mean"` with the answers' spans is
+            the mean over the answer. None: every token.
         labels: one per prompt, 1 = positive; repeated per token for "all".
         batch_size: prompts per pass. Prompts are batched by length; the order of the result is that
             of `prompts`.
@@ -78,13 +86,19 @@ def capture(
         )
     tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
     _check_positions(positions, tokens.lengths)
+    if positions == "answer" and spans is None and any(isinstance(text, Chat) for text in texts):
+        spans = [answer_span(text) for text in texts]
+    taken = "mean" if positions == "answer" else positions
+    chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
     order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
     for index in progress_bar(batches, "capture", progress=progress, unit="batch"):
         part = _trimmed(tokens, index)
-        counts = part.lengths.tolist() if positions == "all" else [1] * len(index)
-        for name, value in host.read(part, names, positions).items():
+        here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
+        per_text = part.lengths if here is None else here.sum(1)
+        counts = per_text.tolist() if positions == "all" else [1] * len(index)
+        for name, value in host.read(part, names, taken, here).items():
             for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)
@@ -93,8 +107,38 @@ def capture(
     return ActivationStore(
         stacked,
         None if classes is None else classes.repeat_interleave(torch.tensor(counts)),
-        _provenance(host, texts, names, positions, prepend_bos, counts),
+        {
+            **_provenance(host, texts, names, positions, prepend_bos, counts),
+            **({} if spans is None else {"spans": [list(span) for span in spans]}),
+        },
     )
+
+
+def _tokens_in_spans(
+    host: Host, texts: Sequence[Text], tokens: TokenBatch, spans: Sequence[Span]
+) -> Tensor:
+    """Mask `[n, pos]` of the tokens that end inside the span of their text.
+
+    Raises:
+        HostError: the tokenizer cannot say which characters a token covers.
+        DataError: no token of a text ends inside its span.
+    """
+    spans = check_spans(spans, texts)
+    if not gives_offsets(host.tokenizer):
+        raise HostError(
+            f"the tokenizer of {host.name!r} does not say which characters its tokens cover, so "
+            "no part of a text can be read; use a fast tokenizer, or read the whole text."
+        )
+    chosen = tokens_in(token_ends(host, texts, tokens), spans)
+    empty = (~chosen.any(dim=1)).nonzero()[:, 0].tolist()
+    if empty:
+        i = empty[0]
+        part = content(texts[i])[slice(*spans[i])]
+        raise DataError(
+            f"no token of prompts[{i}] ends inside its span {tuple(spans[i])} ({part[:40]!r}); "
+            "does the chat template rewrite the message? Read the whole text (reading='mean')."
+        )
+    return chosen.to(tokens.input_ids.device)
 
 
 def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:
@@ -104,11 +148,11 @@ def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:
 
 def _check_positions(positions: str | int, lengths: Tensor) -> None:
     """Refuse before the model runs what `take_positions` would refuse half way."""
-    if positions in ("last", "mean", "all"):
+    if positions in ("last", "mean", "answer", "all"):
         return
     if not isinstance(positions, int) or isinstance(positions, bool):
         raise ArgumentError(
-            f"positions must be 'last', 'mean', 'all' or an int, got {positions!r}."
+            f"positions must be 'last', 'mean', 'answer', 'all' or an int, got {positions!r}."
         )
     outside = (lengths <= positions) if positions >= 0 else (lengths < -positions)
     if bool(outside.any()):

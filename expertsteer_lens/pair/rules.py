@@ -145,6 +145,10 @@ class PairingConfig:
     n_candidates: int = 32
     """For rules that need effects: pairs kept after ranking by the mapped mean difference; RFM is
     fitted on these, then re-ranked."""
+    n_layers: int = 4
+    """For rules that need effects, where maps are fitted on token pairs: so many layers of either
+    model are considered, which makes `n_layers ** 2` maps; the moments of their token pairs take
+    `8 n_folds n_layers (d_e^2 + d_t^2 + n_layers d_e d_t)` bytes."""
     min_auc: float = 0.6
     """For rules that need effects: pairs whose RFM separates its held-out texts with a smaller AUC
     are chosen only if no other is left; a direction that the expert does not have can still point
@@ -160,6 +164,7 @@ class PairingConfig:
         find_rule(self.rule)
         check_number("n_pairs", self.n_pairs, low=1, integer=True)
         check_number("n_candidates", self.n_candidates, low=1, integer=True)
+        check_number("n_layers", self.n_layers, low=1, integer=True)
         check_number("min_auc", self.min_auc, low=0.0, high=1.0)
         check_number("skip_first", self.skip_first, low=0, integer=True)
         check_number("skip_last", self.skip_last, low=0, integer=True)

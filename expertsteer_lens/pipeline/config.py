@@ -16,7 +16,7 @@ from expertsteer_lens.pair.rules import PairingConfig
 
 Preset = Literal["anchored", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-ReadPositions = Literal["last", "mean"] | int
+Reading = Literal["answer", "mean", "last"] | int
 
 # What a field acts on, where that is not the choices made after reading; `refit`, which reads
 # nothing, refuses changes of these.
@@ -53,11 +53,20 @@ class ExpertSteerConfig:
     """Step 2: which pairs are kept."""
     rfm: RFMConfig = field(default_factory=RFMConfig)
     """Step 3: how directions are learnt."""
-    read_positions: ReadPositions = field(default="last", metadata=READING)
-    """Token whose state represents a text when states are *read*: "last", "mean" (over tokens), or
-    an absolute index. Which tokens are *steered* is another question: `positions` of the plan."""
-    align_on_pairs: bool = False
-    """Fit the aligner on the texts of the pairs, without their labels, beside the anchors."""
+    reading: Reading = field(default="answer", metadata=READING)
+    """What state represents a text when states are *read*: "answer" (mean over the tokens of the
+    answer: the last message of a chat, the part in which two plain texts of a pair differ, else the
+    whole text), "mean" (over all tokens), "last" (the last token, which in most texts is the same
+    full stop), or an absolute token index. Which tokens are *steered* is another question:
+    `positions` of the plan."""
+    pair_tokens: bool = field(default=True, metadata=READING)
+    """Fit the maps on the states of all tokens that end at the same character in both models, tens
+    a text, instead of one state a text. For rules that need effects; where a tokenizer does not
+    say which characters its tokens cover, one state a text is used and the steps say so."""
+    align_on_pairs: bool = True
+    """Fit the maps on the texts of the pairs too, without their labels, beside the anchors. They
+    say most about the texts that will be mapped; with them a mapped mean difference comes close to
+    the target's own."""
     batch_size: int = field(default=16, metadata=PASSES)
     """Texts per forward pass when states are read, and per backward pass of the attribution, which
     stores a pass of the whole target; >= 1. Calibration keeps nothing of a pass and takes 32."""
@@ -87,7 +96,11 @@ class ExpertSteerConfig:
         check_choice("preset", name, PRESETS)
         if name == "paper":
             return cls(
-                aligner=AlignerConfig(kind="autoencoder"), pairing=PairingConfig(rule="min_mi")
+                aligner=AlignerConfig(kind="autoencoder"),
+                pairing=PairingConfig(rule="min_mi"),
+                reading="last",
+                pair_tokens=False,
+                align_on_pairs=False,
             )
         return cls()
 
@@ -97,12 +110,15 @@ class ExpertSteerConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ExpertSteerConfig:
-        """Inverse of `to_dict`; fields left out keep their defaults.
+        """Inverse of `to_dict`; fields left out keep their defaults. "read_positions", the name
+        of `reading` in version 0.1, is understood.
 
         Raises:
             ArgumentError: an unknown field, here or in a part, or a value that cannot be used; the
                 message names the field, e.g. `config.aligner.kind`.
         """
+        if "read_positions" in data:
+            data = {("reading" if k == "read_positions" else k): v for k, v in data.items()}
         return config_from_dict(cls, data)
 
     def changed(self, changes: Mapping[str, Any]) -> ExpertSteerConfig:

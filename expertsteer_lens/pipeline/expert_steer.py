@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
-from .fit_data import divide_texts, read_models
+from .fit_data import FitData, FitTexts, divide_texts, read_models, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
 from .rehearsal import check_seed, rehearse
-from .steps import StepLog, solve
+from .steps import StepLog, measure_gradients, solve, takes_gradients
+from .token_pairs import candidate_pairs, pair_tokens, why_not_tokens
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts import Host
+
+FEWEST_TOKEN_PAIRS = 50
+"""With fewer, one state a text says as much."""
 
 __all__ = ["PRESETS", "ExpertSteer", "ExpertSteerConfig"]
 
@@ -82,8 +92,8 @@ class ExpertSteer:
 
         Args:
             expert: the model that knows; any host object. May be the target itself (self-steering).
-                Or its states, captured elsewhere or earlier: `capture(expert, [*pairs.texts,
-                *anchors])`, so that the two models need never be in memory together.
+                Or its states, captured elsewhere or earlier with `ExpertSteer(...).capture`, so
+                that the two models need never be in memory together.
             target: the model to be steered; any host object.
             pairs: labelled texts. Here as everywhere a text may be a chat (a list of messages, see
                 `Chat`): each model is shown it in its own template.
@@ -136,6 +146,7 @@ class ExpertSteer:
             same_width=bool(expert_hook_names or target_hook_names)
             or source.d_model == target_host.d_model,
         )
+        reading = reading_of(self.config, source, target_host)
         data = read_models(
             source,
             target_host,
@@ -143,6 +154,7 @@ class ExpertSteer:
             self.config,
             expert_hook_names=expert_hooks,
             target_hook_names=target_hooks,
+            reading=reading,
             progress=progress,
         )
         log.done(
@@ -151,9 +163,84 @@ class ExpertSteer:
             anchors=data.target_anchor_states.n,
             expert_layers=len(expert_hooks),
             target_layers=len(target_hooks),
+            reading=reading,
         )
-        found = solve(self.config, self.seed, target_host, data, log, progress=progress)
+        gradients = None
+        if takes_gradients(self.config):
+            gradients = measure_gradients(self.config, target_host, data, log, progress)
+            if self.config.pair_tokens:
+                data = self._with_tokens(source, target_host, texts, data, gradients, log, progress)
+        found = solve(
+            self.config, self.seed, target_host, data, log, progress=progress, gradients=gradients
+        )
         return collect(self.config, self.seed, target_host, data, found, log)
+
+    def _with_tokens(
+        self,
+        expert: Any,
+        target: Host,
+        texts: FitTexts,
+        data: FitData,
+        gradients: Mapping[str, Tensor],
+        log: StepLog,
+        progress: bool | None,
+    ) -> FitData:
+        """The data with the moments of token pairs; or as they are, and a step that says why."""
+        config = self.config
+        reason = why_not_tokens(expert, target)
+        if reason is None and not isinstance(KINDS[config.aligner.kind], MomentKind):
+            reason = f"aligner kind {config.aligner.kind!r} is fitted on rows"
+        moments = None
+        if reason is None:
+            unlabelled = list(texts.fit_texts)
+            groups = list(range(len(unlabelled)))
+            if config.align_on_pairs and texts.anchors is not None:
+                # The two texts of a pair are alike, and so one group.
+                groups += [len(unlabelled) + i // 2 for i in range(len(texts.pairs.texts))]
+                unlabelled += texts.pairs.texts
+            candidates = candidate_pairs(config, data, gradients)
+            moments = pair_tokens(
+                expert, target, unlabelled, groups, candidates, config, self.seed, progress=progress
+            )
+            if moments.n < FEWEST_TOKEN_PAIRS:
+                reason = f"only {moments.n} tokens of the anchors end at the same character"
+        if reason is not None or moments is None:
+            log.done("token pairs", maps_on="one state a text", because=reason)
+            return data
+        log.done("token pairs", n=moments.n, texts=len(unlabelled), layer_pairs=len(candidates))
+        return data.with_tokens(moments)
+
+    def capture(
+        self,
+        expert: Any,
+        pairs: ContrastPairs,
+        *,
+        anchors: Sequence[Text] | None = None,
+        hook_names: Sequence[str] | None = None,
+        progress: bool | None = None,
+    ) -> ActivationStore:
+        """The expert's states that `fit` takes in place of the expert, read as `config.reading`
+        says; so that the two models need never be in memory together.
+
+        They hold one state a text, so the maps of such a fit are fitted on one state a text.
+
+        Args:
+            expert: the model that knows.
+            pairs: as in `fit`.
+            anchors: as in `fit`.
+            hook_names: where it is read; default: the residual after every block.
+            progress: show progress bars; default: where standard error is a terminal.
+        """
+        reading = reading_of(self.config, as_host(expert))
+        return capture(
+            expert,
+            [*pairs.texts, *(anchors or ())],
+            hook_names,
+            positions=reading,
+            spans=spans_to_read(pairs, anchors) if reading == "answer" else None,
+            batch_size=self.config.batch_size,
+            progress=progress,
+        )
 
 
 def _hooks(source: Any) -> list[str]:

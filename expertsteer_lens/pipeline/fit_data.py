@@ -4,20 +4,23 @@ test."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._moved import Renamed
+from expertsteer_lens.align import PairedMoments
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import capture
+from expertsteer_lens.hosts.token_ends import gives_offsets
 from expertsteer_lens.learn.directions import mean_difference
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class FitData:
     its settings.
 
     Rows of the two anchor stores belong together, and rows of the two pair stores; "states" are the
-    activations at one token of each text, see `ExpertSteerConfig.read_positions`."""
+    activations that represent a text, see `ExpertSteerConfig.reading`."""
 
     expert_anchor_states: ActivationStore
     """The expert's states on the anchors."""
@@ -59,6 +62,16 @@ class FitData:
     """Prompts that only `evaluate` reads."""
     provenance: dict[str, Any]
     """Names, fingerprints and hashes of what went in."""
+    maps_on: Literal["texts", "tokens"] = "texts"
+    """Whether the maps were fitted on one state a text or on token pairs."""
+    token_moments: PairedMoments | None = field(default=None, init=False, repr=False)
+    """Moments of the token pairs of the candidate layer pairs; not written to files."""
+
+    def with_tokens(self, moments: PairedMoments) -> FitData:
+        """The same with moments of token pairs, on which the maps are then fitted."""
+        out = replace(self, maps_on="tokens")
+        object.__setattr__(out, "token_moments", moments)
+        return out
 
     # Names of version 0.1.
     expert_anchors = Renamed("expert_anchor_states")
@@ -156,6 +169,7 @@ def read_models(
     *,
     expert_hook_names: list[str],
     target_hook_names: list[str],
+    reading: str | int,
     progress: bool | None,
 ) -> FitData:
     """The states of both models on the divided texts, at hook points that are on them.
@@ -167,6 +181,7 @@ def read_models(
         config: where and in what batches states are read.
         expert_hook_names: where the expert is read.
         target_hook_names: where the target is read.
+        reading: what state represents a text, see `reading_of`.
         progress: show progress bars; None: where standard error is a terminal.
     """
     pairs = texts.pairs
@@ -177,15 +192,14 @@ def read_models(
             of,
             names,
             labels=labels,
-            positions=config.read_positions,
+            positions=reading,
+            spans=pairs.answer_spans if reading == "answer" and labels is not None else None,
             batch_size=config.batch_size,
             progress=progress,
         )
 
     if isinstance(expert, ActivationStore):
-        expert_anchors, expert_pairs = _rows_of_states(
-            expert, expert_hook_names, texts, config.read_positions
-        )
+        expert_anchors, expert_pairs = _rows_of_states(expert, expert_hook_names, texts, reading)
     else:
         expert_anchors = read(expert, texts.fit_texts, expert_hook_names, None)
         expert_pairs = read(expert, pairs.texts, expert_hook_names, pairs.labels)
@@ -208,9 +222,24 @@ def read_models(
         provenance={
             "expert": _model_facts(expert_pairs),
             "target": _model_facts(target_pairs),
+            "reading": reading,
             **texts.facts,
         },
     )
+
+
+def reading_of(config: ExpertSteerConfig, *models: Any) -> str | int:
+    """What state represents a text in all of these models: `config.reading`, but "mean" in place of
+    "answer" where a tokenizer does not say which characters its tokens cover."""
+    tokenizers = [m.tokenizer for m in models if not isinstance(m, ActivationStore)]
+    if config.reading == "answer" and not all(gives_offsets(t) for t in tokenizers):
+        return "mean"
+    return config.reading
+
+
+def spans_to_read(pairs: ContrastPairs, anchors: Sequence[Text] | None) -> list[Span]:
+    """The answers' spans of `[*pairs.texts, *anchors]`."""
+    return [*pairs.answer_spans, *(answer_span(text) for text in anchors or ())]
 
 
 def split_anchors(
@@ -248,9 +277,7 @@ def _rows_of_states(
     """
     pairs, anchors = texts.pairs, texts.anchors
     expected = [*pairs.texts, *(anchors or ())]
-    command = "capture(expert, pairs.texts)"
-    if anchors is not None:
-        command = "capture(expert, [*pairs.texts, *anchors])"
+    command = "ExpertSteer(...).capture(expert, pairs, anchors=anchors)"
     facts = states.provenance
     if states.n != len(expected) or not are_states_of(facts, expected):
         raise DataError(
@@ -260,7 +287,13 @@ def _rows_of_states(
     if facts.get("positions", positions) != positions:
         raise DataError(
             f"expert holds states read at positions={facts['positions']!r}, but "
-            f"config.read_positions is {positions!r}; read and fit at the same token."
+            f"config.reading is {positions!r}; read and fit at the same token."
+        )
+    wanted = [list(span) for span in spans_to_read(pairs, anchors)]
+    if positions == "answer" and facts.get("spans", wanted) != wanted:
+        raise DataError(
+            "expert holds states of other parts of these texts than their answers; make them with "
+            "ExpertSteer(...).capture(expert, pairs, anchors=anchors)."
         )
     # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
     row = {text: i for i, text in reversed(list(enumerate(expected)))}

@@ -145,7 +145,7 @@ class ExpertSteering:
 
         Raises:
             ArgumentError: a change of a field that acts only where models are read
-                (`read_positions`, `held_out`, `validation`; `batch_size` where no pass is run); use
+                (`reading`, `held_out`, `validation`; `batch_size` where no pass is run); use
                 `ExpertSteer(...).fit` for that.
         """
         settings = (config or self.config).changed(changes)
@@ -208,7 +208,7 @@ class ExpertSteering:
                 layers; or "auto": the largest that keeps the damage to the calibration texts within
                 `config.budget`.
             positions: which tokens are *steered*, see `SteeringPlan`; which token was *read* is
-                `config.read_positions`.
+                `config.reading`.
             edit: "add" and others, see `SteeringPlan`.
 
         Raises:

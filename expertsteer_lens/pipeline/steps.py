@@ -4,14 +4,20 @@ mathematics here."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertsteer_lens._progress import is_shown, progress_bar
-from expertsteer_lens.align import Aligner, AlignerGrid
+from expertsteer_lens.align import (
+    Aligner,
+    AlignerConfig,
+    AlignerGrid,
+    fit_aligner_grid_from_moments,
+)
+from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.learn.rfm import RFM, fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient, readout_gradient
@@ -86,7 +92,7 @@ def solve(
     if mi is None:
         mi = _score_pairs(config, seed, data, log, progress)
     if takes_gradients(config) and gradients is None:
-        gradients = _measure_gradients(config, target, data, log, progress)
+        gradients = measure_gradients(config, target, data, log, progress)
     if takes_gradients(config):
         chosen = _choose_by_attribution(config, seed, data, log, progress, gradients or {})
     else:
@@ -114,9 +120,11 @@ def _score_pairs(
     return mi
 
 
-def _measure_gradients(
+def measure_gradients(
     config: ExpertSteerConfig, target: Host, data: FitData, log: StepLog, progress: bool | None
 ) -> dict[str, Tensor]:
+    """The gradient of the behaviour at every hook point of the target, `[d_target]`: of the
+    validation prompts' completions, or of the read-out where no behaviour was given."""
     behaviour, names = data.validation_behaviour, list(data.target_pair_states)
     if behaviour is not None:
         gradients = behaviour_gradient(
@@ -150,7 +158,7 @@ def _choose_by_rule(
     names_e, names_t = list(data.expert_pair_states), list(data.target_pair_states)
     scores = mi.matrix if find_rule(c.rule).needs == "mi" else None
     chosen = select_layer_pairs(names_e, names_t, c, scores=scores, seed=seed)
-    expert_rows, target_rows = _rows_to_align(config, data)
+    expert_rows, target_rows = rows_to_align(config, data)
     grid = AlignerGrid(target_rows, config.aligner, seed=seed)
     aligners = grid.fit(expert_rows, pairs=chosen.keys())
     return chosen, aligners, _learn(config, seed, data, log, progress, aligners)
@@ -179,6 +187,41 @@ def _choose_by_attribution(
     return select_layer_pairs(names_e, names_t, c, scores=scores), aligners, rfms
 
 
+def fit_maps(
+    config: ExpertSteerConfig, seed: int, data: FitData, aligner: AlignerConfig | None = None
+) -> Iterator[dict[PairKey, Aligner]]:
+    """The maps of every candidate layer pair, one expert layer at a time: those whose token pairs
+    were read, or else all allowed ones.
+
+    Args:
+        config: settings of the fit.
+        seed: of folds and gauges.
+        data: what was read.
+        aligner: in place of `config.aligner`.
+
+    Raises:
+        ArgumentError: the maps were fitted on token pairs and these are not here any more.
+    """
+    aligner = aligner or config.aligner
+    if data.maps_on == "tokens":
+        moments = data.token_moments
+        if moments is None:
+            raise ArgumentError(
+                "the maps of this fit were fitted on token pairs, which a saved fit does not hold; "
+                "run ExpertSteer(...).fit again to fit other maps."
+            )
+        for hook in dict.fromkeys(e for e, _ in moments.pairs):
+            mine = [pair for pair in moments.pairs if pair[0] == hook]
+            yield fit_aligner_grid_from_moments(moments, aligner, seed=seed, pairs=mine)
+        return
+    names_t = list(data.target_pair_states)
+    allowed = [names_t[j] for j in allowed_targets(len(names_t), config.pairing)]
+    expert_rows, target_rows = rows_to_align(config, data)
+    grid = AlignerGrid(target_rows, aligner, seed=seed)
+    for hook in data.expert_pair_states:
+        yield grid.fit(expert_rows, pairs=[(hook, t) for t in allowed])
+
+
 def _promising_maps(
     config: ExpertSteerConfig, seed: int, data: FitData, units: Mapping[str, Tensor]
 ) -> dict[PairKey, Aligner]:
@@ -186,19 +229,15 @@ def _promising_maps(
 
     One expert layer at a time: never more than n_target + n_candidates maps are held."""
     c, pair_states = config.pairing, data.expert_pair_states
-    names_t, labels = list(data.target_pair_states), labels_of(pair_states)
-    allowed = [names_t[j] for j in allowed_targets(len(names_t), c)]
+    labels = labels_of(pair_states)
     keep = max(c.n_candidates, c.n_pairs)
-    expert_rows, target_rows = _rows_to_align(config, data)
-    grid = AlignerGrid(target_rows, config.aligner, seed=seed)
     aligners: dict[PairKey, Aligner] = {}
     effects: dict[PairKey, float] = {}
-    for hook in pair_states:
-        aligners |= grid.fit(expert_rows, pairs=[(hook, t) for t in allowed])
-        for target_hook in allowed:
-            mapped = aligners[hook, target_hook].encode(pair_states[hook])
-            difference = mean_difference(mapped, labels)
-            effects[hook, target_hook] = float(units[target_hook] @ difference.double())
+    for fitted in fit_maps(config, seed, data):
+        aligners |= fitted
+        for key, aligner in fitted.items():
+            difference = mean_difference(aligner.encode(pair_states[key[0]]), labels)
+            effects[key] = float(units[key[1]] @ difference.double())
         best = sorted(effects, key=lambda k: -effects[k])[:keep]
         aligners = {key: aligners[key] for key in best}
     return aligners
@@ -224,7 +263,7 @@ def _told_apart(
     return list(rfms)
 
 
-def _rows_to_align(
+def rows_to_align(
     config: ExpertSteerConfig, data: FitData
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Paired states that the maps are fitted on, expert and target."""
@@ -252,7 +291,13 @@ def _learn(
     """An RFM for every map, on the expert's labelled states placed in the target's space."""
     quality = [a.quality.r2 for a in aligners.values() if a.quality.r2 is not None]
     shown = f"{min(quality):.2f} to {max(quality):.2f}" if quality else "not anchored"
-    log.done("align", kind=config.aligner.kind, maps=len(aligners), held_out_r2=shown)
+    log.done(
+        "align",
+        kind=config.aligner.kind,
+        maps=len(aligners),
+        on=data.maps_on if data.token_moments is None else f"{data.token_moments.n} token pairs",
+        held_out_r2=shown,
+    )
     states = data.expert_pair_states
     rfms = {}
     for key, aligner in progress_bar(list(aligners.items()), "rfm", progress=progress):

@@ -156,18 +156,24 @@ class NNsightHost(Host):
 
     @torch.no_grad()
     def read(
-        self, batch: TokenBatch, names: Sequence[str], positions: str | int
+        self,
+        batch: TokenBatch,
+        names: Sequence[str],
+        positions: str | int,
+        tokens: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See `Host.read`; from a server only the rows travel back."""
         if not self.remote:
-            return super().read(batch, names, positions)
+            return super().read(batch, names, positions, tokens)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             **no_cache(self.model._module),
         }
         places = {name: place for name, place in self.blocks.places.items() if name in names}
-        rows = remotely.rows(self.model, options, places, positions, remote=self.remote)
+        rows = remotely.rows(
+            self.model, options, places, positions, tokens=tokens, remote=self.remote
+        )
         return {name: self._in_basis(rows[name]) for name in names}
 
     def _generate_ids(

@@ -78,6 +78,7 @@ def rows(
     places: Mapping[str, Place],
     positions: str | int,
     *,
+    tokens: Tensor | None,
     remote: bool | str,
 ) -> dict[str, Tensor]:
     """What `take_rows` picks at each hook point, picked where the model is.
@@ -87,11 +88,12 @@ def rows(
         options: arguments of the pass, `attention_mask` among them.
         places: hook points in the order in which a pass reaches them.
         positions: "last", "mean", "all" or an index.
+        tokens: which tokens are looked at, a mask; None: all real ones.
         remote: as nnsight takes it.
     """
     import nnsight
 
-    mask = options["attention_mask"]
+    mask = options["attention_mask"] if tokens is None else tokens
     where = [(name, place.path, place.side) for name, place in places.items()]
     unpack = unpacker(pack(take_rows))
     with model.trace(**options, remote=remote) as tracer:
