@@ -526,7 +526,7 @@ def test_the_model_owns_what_is_attached_to_it(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bridge", "huggingface"])
 def test_an_attached_model_is_freed_with_its_steering(kind: str) -> None:
-    model, _ = steerable(kind)
+    model = steerable(kind)[0]
     plan_of().attach(model)
     output(model)
     gone = weakref.ref(model)
