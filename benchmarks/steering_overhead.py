@@ -370,14 +370,14 @@ def child(args: argparse.Namespace) -> None:
 
 
 def ours(kind: str) -> bool:
-    """Whether this is steered by `expertsteer_lens.steering` in this process (an nnsight edit is
-    torch code of its own)."""
+    """Whether this is steered by a `PlanRun` in this process (an nnsight edit is
+    not)."""
     return kind in ("bridge", "hf", "hooked", "nnsight", "bridge-list", "hf-generated")
 
 
 def inside(kind: str, steered: Callable[[], float]) -> float:
     """Time spent inside steering / the rest of the time, median of three runs."""
-    from expertsteer_lens.steer.run import Steering
+    from expertsteer_lens.steer.run import PlanRun
 
     spent = 0.0
 
@@ -393,24 +393,22 @@ def inside(kind: str, steered: Callable[[], float]) -> float:
         return call
 
     functions, listed, on_forward, shares = (
-        Steering._functions,
-        Steering._listed,
-        Steering.on_forward,
+        PlanRun.functions,
+        PlanRun._listed,
+        PlanRun.on_forward,
         [],
     )
-    Steering._listed = lambda self, name, fn, mask: clocked(listed(self, name, fn, mask))
-    Steering.on_forward = clocked(on_forward)
+    PlanRun._listed = lambda self, name, fn, mask: clocked(listed(self, name, fn, mask))
+    PlanRun.on_forward = clocked(on_forward)
     if kind != "bridge-list":  # a list clocks the outer function
-        Steering._functions = lambda self: {
-            name: clocked(fn) for name, fn in functions(self).items()
-        }
+        PlanRun.functions = lambda self: {name: clocked(fn) for name, fn in functions(self).items()}
     try:
         for _ in range(3):
             spent = 0.0
             whole = steered()
             shares.append(spent / (whole - spent))
     finally:
-        Steering._functions, Steering._listed, Steering.on_forward = functions, listed, on_forward
+        PlanRun.functions, PlanRun._listed, PlanRun.on_forward = functions, listed, on_forward
     return statistics.median(shares)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, WidthError
 from expertsteer_lens.interventions import edits
+from expertsteer_lens.interventions.edits import EDITS, Edit, VectorEdit, find_edit, register_edit
 
 EVERY_EDIT = {
     "add": lambda x, v, **k: edits.add(x, 1.5 * v, **k),
     "ablate": edits.ablate,
-    "rescale": lambda x, v, **k: edits.rescale(x, v, factor=-0.5, **k),
+    "rescale": lambda x, v, **k: edits.rescale(x, v, coefficient=-1.5, **k),
     "clamp": lambda x, v, **k: edits.clamp(x, v, low=2.0, high=2.0, **k),
 }
 
@@ -66,7 +69,7 @@ def test_ablate_is_idempotent_and_half_ablate_is_not(seed: int) -> None:
 @given(seeds, st.floats(-2, 2))
 def test_rescale_multiplies_the_component_only(seed: int, factor: float) -> None:
     x, v, _ = sample(seed)
-    out = edits.rescale(x, v, factor=factor)
+    out = edits.rescale(x, v, coefficient=factor - 1)
     torch.testing.assert_close(along(out, v), factor * along(x, v))
     torch.testing.assert_close(edits.ablate(out, v), edits.ablate(x, v))
 
@@ -137,16 +140,16 @@ def test_float64_activations_are_not_squeezed_through_float32() -> None:
     assert float(left) < 1e-14
 
 
-def test_a_zero_delta_is_bit_equal_and_so_is_factor_one() -> None:
+def test_a_zero_delta_is_bit_equal_and_so_is_coefficient_zero() -> None:
     x, v, _ = sample(6, dtype=torch.float32)
     assert torch.equal(edits.add(x, 0 * v), x)
-    assert torch.equal(edits.rescale(x, v, factor=1.0), x)
+    assert torch.equal(edits.rescale(x, v, coefficient=0.0), x)
 
 
-def test_strengths_may_differ_by_row() -> None:
+def test_coefficients_may_differ_by_row() -> None:
     x, v, _ = sample(7)
     per_row = torch.tensor([[0.0], [1.0]], dtype=x.dtype)
-    out = edits.ablate(x, v, strength=per_row)
+    out = edits.ablate(x, v, coefficient=per_row)
     torch.testing.assert_close(out[0], x[0])
     torch.testing.assert_close(out[1], edits.ablate(x, v)[1])
 
@@ -177,3 +180,91 @@ def test_errors_name_the_argument_and_what_arrived() -> None:
         edits.clamp(x, v, low=1.0, high=0.0)
     with pytest.raises(ArgumentError, match="the norm of direction must be a number"):
         edits.ablate(x, torch.zeros(8, dtype=x.dtype))
+    with pytest.raises(ArgumentError, match="rescale needs a coefficient"):
+        edits.rescale(x, v)
+
+
+def test_the_old_keywords_still_work_and_say_the_new_one() -> None:
+    x, v, _ = sample(11)
+    with pytest.warns(DeprecationWarning, match=r"ablate\(strength=s\) is now .*coefficient=s\)"):
+        assert torch.equal(edits.ablate(x, v, strength=0.3), edits.ablate(x, v, coefficient=0.3))
+    with pytest.warns(DeprecationWarning, match=r"factor=f\) is now .*coefficient=f - 1\)"):
+        old = edits.rescale(x, v, factor=1.7)
+    torch.testing.assert_close(old, edits.rescale(x, v, coefficient=0.7))
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def mirror(activations: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    return activations - (2 * coefficient * (activations @ direction))[..., None] * direction
+
+
+@pytest.fixture
+def mirrored() -> Iterator[Edit]:
+    edit = Edit(mirror, coefficient="fraction")
+    register_edit("mirror", edit)
+    yield edit
+    del EDITS["mirror"]
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_the_table_holds_the_functions_above(name: str) -> None:
+    x, v, _ = sample(12)
+    unit, c = v / v.norm(), 0.7
+    same = {
+        "add": lambda: edits.add(x, c * unit),
+        "ablate": lambda: edits.ablate(x, v, coefficient=c),
+        "rescale": lambda: edits.rescale(x, v, coefficient=c),
+        "clamp": lambda: edits.clamp(x, v, low=torch.tensor(c)),  # which float32 rounds
+    }
+    torch.testing.assert_close(EDITS[name].function(x, unit, c), same[name]())
+    assert EDITS[name].is_constant == (name == "add")
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_by_row_is_the_edit_of_each_row(name: str) -> None:
+    x, v, _ = sample(13, dtype=torch.float32)
+    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, centred=True)
+    rows = torch.tensor([2.0, -1.0])
+    whole = one(x, rows=rows)
+    for i, factor in enumerate(rows.tolist()):
+        alone = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8 * factor, centred=True)
+        torch.testing.assert_close(whole[i], alone(x)[i])
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_in_the_centred_basis_is_done_on_what_is_left_of_the_mean(name: str) -> None:
+    x, v, _ = sample(14)
+    v = edits.centre(v)
+    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, centred=True)
+    shift = torch.randn(2, 3, 1, dtype=x.dtype)
+    torch.testing.assert_close(one(x + shift) - shift, one(x))
+    torch.testing.assert_close(one(x).mean(-1), x.mean(-1))
+
+
+def test_an_edit_of_ones_own_is_known_by_its_name(mirrored: Edit) -> None:
+    x, v, _ = sample(15)
+    assert find_edit("mirror") is mirrored
+    out = VectorEdit(mirrored, "h", v / v.norm(), 1.0)(x)
+    torch.testing.assert_close(along(out, v), -along(x, v))
+    register_edit("mirror", mirrored)  # the same again is no conflict
+
+
+def test_what_is_no_edit_cannot_be_registered(mirrored: Edit) -> None:
+    with pytest.raises(ArgumentError, match="there is already an edit 'mirror'"):
+        register_edit("mirror", Edit(mirror, coefficient="length"))
+    with pytest.raises(ArgumentError, match="there is already an edit 'add'"):
+        register_edit("add", mirrored)
+    with pytest.raises(ArgumentError, match=r"must be an Edit\(function"):
+        register_edit("other", mirror)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="must be a plain word, got 'my edit'"):
+        register_edit("my edit", mirrored)
+    with pytest.raises(ArgumentError, match="needs a function of"):
+        Edit("mirror")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"coefficient must be one of \['fraction', 'length'\]"):
+        Edit(mirror, coefficient="size")  # type: ignore[arg-type]
+    with pytest.raises(
+        ArgumentError, match=r"closest: 'mirror'\. One of your own must be registered"
+    ):
+        find_edit("mirrors")

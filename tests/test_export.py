@@ -10,7 +10,16 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
-from expertsteer_lens.files.export import added_vectors, to_gguf, to_lm_eval
+from expertsteer_lens.files.export import (
+    FORMATS,
+    ExportFormat,
+    added_vectors,
+    export_plan,
+    register_format,
+    to_gguf,
+    to_lm_eval,
+)
+from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
 from expertsteer_lens.interventions.gates import Gate
 
 FAMILIES = {"gpt2": "h", "llama": "layers", "neox": "layers", "gemma2": "layers"}
@@ -151,6 +160,74 @@ class TestAddedVectors:
             ArgumentError, match=r"hook 'blocks\.1\.hook_mlp_out' cannot be exported"
         ):
             to_lm_eval(plan, tmp_path / "a.pt")
+
+
+class TestFormats:
+    def test_both_formats_are_written_by_name(self, tmp_path):
+        pytest.importorskip("gguf")
+        plan = plan_of()
+        by_name = export_plan(plan, tmp_path / "a.pt", format="lm_eval", blocks="h")
+        assert list(torch.load(by_name, weights_only=True)) == ["h.1", "h.2"]
+        one = to_gguf(plan, tmp_path / "a.gguf", model_hint="llama").read_bytes()
+        options = {"format": "gguf", "model_hint": "llama"}
+        assert export_plan(plan, tmp_path / "b.gguf", **options).read_bytes() == one
+
+    def test_what_is_unknown_or_beyond_the_format_is_refused_before_it_is_written(self, tmp_path):
+        with pytest.raises(ArgumentError, match=r"format must be one of .*closest: 'gguf'"):
+            export_plan(plan_of(), tmp_path / "a", format="ggufs")
+        with pytest.raises(ArgumentError, match="option of 'gguf' must be one of"):
+            export_plan(plan_of(), tmp_path / "a", format="gguf", blocks="h")
+        with pytest.raises(ArgumentError, match="cannot steer block 0"):
+            export_plan(plan_of(layers=(0,)), tmp_path / "a", format="gguf")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_format_of_ones_own_is_checked_before_it_writes(self, tmp_path):
+        def write(plan, path, *, digits=3):
+            text = "\n".join(f"{k} {v.norm():.{digits}f}" for k, v in added_vectors(plan).items())
+            path.write_text(text)
+            return path
+
+        own = ExportFormat(write=write, check=added_vectors, options=("digits",))
+        register_format("norms", own)
+        register_format("norms", own)  # the same again is no conflict
+        try:
+            path = export_plan(plan_of(), tmp_path / "a.txt", format="norms", digits=1)
+            assert path.read_text() == "1 3.5\n2 3.5"
+            with pytest.raises(ArgumentError, match="positions='prompt' cannot be exported"):
+                export_plan(plan_of(positions="prompt"), tmp_path / "b.txt", format="norms")
+            with pytest.raises(ArgumentError, match="there is already a format 'norms'"):
+                register_format("norms", FORMATS["gguf"])
+            with pytest.raises(ArgumentError, match="must be an ExportFormat"):
+                register_format("other", write)
+        finally:
+            del FORMATS["norms"]
+
+    def test_a_constant_edit_of_ones_own_can_be_exported(self):
+        def double(x, v, coefficient):
+            return x + 2 * coefficient * v
+
+        register_edit("double", Edit(double, is_constant=True))
+        try:
+            plan = plan_of(edit="double")
+            torch.testing.assert_close(added_vectors(plan)[1], 2 * plan.vectors[0].delta)
+        finally:
+            del EDITS["double"]
+
+    def test_the_harness_finds_the_blocks_of_a_model_that_keeps_them_in_a_decoder(self, tmp_path):
+        import transformers
+
+        config = transformers.OPTConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            ffn_dim=48,
+            num_attention_heads=2,
+            vocab_size=96,
+            word_embed_proj_dim=32,
+        )
+        model = transformers.OPTForCausalLM(config).eval()
+        path = to_lm_eval(plan_of(layers=(0, 1)), tmp_path / "a.pt", model=model)
+        names = dict(model.base_model.named_modules())
+        assert [n in names for n in torch.load(path, weights_only=True)] == [True, True]
 
 
 class TestFiles:

@@ -19,6 +19,7 @@ from expertsteer_lens.errors import (
     ModelStateError,
 )
 from expertsteer_lens.hosts import as_host, capture, capture_tensors, hooked_module
+from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.steer.plan import SteeringPlan
 
 HookPoint = pytest.importorskip("transformer_lens.hook_points").HookPoint
@@ -120,6 +121,26 @@ def test_steering_is_the_edit_at_the_places_asked_for(network: Any, edit: str) -
     assert report.n_forwards == 1
     network.reset_hooks()
     assert torch.equal(network(IMAGES), before)
+
+
+def test_a_gate_may_be_read_at_another_hook_point_without_a_layer(network: Any) -> None:
+    def gated(read: str, act: str) -> SteeringPlan:
+        gate = Gate(direction=V, threshold=0.0, hook_name=read, per="token")
+        return SteeringPlan.from_vectors({act: V}, coefficient=2.0, relative_to="unit", gate=gate)
+
+    with torch.no_grad():
+        embedded = network.embed(IMAGES.transpose(1, 2))
+        mixed = torch.tanh(network.mix(embedded))
+        opens = (embedded @ V >= 0)[..., None]
+        with gated("hook_embed", "hook_mix").hooks(network) as report:
+            after = network(IMAGES)
+    want = network.head((mixed + 2 * V * opens).mean(1))
+    torch.testing.assert_close(after, want, atol=1e-6, rtol=0)
+    assert report.n_edited == {"hook_mix": int(opens.sum())}
+    assert 0 < int(opens.sum()) < opens.numel()
+    with pytest.raises(InterventionError, match="the gate of 'hook_embed' was not reached"):
+        with gated("hook_mix", "hook_embed").hooks(network):
+            network(IMAGES)
 
 
 def test_a_pooled_activation_is_one_place_and_rows_have_their_own_strength(network: Any) -> None:

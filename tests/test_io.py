@@ -47,6 +47,27 @@ def plan() -> SteeringPlan:
     )
 
 
+def test_an_edit_is_saved_by_its_name_and_must_be_known_where_it_is_loaded(tmp_path):
+    from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
+
+    def mirror(x, v, coefficient):
+        return x - (2 * coefficient * (x @ v))[..., None] * v
+
+    register_edit("mirror", Edit(mirror, coefficient="fraction"))
+    try:
+        plan = SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": unit(0)}, edit="mirror", relative_to="unit"
+        )
+        esl.save(plan, tmp_path / "plan")
+        assert esl.load(tmp_path / "plan").vectors[0].edit == "mirror"
+    finally:
+        del EDITS["mirror"]
+    with pytest.raises(
+        ArtifactError, match=r"edit must be one of .*'mirror'.*must be registered first"
+    ):
+        esl.load(tmp_path / "plan")
+
+
 def test_a_plan_survives_saving_bit_for_bit(plan, tmp_path):
     loaded = esl.load(esl.save(plan, tmp_path / "plan"))
     assert loaded.positions == plan.positions

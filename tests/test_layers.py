@@ -20,12 +20,6 @@ UPWARD = {
     ("measure.calibration", "show.plots"): DRAWS,
     ("evaluation.run", "show.plots"): DRAWS,
     ("show.plots", "benchmarks.offline"): "the type of what one figure draws",
-    ("hosts.base", "steer.plan"): "types of two nnsight-only methods",
-    ("hosts.base", "steer.run"): "types of two nnsight-only methods",
-    ("hosts.nnsight.edit", "steer.plan"): "an nnsight edit says a plan again",
-    ("hosts.nnsight.host", "steer.plan"): "types of two nnsight-only methods",
-    ("hosts.nnsight.host", "steer.run"): "types of two nnsight-only methods",
-    ("hosts.nnsight.host", "steer.checks"): "an nnsight edit checks the plan",
 }
 """(module, what it imports from a floor above): why."""
 

@@ -4,6 +4,10 @@ they could not."""
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -25,7 +29,10 @@ from expertsteer_lens.errors import (
 )
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.interventions import edits
+from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
 from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.measure.calibration import calibrate
+from expertsteer_lens.steer import detach
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 D = models.D_MODEL
@@ -319,19 +326,85 @@ def test_each_edit_does_what_the_pure_function_does(
     x = at(HOOK, model)
     centred = family == "gpt2"
     base, v = (edits.centre(x), edits.centre(direction())) if centred else (x, direction())
+    keep = {"preserve_norm": preserve_norm}
     wanted = {
-        "add": lambda: edits.add(base, c * v, preserve_norm=preserve_norm),
-        "ablate": lambda: edits.ablate(base, direction(), strength=c, preserve_norm=preserve_norm),
-        "clamp": lambda: edits.clamp(base, direction(), low=c, preserve_norm=preserve_norm),
-        "rescale": lambda: edits.rescale(
-            base, direction(), factor=1 + c, preserve_norm=preserve_norm
-        ),
+        "add": lambda: edits.add(base, c * v, **keep),
+        "ablate": lambda: edits.ablate(base, direction(), coefficient=c, **keep),
+        "clamp": lambda: edits.clamp(base, direction(), low=c, **keep),
+        "rescale": lambda: edits.rescale(base, direction(), coefficient=c, **keep),
     }[edit]()
     plan = plan_of(vector(coefficient=c, edit=edit, preserve_norm=preserve_norm))
     with plan.hooks(model):
         after = at(HOOK, model)
     torch.testing.assert_close(after, x + (wanted - base), atol=2e-5, rtol=0)
     assert (after - x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_a_plain_addition_behind_an_open_gate_is_the_ungated_one_bit_for_bit(per: str) -> None:
+    model: Any = models.hf("llama", dtype=torch.bfloat16)
+    model.tokenizer = models.tokenizer()
+    gate = Gate(direction=direction(1), threshold=-1e9, per=per)
+    with plan_of(vector(coefficient=3.3)).hooks(model), torch.no_grad():
+        free = model(IDS).logits
+    with plan_of(vector(coefficient=3.3, gate=gate)).hooks(model) as report, torch.no_grad():
+        gated = model(IDS).logits
+    assert report.n_edited == {HOOK: 12}
+    assert torch.equal(gated, free)
+
+
+# -- an edit of the user's ------------------------------------------------------------------------
+
+
+def mirror(x: Tensor, v: Tensor, coefficient: float | Tensor) -> Tensor:
+    return x - (2 * coefficient * (x @ v))[..., None] * v
+
+
+@pytest.fixture
+def mirrored() -> Iterator[None]:
+    def between_0_and_1(coefficient: float) -> None:
+        if not 0 <= coefficient <= 1:
+            raise ArgumentError(f"mirror takes a coefficient in [0, 1], got {coefficient}.")
+
+    register_edit("mirror", Edit(mirror, coefficient="fraction", check=between_0_and_1))
+    yield
+    del EDITS["mirror"]
+
+
+@pytest.mark.usefixtures("mirrored")
+@pytest.mark.parametrize("kind", ["bridge", "huggingface", "nnsight"])
+def test_an_edit_of_the_users_own_is_done_on_every_host(kind: str) -> None:
+    model, _ = steerable(kind)
+    host, plan = as_host(model), plan_of(vector(coefficient=1.0, edit="mirror"))
+    states = {}
+    for name in ("plain", "mirrored"):
+        with plan.hooks(model) if name == "mirrored" else nullcontext():
+            states[name] = capture(host, PROMPTS, [HOOK], positions="all")[HOOK]
+    torch.testing.assert_close(
+        states["mirrored"], mirror(states["plain"], direction(), 1.0), atol=1e-5, rtol=0
+    )
+    assert (states["mirrored"] - states["plain"]).abs().max() > 0.1
+    half = plan.with_coefficient(0.5)
+    with half.hooks(model):
+        gone = capture(host, PROMPTS, [HOOK], positions="all")[HOOK] @ direction()
+    torch.testing.assert_close(gone, torch.zeros_like(gone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_what_an_edit_says_of_its_coefficient_is_checked() -> None:
+    with pytest.raises(ArgumentError, match=r"mirror takes a coefficient in \[0, 1\], got 2"):
+        vector(coefficient=2.0, edit="mirror")
+    with pytest.raises(ArgumentError, match=r"mirror takes a coefficient in \[0, 1\], got 3"):
+        plan_of(vector(coefficient=1.0, edit="mirror")).with_coefficient(3.0)
+    with pytest.raises(ArgumentError, match="edit='mirror' takes a fraction as its coefficient"):
+        vector(coefficient=1.0, edit="mirror", relative_to="median_norm", median_norm=2.0)
+
+
+@pytest.mark.usefixtures("mirrored")
+def test_an_edit_of_the_users_own_is_calibrated_like_any_other() -> None:
+    plan = plan_of(vector(coefficient=1.0, edit="mirror"))
+    result = calibrate(plan, model_of(), PROMPTS, budget=5.0, grid=(0.25, 0.5))
+    assert result.coefficient in (0.0, 0.25, 0.5)
 
 
 def test_a_negative_clamp_is_an_upper_bound() -> None:
@@ -427,6 +500,76 @@ def test_attach_steers_until_removed_and_says_what_it_did() -> None:
     handle.remove()
     assert torch.equal(run(model), plain)
     assert "1 forward passes" in repr(handle)
+
+
+@pytest.mark.parametrize("kind", ["bridge", "huggingface", "nnsight"])
+def test_the_model_owns_what_is_attached_to_it(kind: str) -> None:
+    """A dropped handle goes on steering, `detach` finds it again, and the model is not kept
+    alive."""
+    model, handles = steerable(kind)
+    plain, plan = output(model), plan_of()
+    with plan.hooks(model):
+        want = output(model)
+    plan.attach(model)
+    gc.collect()
+    assert torch.equal(output(model), want)
+    assert plan.last_run is not None
+    assert plan.last_run.n_edited[HOOK] == 12
+    kept = plan_of(vector(1)).attach(model)
+    assert not torch.equal(output(model), want)
+    detach(model)
+    assert torch.equal(output(model), plain)
+    kept.remove()  # nothing happens
+    detach(model)
+    assert handles() == 0
+
+
+@pytest.mark.parametrize("kind", ["bridge", "huggingface"])
+def test_an_attached_model_is_freed_with_its_steering(kind: str) -> None:
+    model = steerable(kind)[0]
+    plan_of().attach(model)
+    output(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_two_models_are_detached_one_at_a_time() -> None:
+    (one, _), (other, _) = steerable("huggingface"), steerable("huggingface")
+    plain, plan = output(one), plan_of()
+    plan.attach(one)
+    plan.attach(other)
+    detach(one)
+    assert torch.equal(output(one), plain)
+    assert not torch.equal(output(other), plain)
+
+
+def steerable(kind: str) -> tuple[Any, Callable[[], int]]:
+    """A fresh model, and how many hooks and edits are on it."""
+    if kind == "bridge":
+        model = models.bridge("llama")
+        return model, lambda: sum(len(p.fwd_hooks) for p in model.hook_dict.values())
+    module: Any = models.hf("llama")
+    module.tokenizer = models.tokenizer()
+    model = module
+    if kind == "nnsight":
+        nnsight = pytest.importorskip("nnsight")
+        model = nnsight.TransformersModel(module, tokenizer=models.tokenizer())
+
+    def count() -> int:
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+        return hooks + len(getattr(model, "_edits", [])) if kind == "nnsight" else hooks
+
+    return model, count
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        if hasattr(model, "trace"):
+            return model.trace(input_ids=IDS, trace=False).logits
+        found = model(IDS)
+        return found if isinstance(found, Tensor) else found.logits
 
 
 def test_attach_without_a_run_or_after_reset_hooks_is_no_error() -> None:
@@ -671,3 +814,42 @@ def test_a_gate_after_its_vector_and_a_gate_that_missed_the_prompt_are_errors() 
     ):
         with gated.hooks(model, prompt_lengths=9):
             run(model)
+
+
+def test_a_table_of_a_plan_holds_hook_names_without_a_layer() -> None:
+    names = ["conv2.hook_out", "hook_embed", HOOK]
+    plan = plan_of(*(vector(hook_name=name) for name in names))
+    table = plan.to_pandas()
+    assert table["hook_name"].tolist() == names
+    assert table["layer"].isna().tolist() == [True, True, False]
+    assert table["layer"].tolist()[2] == 1
+
+
+def test_dropout_in_a_part_of_the_model_is_refused() -> None:
+    model: Any = models.hf("gpt2")
+    model.tokenizer = models.tokenizer()
+    for module in model.modules():
+        module.train(isinstance(module, torch.nn.Dropout))
+    assert not model.training
+    with pytest.raises(ModelStateError, match="a part of it with dropout"):
+        capture(model, PROMPTS)
+    with pytest.raises(ModelStateError, match=r"call model\.eval\(\)"):
+        with plan_of().hooks(model):
+            pass
+    model.eval()
+    capture(model, PROMPTS[:1])
+
+
+def test_a_rate_of_dropout_kept_as_a_number_is_seen_and_parts_without_are_not() -> None:
+    from expertsteer_lens.hosts.facts import training_noise
+
+    model: Any = models.hf("llama")
+    block = model.model.layers[1]
+    block.train()
+    assert not training_noise(model)  # a Llama without dropout: its mode means nothing
+    block.self_attn.attention_dropout = 0.1
+    assert training_noise(model)
+    block.self_attn.eval()
+    assert not training_noise(model)
+    model.training = True
+    assert training_noise(model)

@@ -434,16 +434,13 @@ def export(
 ) -> None:
     """Write a saved plan in another program's format, strengths folded in; loads no model."""
     from expertsteer_lens._checks import check_choice
-    from expertsteer_lens.files.export import FORMATS, to_gguf, to_lm_eval
+    from expertsteer_lens.files.export import FORMATS, export_plan
     from expertsteer_lens.files.io import load
 
     check_choice("--format", format, FORMATS)
-    loaded = load(plan)
-    path = (
-        to_lm_eval(loaded, out, blocks=blocks)
-        if format == "lm_eval"
-        else to_gguf(loaded, out, model_hint=model_hint)
-    )
+    given = {"blocks": blocks, "model_hint": model_hint}
+    options = {name: given[name] for name in FORMATS[format].options if name in given}
+    path = export_plan(load(plan), out, format=format, **options)
     say(str(path.resolve()))
 
 

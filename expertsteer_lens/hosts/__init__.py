@@ -68,7 +68,7 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
                 raise ArgumentError(
                     f"{name} cannot be given for a {type(model).__name__}; leave it out."
                 )
-            host = getattr(importlib.import_module(module, __name__), cls)(model, **options)
+            host: Host = getattr(importlib.import_module(module, __name__), cls)(model, **options)
             host.reason = f"{type(model).__name__}, because {reason}"
             return host
     raise HostError(

@@ -32,7 +32,6 @@ class HookedModuleHost(Host):
     they are (basis "raw")."""
 
     kind = "hooked_module"
-    basis = "raw"  # type: ignore[assignment]  # what the output is invariant to cannot be measured without inputs
 
     def __init__(self, model: Any) -> None:
         cfg = getattr(model, "cfg", None)
@@ -47,6 +46,11 @@ class HookedModuleHost(Host):
             n_ctx=None,
         )
         self._watching: list[tuple[Observer, list[Any]]] = []
+
+    @property
+    def basis(self) -> str:
+        """ "raw": without inputs nobody can measure what the output is invariant to."""
+        return "raw"
 
     @property
     def fingerprint(self) -> str:

@@ -47,7 +47,7 @@ class HuggingFaceHost(Host):
 
     def __init__(self, model: nn.Module, *, tokenizer: Any = None) -> None:
         config = text_config(model)
-        if getattr(model.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+        if getattr(model.config, "is_encoder_decoder", False):
             raise HostError(
                 f"{type(model).__name__} is an encoder-decoder; only decoder-only language models "
                 "can be steered as a "
@@ -107,7 +107,7 @@ class HuggingFaceHost(Host):
             **no_cache(self.model),
         }
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
-            return self.model(**options).logits
+            return _logits_of(self.model(**options))
 
         def leave(_: nn.Module, args: Any, kwargs: Any) -> None:
             raise _Reached(first_argument(args, kwargs))
@@ -115,7 +115,7 @@ class HuggingFaceHost(Host):
         block = self.model.get_submodule(self.blocks.layers[stop_at_layer])
         handle = block.register_forward_pre_hook(leave, with_kwargs=True)
         try:
-            return self.model(**options).logits
+            return _logits_of(self.model(**options))
         except _Reached as reached:
             return reached.residual
         finally:
@@ -162,8 +162,13 @@ class HuggingFaceHost(Host):
         options = generate_options(
             max_new_tokens=max_new_tokens, temperature=temperature, eos=eos, pad=self._pad_id()
         )
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
+        out: Tensor = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return out[:, ids.shape[1] :]
+
+
+def _logits_of(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
 
 
 class TorchHooks:
@@ -210,7 +215,7 @@ def find_tokenizer(model: nn.Module) -> Any:
     if attached is not None:
         return attached
     if model not in _TOKENIZERS:
-        _TOKENIZERS[model] = _local_tokenizer(getattr(model.config, "name_or_path", ""))  # type: ignore[union-attr]
+        _TOKENIZERS[model] = _local_tokenizer(getattr(model.config, "name_or_path", ""))
     return _TOKENIZERS[model]
 
 
@@ -227,7 +232,7 @@ def _local_tokenizer(name: str) -> Any:
 
 def label(model: nn.Module) -> str:
     """The model's name; of a folder only its own name, not where it lies on this machine."""
-    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)  # type: ignore[union-attr]
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).name if Path(name).is_dir() else name
 
 

@@ -81,7 +81,7 @@ def capture(
         part = _trimmed(tokens, index)
         counts = part.lengths.tolist() if positions == "all" else [1] * len(index)
         for name, value in host.read(part, names, positions).items():
-            for row, taken in zip(index, value.split(counts), strict=True):
+            for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)
     counts = [r.shape[0] for r in rows[names[0]]]

@@ -84,9 +84,10 @@ class TransformerLensHost(Host):
         options: dict[str, Any] = {} if stop is None else {"stop_at_layer": stop}
         if hasattr(getattr(_underlying(self.model), "config", None), "use_cache"):
             options["use_cache"] = False  # a Bridge would keep keys and values that nobody asks for
-        return self.model(
+        out: Tensor = self.model(
             batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options
         )
+        return out
 
     def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[HookPoints]:
         """Put each function at its hook point, in order; names are resolved before anything is
@@ -119,7 +120,7 @@ class TransformerLensHost(Host):
         blocks."""
         inner = _underlying(self.model)
         if inner is None:
-            return self.model
+            return self._weights
         blocks = getattr(self.model, "blocks", None)
         for module in inner.modules():
             if any(child is blocks for child in module.children()):
@@ -129,7 +130,7 @@ class TransformerLensHost(Host):
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
     ) -> Tensor:
-        out = self.model.generate(
+        out: Tensor = self.model.generate(
             ids,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,

@@ -456,7 +456,7 @@ def _check_width(name: str, value: Tensor, activations: Tensor) -> None:
 def _unit(direction: Tensor, activations: Tensor) -> Tensor:
     _check_width("direction", direction, activations)
     value = direction.to(wide(activations))
-    norm = value.norm()
+    norm: Tensor = value.norm()
     check_number("the norm of direction", float(norm), low=0.0, high=math.inf, low_open=True)
     return value / norm
 

@@ -421,10 +421,8 @@ class PositionClock:
         if (
             prompt is not None
         ):  # the generate call knows the padding of its prompt; all else is text
-            device = prompt.device
-            rest = torch.ones(
-                info.batch, max(0, total - prompt.shape[1]), dtype=torch.bool, device=device
-            )
+            n_rest = max(0, total - prompt.shape[1])
+            rest = torch.ones(info.batch, n_rest, dtype=torch.bool, device=prompt.device)
             return torch.cat([prompt[:, :total], rest], dim=1)
         device = None if info.input_ids is None else info.input_ids.device
         new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device)

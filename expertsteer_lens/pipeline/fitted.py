@@ -15,6 +15,7 @@ from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, ModelStateError
+from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
 from expertsteer_lens.pair.mutual_information import LayerPairMI
@@ -232,6 +233,8 @@ class ExpertSteering:
         positions: Any = "all",
         edit: str = "add",
     ) -> SteeringPlan:
+        # A fraction has no length; every other coefficient is in units of the layer's norm.
+        is_length = find_edit(edit).coefficient == "length"
         vectors = []
         for (expert_hook, target_hook), direction in directions.items():
             vectors.append(
@@ -239,12 +242,8 @@ class ExpertSteering:
                     hook_name=target_hook,
                     direction=direction,
                     coefficient=strength,
-                    # A fraction (ablate, rescale) has no length; every other strength is in units
-                    # of the layer's norm.
-                    relative_to="unit" if edit in ("ablate", "rescale") else "median_norm",
-                    median_norm=None
-                    if edit in ("ablate", "rescale")
-                    else self.target_anchors.median_norm(target_hook),
+                    relative_to="median_norm" if is_length else "unit",
+                    median_norm=self.target_anchors.median_norm(target_hook) if is_length else None,
                     edit=edit,
                     provenance=self._pair_facts(expert_hook, target_hook),
                 )

@@ -155,7 +155,8 @@ class PlanEdit:
         current: list[PassTokens] = []
 
         def place(inputs: Any) -> None:
-            info = read_pass(self._argument_names, *inputs, counts)
+            args, kwargs = inputs
+            info = read_pass(self._argument_names, args, kwargs, counts)
             if info is None:
                 return
             if positions != "all":

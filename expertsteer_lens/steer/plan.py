@@ -17,6 +17,7 @@ from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import Host, as_host
+from expertsteer_lens.interventions.edits import EDITS as EDITS
 from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, find_edit
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.interventions.positions import Positions, check_positions

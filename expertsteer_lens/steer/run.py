@@ -333,6 +333,10 @@ class PlanRun:
         return hook_fn
 
 
+Steering = PlanRun
+"""The old name, until the release after the next."""
+
+
 def _check_rows(row_coefficients: Sequence[float] | Tensor | None) -> Tensor | None:
     if row_coefficients is None:
         return None

@@ -145,7 +145,8 @@ class NNsightHost(Host):
         if self.remote:
             return remotely.logits(self.model, options, remote=self.remote)
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
-            return self.model.trace(**options, trace=False).logits
+            logits: Tensor = self.model.trace(**options, trace=False).logits
+            return logits
         kept: list[Tensor] = []
         with self._edited(
             [runs.worker(self.model, runs.stopping(self.blocks.layers[stop_at_layer], kept))]
@@ -329,7 +330,8 @@ class OpenRun:
         counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
         def note(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-            info = read_pass(names, *inputs, counts)
+            args, kwargs = inputs
+            info = read_pass(names, args, kwargs, counts)
             if info is not None:
                 on_forward(info)
 

@@ -23,7 +23,7 @@ def pack(value: Any) -> bytes:
     written: a user who sends things of ours elsewhere should not get copies of our classes. Classes
     that travel must not hold methods without source, which `dataclass` and `NamedTuple` make up:
     those would be sent as bytecode, which only the same version of Python reads."""
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]
     from nnsight.intervention.serialization import dumps
 
     module = sys.modules[PACKAGE]
@@ -31,7 +31,8 @@ def pack(value: Any) -> bytes:
     if is_ours:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return dumps(value)
+        packed: bytes = dumps(value)
+        return packed
     finally:
         if is_ours:
             cloudpickle.unregister_pickle_by_value(module)
@@ -61,14 +62,14 @@ def logits(model: Any, options: Mapping[str, Any], *, remote: bool | str) -> Ten
     """The logits of one pass."""
     with model.trace(**options, remote=remote):
         saved = model.output.logits.save()
-    return saved
+    return saved  # type: ignore[no-any-return]
 
 
 def generated(model: Any, options: Mapping[str, Any], *, remote: bool | str) -> Tensor:
     """Prompt and new tokens of one call of `generate`."""
     with model.generate(**options, remote=remote) as tracer:
         ids = tracer.result.save()
-    return ids
+    return ids  # type: ignore[no-any-return]
 
 
 def rows(

@@ -101,7 +101,7 @@ def stopping(path: str, keep: list[Any]) -> Body:
     return body
 
 
-class HookWorker(Mediator):
+class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
     """Plain functions at one or more hook points, called in turn, pass after pass.
 
     To nnsight it is a worker that waits at the place of its first call and, once served there, at
