@@ -68,6 +68,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = importlib.import_module(new)
         forward = ModuleType(spec.name, module.__doc__)
         forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+        # Held by the module itself: nnsight mounts a method `save` on every object, so
+        # `__getattr__` alone would never be asked for our `save`.
+        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         return forward
 
     def exec_module(self, module: ModuleType) -> None:
