@@ -71,6 +71,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         # every module, where it would be found in place of ours.
         vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
         forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
+        # Held by the module itself: nnsight mounts a method `save` on every object, so
+        # `__getattr__` alone would never be asked for our `save`.
+        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("__")})
         return forward
 
     def exec_module(self, module: ModuleType) -> None:

@@ -53,3 +53,13 @@ def test_a_renamed_public_name_says_its_new_one():
 def test_a_module_that_never_was_is_still_not_found():
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("expertsteer_lens.alingers")
+
+
+def test_an_old_name_that_nnsight_puts_on_every_object_is_still_ours():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import nnsight, expertsteer_lens as esl\n"
+        "from expertsteer_lens.io import save\n"
+        "assert save is esl.save\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
