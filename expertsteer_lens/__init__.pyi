@@ -4,8 +4,6 @@ from . import zoo as zoo
 from .align import Aligner as Aligner
 from .align import AlignerConfig as AlignerConfig
 from .align import fit_aligner as fit_aligner
-from .benchmarks import Bench as Bench
-from .benchmarks import run_bench as run_bench
 from .data import ActivationStore as ActivationStore
 from .data import Behaviour as Behaviour
 from .data import Chat as Chat
@@ -16,9 +14,11 @@ from .files import export as export
 from .files.io import load as load
 from .files.io import push_to_hub as push_to_hub
 from .files.io import save as save
+from .hosts import Host as Host
 from .hosts import as_host as as_host
 from .hosts import capture as capture
 from .hosts import capture_tensors as capture_tensors
+from .hosts.loading import load_model as load_model
 from .interventions import Gate as Gate
 from .interventions import edits as edits
 from .interventions import fit_gate as fit_gate
@@ -26,10 +26,7 @@ from .learn import RFM as RFM
 from .learn import RFMConfig as RFMConfig
 from .learn import directions as directions
 from .learn import fit_rfm as fit_rfm
-from .measure import Calibration as Calibration
 from .measure import calibrate as calibrate
-from .pair import LayerPairMI as LayerPairMI
-from .pair import LayerPairs as LayerPairs
 from .pair import MIConfig as MIConfig
 from .pair import PairingConfig as PairingConfig
 from .pair import layer_pair_mi as layer_pair_mi
@@ -38,6 +35,7 @@ from .pipeline import ExpertSteer as ExpertSteer
 from .pipeline import ExpertSteerConfig as ExpertSteerConfig
 from .pipeline import ExpertSteering as ExpertSteering
 from .show import plots as plots
+from .steer import RunReport as RunReport
 from .steer import SteeringPlan as SteeringPlan
 from .steer import SteeringVector as SteeringVector
 

@@ -45,7 +45,14 @@ MODULES = {
     "steering": "steer.run",
 }
 """Old name below the package, and the module that has its public names now."""
-NAMES = {"presets": "benchmarks"}
+NAMES = {
+    "Bench": "benchmarks.Bench",
+    "Calibration": "measure.Calibration",
+    "LayerPairMI": "pair.LayerPairMI",
+    "LayerPairs": "pair.LayerPairs",
+    "presets": "benchmarks",
+    "run_bench": "benchmarks.run_bench",
+}
 """Public names of `expertsteer_lens` that have another name now: where each is."""
 
 
@@ -87,13 +94,13 @@ def install() -> None:
 
 
 def lookup(name: str) -> Any:
-    """A public name that was renamed, with a warning."""
-    module, _, new = NAMES[name].rpartition(".")
-    warnings.warn(f"esl.{name} is now esl.{NAMES[name]}", DeprecationWarning, stacklevel=3)
-    found = importlib.import_module(__package__ or "")
-    for part in [*([module] if module else []), new]:
-        found = getattr(found, part)
-    return found
+    """A public name that is elsewhere now, with a warning."""
+    place = NAMES[name]
+    module, _, attribute = place.rpartition(".")
+    warnings.warn(f"esl.{name} is now {__package__}.{place}", DeprecationWarning, stacklevel=3)
+    if not module:
+        return importlib.import_module(f"{__package__}.{attribute}")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
 
 
 class Renamed:

@@ -251,10 +251,10 @@ class TestWhatTheTablesSay:
                 "expertsteer-lens bench --domain finance --domain general --n-random 3 "
                 "--no-studies --seed 2",
             ),
-            ({"n_shuffles": 1}, "esl.run_bench(n_shuffles=1)"),
+            ({"n_shuffles": 1}, "esl.benchmarks.run_bench(n_shuffles=1)"),
             (
                 {"config": esl.ExpertSteerConfig(budget=0.3)},
-                "esl.run_bench(config=esl.ExpertSteerConfig.from_dict({'budget': 0.3}))",
+                "esl.benchmarks.run_bench(config=esl.ExpertSteerConfig.from_dict({'budget': 0.3}))",
             ),
         ],
     )

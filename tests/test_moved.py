@@ -46,7 +46,9 @@ def test_the_usual_imports_of_0_1_0_give_todays_classes():
 
 def test_a_renamed_public_name_says_its_new_one():
     vars(esl).pop("presets", None)  # where an import of the old module left it
-    with pytest.warns(DeprecationWarning, match=r"esl\.presets is now esl\.benchmarks"):
+    with pytest.warns(
+        DeprecationWarning, match=r"esl\.presets is now expertsteer_lens\.benchmarks"
+    ):
         assert esl.presets is esl.benchmarks
 
 

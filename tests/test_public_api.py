@@ -199,7 +199,7 @@ class TestReprs:
             BenchRow("cure", "medicine", method, role, 1, 0.5, 0.4, 0.6, None, 0.7)
             for method, role in (("unsteered", "base"), ("ExpertSteer (anchored)", "plan"))
         ]
-        bench = esl.Bench(tuple(rows), (), {}, 1.0)
+        bench = esl.benchmarks.Bench(tuple(rows), (), {}, 1.0)
         made = [
             store,
             esl.fit_aligner(x, x[:, :4]),

@@ -35,14 +35,14 @@ def command_of(settings: Mapping[str, Any]) -> str:
         >>> command_of({"arguments": {"domains": ["finance"], "studies": False}})
         'expertsteer-lens bench --domain finance --no-studies'
         >>> command_of({"arguments": {"n_shuffles": 1}})
-        'esl.run_bench(n_shuffles=1)'
+        'esl.benchmarks.run_bench(n_shuffles=1)'
     """
     given = settings.get("arguments", {})
     if set(given) <= set(OPTIONS):
         words = [word for name, value in given.items() for word in OPTIONS[name](value)]
         return " ".join(["expertsteer-lens bench", *words])
     arguments = [f"{name}={_argument(name, value)}" for name, value in given.items()]
-    return f"esl.run_bench({', '.join(arguments)})"
+    return f"esl.benchmarks.run_bench({', '.join(arguments)})"
 
 
 def _argument(name: str, value: Any) -> str:

@@ -77,7 +77,7 @@ class ModelOptions:
         try:
             return load_model(
                 name,
-                host=self.host,
+                host=self.host,  # type: ignore[arg-type]  # checked above
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,

@@ -49,6 +49,15 @@ class EvaluationRow:
     """Change of m, prompt by prompt."""
     correct: Float[Tensor, " n_prompts"]
     """1 where the likeliest completion is a positive one, else 0."""
+    effect_per_token: float | None = None
+    """Mean over test prompts of the change of: nats per completion token, mean over the positive
+    completions minus mean over the negative ones. For completions of real length, whose sums swing
+    by tens of nats. None in results of version 0.1."""
+    low_per_token: float | None = None
+    high_per_token: float | None = None
+    """Bounds of the bootstrap interval of `effect_per_token` over prompts (95 %)."""
+    wrong_way: float | None = None
+    """Share of test prompts whose m fell."""
     repetition: float | None = None
     """Share of repeated word trigrams in greedy continuations; None if nothing was generated."""
     length: float | None = None
@@ -91,6 +100,10 @@ _COLUMNS = (
     "effect",
     "low",
     "high",
+    "effect_per_token",
+    "low_per_token",
+    "high_per_token",
+    "wrong_way",
     "accuracy",
     "nll_rise",
     "kl",
@@ -198,7 +211,16 @@ class Evaluation:
         frame = frame.dropna(axis="columns", how="all")
         if not collapse:
             return frame
-        columns = ("coefficient", "effect", "accuracy", "nll_rise", "kl", *_GENERATED)
+        columns = (
+            "coefficient",
+            "effect",
+            "effect_per_token",
+            "wrong_way",
+            "accuracy",
+            "nll_rise",
+            "kl",
+            *_GENERATED,
+        )
         means = [c for c in columns if c in frame]
         out = []
         for method, part in frame.groupby("method", sort=False):

@@ -16,9 +16,10 @@ from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.measure.calibration import BudgetUnit, calibrate
-from expertsteer_lens.measure.completions import behaviour_and_accuracy, repeated_trigrams
+from expertsteer_lens.measure.completions import repeated_trigrams
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.neutral import NeutralTexts
+from expertsteer_lens.measure.prepared import Completions
 from expertsteer_lens.steer.plan import SteeringPlan
 
 from .comparisons import Job, Methods, Setting, check_methods, comparisons
@@ -223,7 +224,9 @@ class _Run:
         self.calibration = NeutralTexts(host, check_texts("calibration_texts", calibration))
         self.budget = budget if budget is not None else (fit.config.budget if fit else 0.10)
         self.unit: BudgetUnit = fit.config.budget_unit if fit else "nll"
-        self.base, self.base_hits = behaviour_and_accuracy(host, behaviour)
+        self.completions = Completions(host, behaviour)
+        self.base_scores = self.completions.scores()
+        self.base, self.base_hits = self.base_scores.log_odds(), self.base_scores.correct()
         self.draws = bootstrap_draws(len(behaviour), n_bootstrap, seed)
 
     def row_of(self, job: Job) -> EvaluationRow:
@@ -247,10 +250,16 @@ class _Run:
         *,
         prefix: str | None = None,
     ) -> EvaluationRow:
-        behaviour = self.behaviour if prefix is None else self.behaviour.with_prefix(prefix)
-        metric, hits = behaviour_and_accuracy(self.host, behaviour, plan=plan)
-        change = metric - self.base
+        behaviour, completions = self.behaviour, self.completions
+        if prefix is not None:
+            behaviour = behaviour.with_prefix(prefix)
+            completions = Completions(self.host, behaviour)
+        unsteered = plan is None and prefix is None
+        scores = self.base_scores if unsteered else completions.scores(plan)
+        change = scores.log_odds() - self.base
+        per_token = scores.margin_per_token() - self.base_scores.margin_per_token()
         low, high = mean_interval(change, self.draws)
+        low_per_token, high_per_token = mean_interval(per_token, self.draws)
         rise, divergence = (0.0, 0.0) if plan is None else self.neutral.cost(plan)
         vectors = () if plan is None else plan.vectors
         return EvaluationRow(
@@ -262,11 +271,15 @@ class _Run:
             effect=float(change.mean()),
             low=low,
             high=high,
-            accuracy=float(hits.mean()),
+            effect_per_token=float(per_token.mean()),
+            low_per_token=low_per_token,
+            high_per_token=high_per_token,
+            wrong_way=float((change < 0).double().mean()),
+            accuracy=float(scores.correct().mean()),
             nll_rise=rise,
             kl=float(divergence or 0.0),
             per_prompt=change,
-            correct=hits,
+            correct=scores.correct(),
             **self.generation.figures(self.host, behaviour, plan),
         )
 

@@ -124,7 +124,7 @@ class HuggingFaceHost(Host):
 
     def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
         """See `Host.logits_at`; the output head is applied at these positions only."""
-        with logits_only_at(self.model.get_output_embeddings(), where):  # type: ignore[operator]
+        with logits_only_at(self.model.get_output_embeddings(), where):
             return self.forward(batch)
 
     def keep_stream(self, batch: TokenBatch, n_blocks: int) -> KeptStream | None:

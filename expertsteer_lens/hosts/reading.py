@@ -88,7 +88,7 @@ def capture(
     _check_positions(positions, tokens.lengths)
     if positions == "answer" and spans is None and any(isinstance(text, Chat) for text in texts):
         spans = [answer_span(text) for text in texts]
-    taken = "mean" if positions == "answer" else positions
+    pick = "mean" if positions == "answer" else positions
     chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
     order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -98,7 +98,7 @@ def capture(
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
         per_text = part.lengths if here is None else here.sum(1)
         counts = per_text.tolist() if positions == "all" else [1] * len(index)
-        for name, value in host.read(part, names, taken, here).items():
+        for name, value in host.read(part, names, pick, here).items():
             for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)

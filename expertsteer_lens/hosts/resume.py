@@ -77,8 +77,8 @@ def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]
     before = [module.__dict__.get("forward") for module in skipped]
     try:
         for module in skipped[:-1]:
-            module.forward = hand_on  # type: ignore[method-assign]
-        skipped[-1].forward = give_kept  # type: ignore[method-assign]
+            module.forward = hand_on
+        skipped[-1].forward = give_kept
         yield
     finally:
         for module, own in zip(skipped, before, strict=True):

@@ -54,7 +54,8 @@ def token_ends(host: Host, texts: Sequence[Text], batch: TokenBatch) -> Int[Tens
 def tokens_in(ends: Int[Tensor, "batch pos"], spans: Sequence[Span]) -> Tensor:
     """Which tokens end inside the span of their row: `[batch, pos]`, bool."""
     start, end = torch.tensor([list(s) for s in spans]).T
-    return (ends > start[:, None]) & (ends <= end[:, None])
+    inside: Tensor = (ends > start[:, None]) & (ends <= end[:, None])
+    return inside
 
 
 def _content_places(text: Text, shown: str) -> list[tuple[int, int, int]] | None:

@@ -14,8 +14,8 @@ from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
-from .completions import behaviour_metric
 from .neutral import NeutralTexts
+from .prepared import Completions
 
 if TYPE_CHECKING:
     import pandas
@@ -208,13 +208,14 @@ def calibrate(
         )
     if per_layer and len(plan.vectors) > 1:
         plan = _balanced(plan, neutral, steps, budget, unit)
-    base = None if behaviour is None else behaviour_metric(host, behaviour)
+    completions = None if behaviour is None else Completions(host, behaviour)
+    base = None if completions is None else completions.scores().log_odds()
 
     def measure(coefficient: float) -> dict[str, Any]:
         steered = plan.with_coefficient(coefficient)
         row = {"coefficient": coefficient, "cost": _cost(neutral, steered, unit)}
-        if behaviour is not None and base is not None:
-            change = behaviour_metric(host, behaviour, plan=steered) - base
+        if completions is not None and base is not None:
+            change = completions.scores(steered).log_odds() - base
             row["effect"] = float(change.mean())
             row["effect_se"] = float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0
         return row

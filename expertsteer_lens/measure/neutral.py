@@ -18,9 +18,10 @@ from torch import Tensor
 from expertsteer_lens.data.chat import Text
 
 from .passes import middles, pick_tokens, steered, text_batches, token_log_probs
+from .stream_cache import StreamCache
 
 if TYPE_CHECKING:
-    from expertsteer_lens.hosts import Host
+    from expertsteer_lens.hosts import Host, TokenBatch
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
@@ -33,13 +34,17 @@ class NeutralTexts:
         texts: neutral texts.
         batch_size: texts per forward pass.
         cache_bytes: the unsteered log-probabilities are kept if they fit in this many bytes, else
-            measured anew for each KL.
+            made anew for each KL, from the stream at the last layer where the host can.
+
+    The stream below a steered layer is kept too (see `StreamCache`), so a coefficient costs the
+    blocks above and the output head.
     """
 
     def __init__(
         self, host: Host, texts: Sequence[Text], *, batch_size: int = 32, cache_bytes: int = 2**28
     ) -> None:
         self.host, self.texts = host, list(texts)
+        self._steered, self._unsteered = StreamCache(host), StreamCache(host)
         self._batches = [batch for batch, _ in text_batches(host, self.texts, batch_size)]
         self._base: list[Tensor] | None = []
         self.n_tokens, nll, used = 0, 0.0, 0
@@ -64,21 +69,21 @@ class NeutralTexts:
         n_positions = 0
         with torch.no_grad():
             for i, batch in enumerate(self._batches):
-                with steered(self.host, plan, middles(batch)):
+                with self._steered.steered(batch, plan, middles(batch)):
                     log_probs = self.host.forward(batch).float().log_softmax(-1)
                 picked, valid = pick_tokens(log_probs, batch)
                 nll -= float((picked * valid).double().sum())
                 if not kl:
                     continue
-                base = (
-                    self._base[i]
-                    if self._base is not None
-                    else self.host.forward(batch).float().log_softmax(-1)
-                )
+                base = self._base[i] if self._base is not None else self._base_anew(batch)
                 mask = batch.attention_mask.to(log_probs)
                 divergence += float((_divergence(base, log_probs) * mask).double().sum())
                 n_positions += int(mask.sum())
         return nll / max(1, self.n_tokens) - self.nll, divergence / n_positions if kl else None
+
+    def _base_anew(self, batch: TokenBatch) -> Tensor:
+        with self._unsteered.unsteered(batch):
+            return self.host.forward(batch).float().log_softmax(-1)
 
 
 def neutral_nll(

@@ -59,10 +59,20 @@ class StreamCache:
                     stack.enter_context(self.host.resume(kept))
             yield
 
+    @contextmanager
+    def unsteered(self, batch: TokenBatch) -> Iterator[None]:
+        """Inside, a pass over `batch` runs no block again, only what follows the last one."""
+        with ExitStack() as stack:
+            kept = self._stream_at(batch, self.host.n_layers)
+            if kept is not None:
+                stack.enter_context(self.host.resume(kept))
+            yield
+
     def _stream(self, batch: TokenBatch, plan: SteeringPlan) -> KeptStream | None:
         n_blocks = self.host.n_blocks_below(plan.hook_names_read)
-        if n_blocks == 0:
-            return None
+        return self._stream_at(batch, n_blocks) if n_blocks else None
+
+    def _stream_at(self, batch: TokenBatch, n_blocks: int) -> KeptStream | None:
         if n_blocks != self._n_blocks:
             self._kept.clear()
             self._n_blocks = n_blocks

@@ -1,0 +1,231 @@
+"""How texts are read: the answer's tokens, and token pairs of two models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+import pytest
+import torch
+
+import expertsteer_lens as esl
+from expertsteer_lens.data.spans import answer_span
+from expertsteer_lens.errors import ArgumentError, DataError, HostError
+from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.token_ends import NO_END, token_ends
+from expertsteer_lens.pipeline.fit_data import reading_of
+from expertsteer_lens.pipeline.token_pairs import candidate_pairs, pair_tokens, why_not_tokens
+
+HOOK = "blocks.1.hook_resid_post"
+TEXTS = ["the cat was happy today", "the cat was very sad", "a boy ran home"]
+SMALL = esl.ExpertSteerConfig(
+    mi=esl.MIConfig(n_permutations=2, n_bootstrap=10, n_components=4),
+    pairing=esl.PairingConfig(n_candidates=3, n_layers=2),
+    rfm=esl.RFMConfig(bandwidth=(1.0,), n_rounds=2),
+)
+
+
+@pytest.fixture(scope="module")
+def host():
+    return as_host(models.hf("llama"), tokenizer=models.tokenizer())
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    expert, target = esl.zoo.load_pair(host="huggingface")
+    return as_host(expert), as_host(target)
+
+
+def by_hand(host, text, inside):
+    """Mean state of the tokens (BOS first) whose index is in `inside`."""
+    rows = esl.capture(host.model, [text], [HOOK], positions="all")[HOOK]
+    return rows[list(inside)].mean(0)
+
+
+class TestSpans:
+    def test_the_mean_over_a_span_is_that_of_the_tokens_that_end_in_it(self, host):
+        spans = [(12, 17), (12, 20), (0, 5)]  # "happy", "very sad", "a boy"
+        store = esl.capture(host.model, TEXTS, [HOOK], positions="mean", spans=spans)
+        for row, text, inside in zip(store[HOOK], TEXTS, ([4], [4, 5], [1, 2]), strict=True):
+            torch.testing.assert_close(row, by_hand(host, text, inside), atol=1e-5, rtol=1e-5)
+        assert store.provenance["spans"] == [list(s) for s in spans]
+
+    def test_one_row_a_token_of_the_span(self, host):
+        store = esl.capture(
+            host.model, TEXTS[:2], [HOOK], positions="all", spans=[(4, 11), (12, 20)]
+        )
+        assert store.n == 4  # "cat was", "very sad"
+        whole = esl.capture(host.model, TEXTS[:1], [HOOK], positions="all")[HOOK]
+        torch.testing.assert_close(store[HOOK][:2], whole[2:4], atol=1e-5, rtol=1e-5)
+
+    def test_a_plain_text_is_its_own_answer(self, host):
+        one = esl.capture(host.model, TEXTS, [HOOK], positions="answer")
+        other = esl.capture(host.model, TEXTS, [HOOK], positions="mean")
+        assert torch.equal(one[HOOK], other[HOOK])
+
+    def test_batches_do_not_matter(self, host):
+        spans = [answer_span(t) for t in TEXTS]
+        one, other = (
+            esl.capture(host.model, TEXTS, [HOOK], positions="answer", spans=spans, batch_size=b)
+            for b in (1, 3)
+        )
+        torch.testing.assert_close(one[HOOK], other[HOOK], atol=1e-5, rtol=1e-5)
+
+    def test_a_span_without_a_token_is_named(self, host):
+        with pytest.raises(
+            DataError, match=r"no token of prompts\[1\] ends inside its span \(4, 5\)"
+        ):
+            esl.capture(host.model, TEXTS[:2], [HOOK], positions="mean", spans=[(0, 3), (4, 5)])
+
+    def test_a_tokenizer_without_offsets_is_an_error_where_a_part_is_asked_for(self, host):
+        class Slow:
+            is_fast = False
+
+            def __getattr__(self, name):
+                return getattr(host.tokenizer, name)
+
+            def __call__(self, *args, **kwargs):
+                return host.tokenizer(*args, **kwargs)
+
+        slow = as_host(models.hf("llama"), tokenizer=Slow())
+        with pytest.raises(HostError, match="use a fast tokenizer, or read the whole text"):
+            esl.capture(slow.model, TEXTS[:1], [HOOK], positions="mean", spans=[(0, 3)])
+        assert reading_of(esl.ExpertSteerConfig(), slow, host) == "mean"
+        assert reading_of(esl.ExpertSteerConfig(), host, host) == "answer"
+        assert reading_of(esl.ExpertSteerConfig(reading="last"), slow, host) == "last"
+        assert "target's tokenizer" in why_not_tokens(host, slow)
+        assert why_not_tokens(host, host) is None
+
+    def test_pairs_say_where_their_texts_differ(self):
+        pairs = esl.ContrastPairs.from_lists(
+            ["It was a warm day.", "She laughed."], ["It was a cold day.", "She cried."]
+        )
+        parts = [t[s:e].strip() for t, (s, e) in zip(pairs.texts, pairs.answer_spans, strict=True)]
+        assert parts == ["warm", "cold", "laughed.", "cried."]
+
+
+class TestTokenPairs:
+    def test_rows_belong_to_the_same_words(self, zoo):
+        """Every pair of rows comes from tokens that end at the same character of one text."""
+        expert, target = zoo
+        texts = esl.zoo.anchors(6)
+        hook = "blocks.1.hook_resid_post"
+        moments = pair_tokens(
+            expert, target, texts, range(6), [(hook, hook)], SMALL, 0, progress=False
+        )
+        rows_e, rows_t, groups = [], [], []
+        for i, text in enumerate(texts):
+            found = {}
+            for side, host in (("e", expert), ("t", target)):
+                batch = host.tokenize([text])
+                ends = token_ends(host, [text], batch)[0].tolist()
+                states = esl.capture(host.model, [text], [hook], positions="all")[hook]
+                found[side] = {e: x for e, x in zip(ends, states, strict=True) if e != NO_END}
+            common = sorted(set(found["e"]) & set(found["t"]))
+            assert len(common) > 4
+            rows_e += [found["e"][c] for c in common]
+            rows_t += [found["t"][c] for c in common]
+            groups += [i] * len(common)
+        assert moments.n == len(groups)
+        from expertsteer_lens.align import PairedMoments
+
+        by_hand = PairedMoments([(hook, hook)], d_expert=expert.d_model, d_target=target.d_model)
+        by_hand.update(
+            {hook: torch.stack(rows_e)}, {hook: torch.stack(rows_t)}, torch.tensor(groups)
+        )
+        for one, other in zip(moments.folds(), by_hand.folds(), strict=True):
+            assert one.n == other.n
+            for key in one.covariances:
+                torch.testing.assert_close(
+                    one.covariances[key], other.covariances[key], atol=1e-4, rtol=1e-4
+                )
+
+    def test_a_fit_uses_them_and_says_so(self, zoo):
+        expert, target = zoo
+        fit = esl.ExpertSteer(SMALL).fit(
+            expert,
+            target,
+            esl.zoo.contrast_pairs(12),
+            anchors=esl.zoo.anchors(30),
+            behaviour=esl.zoo.behaviour(8),
+            progress=False,
+        )
+        steps = {s["step"]: s for s in fit.steps}
+        assert steps["token pairs"]["n"] > 10 * 21
+        assert steps["align"]["on"] == f"{steps['token pairs']['n']} token pairs"
+        assert steps["capture"]["reading"] == "answer"
+        assert fit.data.maps_on == "tokens"
+        assert len(fit.data.token_moments.pairs) <= 4
+        assert set(fit.aligners) <= set(fit.data.token_moments.pairs)
+        again = fit.refit()
+        key = next(iter(fit.rfms))
+        torch.testing.assert_close(again.direction(*key), fit.direction(*key))
+        other = fit.refit(aligner=esl.AlignerConfig(kind="ridge"))
+        assert set(other.aligners) <= set(fit.data.token_moments.pairs)
+
+    def test_a_saved_fit_says_what_it_cannot_do(self, zoo, tmp_path):
+        expert, target = zoo
+        fit = esl.ExpertSteer(SMALL).fit(
+            expert,
+            target,
+            esl.zoo.contrast_pairs(8),
+            anchors=esl.zoo.anchors(20),
+            behaviour=esl.zoo.behaviour(8),
+            progress=False,
+        )
+        loaded = esl.load(esl.save(fit, tmp_path / "fit"), target=target)
+        key = next(iter(fit.rfms))
+        assert torch.equal(loaded.direction(*key), fit.direction(*key))
+        assert loaded.data.maps_on == "tokens"
+        with pytest.raises(
+            ArgumentError, match="fitted on token pairs, which a saved fit does not"
+        ):
+            loaded.refit(aligner=esl.AlignerConfig(kind="ridge"))
+
+    def test_states_of_an_absent_expert_give_one_state_a_text_and_the_steps_say_so(self, zoo):
+        expert, target = zoo
+        pairs, anchors = esl.zoo.contrast_pairs(8), esl.zoo.anchors(20)
+        run = esl.ExpertSteer(SMALL)
+        states = run.capture(expert, pairs, anchors=anchors)
+        fit = run.fit(
+            states, target, pairs, anchors=anchors, behaviour=esl.zoo.behaviour(8), progress=False
+        )
+        assert fit.data.maps_on == "texts"
+        step = next(s for s in fit.steps if s["step"] == "token pairs")
+        assert "one state a text" in step["because"]
+        facts = {**states.provenance, "spans": [[0, 1]]}
+        wrong = esl.ActivationStore(dict(states), provenance=facts)
+        with pytest.raises(DataError, match="other parts of these texts than their answers"):
+            run.fit(wrong, target, pairs, anchors=anchors, progress=False)
+
+    def test_candidates_are_few_and_in_the_middle_of_the_expert(self):
+        names = [f"blocks.{i}.hook_resid_post" for i in range(24)]
+        labels = torch.tensor([1.0, 0.0]).repeat(10)
+        generator = torch.Generator().manual_seed(0)
+        rows = {n: torch.randn(20, 8, generator=generator) for n in names}
+        rows[names[9]][labels == 1] += 5.0
+        data = dataclasses.make_dataclass("D", ["expert_pair_states", "target_pair_states"])(
+            rows, esl.ActivationStore(rows, labels)
+        )
+        gradients = {n: torch.ones(8, dtype=torch.float64) for n in names}
+        chosen = candidate_pairs(esl.ExpertSteerConfig(), data, gradients)
+        experts, targets = ({k[i] for k in chosen} for i in (0, 1))
+        assert len(chosen) == 16
+        assert names[9] in targets
+        assert all(6 <= names.index(e) <= 17 for e in experts)
+        assert names[0] not in targets
+        assert names[-1] not in targets
+
+    def test_turned_off_the_maps_are_fitted_on_texts(self, zoo):
+        expert, target = zoo
+        config = dataclasses.replace(SMALL, pair_tokens=False)
+        fit = esl.ExpertSteer(config).fit(
+            expert,
+            target,
+            esl.zoo.contrast_pairs(8),
+            anchors=esl.zoo.anchors(20),
+            behaviour=esl.zoo.behaviour(8),
+            progress=False,
+        )
+        assert fit.data.maps_on == "texts"
+        assert "token pairs" not in [s["step"] for s in fit.steps]
