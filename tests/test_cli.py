@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
 from expertsteer_lens.cli import io as _cli_io
-from expertsteer_lens.cli.options import TextOptions, parse_positions
+from expertsteer_lens.cli.options import TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
@@ -577,11 +577,14 @@ class TestBadInput:
     ):
         assert message in refused(capsys, *self.fit(files, **{option: value}))
 
-    def test_positions_are_last_mean_or_an_index(self, capsys, files):
-        assert [parse_positions(p) for p in ("last", "mean", "-2", "0")] == ["last", "mean", -2, 0]
+    def test_a_reading_is_answer_mean_last_or_an_index(self, capsys, files):
+        given = ("answer", "last", "mean", "-2", "0")
+        assert [parse_reading(p) for p in given] == ["answer", "last", "mean", -2, 0]
         for bad in ("--1", "²", "all", "", "1.5", "9" * 30):
-            with pytest.raises(ArgumentError, match="--positions must be 'last', 'mean' or the in"):
-                parse_positions(bad)
+            with pytest.raises(
+                ArgumentError, match="--reading must be 'answer', 'mean', 'last' or"
+            ):
+                parse_reading(bad)
         line = refused(
             capsys,
             "capture",
@@ -589,9 +592,9 @@ class TestBadInput:
             EXPERT,
             "--pairs",
             files / "pairs.jsonl",
-            "--positions=--1",
+            "--reading=--1",
         )
-        assert line.startswith("ArgumentError: --positions must be")
+        assert line.startswith("ArgumentError: --reading must be")
 
     def test_files_that_cannot_be_read_are_named(self, capsys, files, tmp_path):
         path = tmp_path / "b.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -154,6 +155,39 @@ class PairedMoments:
         for mine, theirs in zip(self._folds, other._folds, strict=True):
             mine.merge(theirs)
         return self
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the sums."""
+        d_e, d_t = self.d_expert, self.d_target
+        cells = sum(d * d for d in (*d_e.values(), *d_t.values()))
+        cells += sum(d_e[e] * d_t[t] for e, t in self.pairs)
+        return 8 * self.n_folds * cells
+
+    def state(self) -> dict[str, Any]:
+        """Everything that was accumulated, for a file; `from_state` reads it back."""
+        return {
+            "pairs": self.pairs,
+            "d_expert": self.d_expert,
+            "d_target": self.d_target,
+            "n_folds": self.n_folds,
+            "seed": self.seed,
+            "folds": [fold.state() for fold in self._folds],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PairedMoments:
+        """The moments whose `state` this was."""
+        moments = cls(
+            [(e, t) for e, t in state["pairs"]],
+            d_expert=state["d_expert"],
+            d_target=state["d_target"],
+            n_folds=state["n_folds"],
+            seed=state["seed"],
+        )
+        for fold, kept in zip(moments._folds, state["folds"], strict=True):
+            fold.restore(kept)
+        return moments
 
     def folds(self) -> tuple[Moments, ...]:
         """The moments of each fold so far; later updates do not move them.

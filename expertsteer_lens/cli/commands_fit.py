@@ -30,7 +30,7 @@ from .options import (
     Out,
     Seed,
     TextOptions,
-    parse_positions,
+    parse_reading,
 )
 
 
@@ -61,7 +61,8 @@ def demo(out: Out = Path("expertsteer-demo"), seed: Seed = 0, n_random: NRandom 
         "\nthe paper's preset (reconstruction-only auto-encoder, lowest mutual information)",
         style="bold",
     )
-    paper = fit.refit(ExpertSteerConfig.preset("paper"))
+    steps = ExpertSteerConfig.preset("paper")
+    paper = fit.refit(aligner=steps.aligner, pairing=steps.pairing, align_on_pairs=False)
     for step in paper.steps:
         print_step(step)
     texts = steered_texts(plan, target, zoo.prompts()[:3], coefficient)
@@ -85,9 +86,10 @@ def capture(
     model: Annotated[str, typer.Option(help="folder or hub id of the model that teaches")],
     texts: TextOptions,
     models: ModelOptions,
-    positions: Annotated[
-        str, typer.Option(help="token that stands for a text: last, mean, or an index")
-    ] = "last",
+    reading: Annotated[
+        str,
+        typer.Option(help="what stands for a text: answer, mean, last, or the index of a token"),
+    ] = "answer",
     batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
     out: Out = Path("expert-states"),
     seed: Seed = 0,
@@ -95,13 +97,15 @@ def capture(
     """Read the expert's states and save them for `fit --expert OUT`: elsewhere, or where both
     models do not fit in memory."""
     from expertsteer_lens.files.io import save
-    from expertsteer_lens.hosts import capture as read
+    from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
 
-    where = parse_positions(positions)
+    config = ExpertSteerConfig(reading=parse_reading(reading), batch_size=batch_size)
     contrast, _ = texts_to_fit(texts, seed)
-    prompts = [*contrast.texts, *([] if texts.anchors is None else read_texts(texts.anchors))]
+    anchors = None if texts.anchors is None else read_texts(texts.anchors)
     loaded = models.load(model)
-    states = read(loaded, prompts, positions=where, batch_size=batch_size, progress=True)
+    states = ExpertSteer(config, seed=seed).capture(
+        loaded, contrast, anchors=anchors, progress=True
+    )
     say(repr(states))
     say(str(save(states, out).resolve()))
 

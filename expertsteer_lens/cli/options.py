@@ -140,22 +140,22 @@ class TextOptions:
     ] = None
 
 
-def parse_positions(value: str) -> str | int:
-    """The token that stands for a text when it is read: "last", "mean" or an index.
+def parse_reading(value: str) -> Any:
+    """What stands for a text when it is read: "answer", "mean", "last" or an index.
 
     Raises:
         ArgumentError: none of these.
 
     Example:
-        >>> parse_positions("-2")
+        >>> parse_reading("-2")
         -2
     """
-    if value in ("last", "mean"):
+    if value in ("answer", "mean", "last"):
         return value
     if not re.fullmatch(r"-?[0-9]{1,9}", value):
         raise ArgumentError(
-            f"--positions must be 'last', 'mean' or the index of a token such as 0 or -2, got "
-            f"{value!r}."
+            "--reading must be 'answer', 'mean', 'last' or the index of a token such as 0 or -2, "
+            f"got {value!r}."
         )
     return int(value)
 

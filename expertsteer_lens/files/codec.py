@@ -241,3 +241,13 @@ CLASSES["RFMHistory"] = WrittenClass(
     to_fields=lambda history: {"items": list(history)},
     from_fields=lambda cls, content: cls(content["items"]),
 )
+CLASSES["FitData"] = WrittenClass(
+    _ours("pipeline.fit_data", "FitData"),
+    to_fields=lambda data: data.to_fields(),
+    from_fields=_construct,
+)
+CLASSES["PairedMoments"] = WrittenClass(
+    _ours("align.paired_moments", "PairedMoments"),
+    to_fields=lambda moments: moments.state(),
+    from_fields=lambda cls, content: cls.from_state(content),
+)

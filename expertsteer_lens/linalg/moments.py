@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -187,6 +188,33 @@ class RunningMoments:
             {name: mean.clone() for name, mean in self._means.items()},
             {block: scatter / self._weight for block, scatter in self._scatters.items()},
         )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that was accumulated, for a file; `restore` takes it up again."""
+        return {
+            "n": self._n,
+            "weight": self._weight,
+            "means": dict(self._means),
+            "scatters": dict(self._scatters),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> RunningMoments:
+        """Go on from a `state` of moments with these variables and blocks; returns self.
+
+        Raises:
+            WidthError: it is of other variables, widths or blocks.
+        """
+        means, scatters = state["means"], state["scatters"]
+        shapes = {name: (width,) for name, width in self.widths.items()}
+        if {k: tuple(v.shape) for k, v in means.items()} != shapes or (
+            {k: tuple(v.shape) for k, v in scatters.items()}
+            != {k: tuple(v.shape) for k, v in self._scatters.items()}
+        ):
+            raise WidthError(f"the state is not of moments of the variables {self.widths}.")
+        self._n, self._weight = int(state["n"]), float(state["weight"])
+        self._means = {name: value.double().clone() for name, value in means.items()}
+        self._scatters = {block: value.double().clone() for block, value in scatters.items()}
+        return self
 
     def __repr__(self) -> str:
         return f"RunningMoments(n={self._n}, widths={self.widths}, blocks={len(self.blocks)})"

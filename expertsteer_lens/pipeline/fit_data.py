@@ -4,7 +4,7 @@ test."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 PairKey = tuple[str, str]
 """(expert hook name, target hook name)"""
+
+
+LARGEST_SAVED = 2**26
+"""Moments of token pairs up to this size (64 MiB) are written to files with the fit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +68,20 @@ class FitData:
     """Names, fingerprints and hashes of what went in."""
     maps_on: Literal["texts", "tokens"] = "texts"
     """Whether the maps were fitted on one state a text or on token pairs."""
-    token_moments: PairedMoments | None = field(default=None, init=False, repr=False)
-    """Moments of the token pairs of the candidate layer pairs; not written to files."""
+    token_moments: PairedMoments | None = field(default=None, repr=False)
+    """Moments of the token pairs of the candidate layer pairs; None in what was read from a file
+    if they are larger than `LARGEST_SAVED`."""
 
     def with_tokens(self, moments: PairedMoments) -> FitData:
         """The same with moments of token pairs, on which the maps are then fitted."""
-        out = replace(self, maps_on="tokens")
-        object.__setattr__(out, "token_moments", moments)
-        return out
+        return replace(self, maps_on="tokens", token_moments=moments)
+
+    def to_fields(self) -> dict[str, Any]:
+        """What a file holds of it."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.token_moments is not None and self.token_moments.n_bytes > LARGEST_SAVED:
+            content["token_moments"] = None
+        return content
 
     # Names of version 0.1.
     expert_anchors = Renamed("expert_anchor_states")

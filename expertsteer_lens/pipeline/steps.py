@@ -207,8 +207,8 @@ def fit_maps(
         moments = data.token_moments
         if moments is None:
             raise ArgumentError(
-                "the maps of this fit were fitted on token pairs, which a saved fit does not hold; "
-                "run ExpertSteer(...).fit again to fit other maps."
+                "the maps of this fit were fitted on token pairs, whose moments were too large to "
+                "be saved with it; run ExpertSteer(...).fit again to fit other maps."
             )
         for hook in dict.fromkeys(e for e, _ in moments.pairs):
             mine = [pair for pair in moments.pairs if pair[0] == hook]
