@@ -149,7 +149,7 @@ def study(
                 say(f"  {name}: {choice} {value}: {error}")
     for how in ("mean difference", "PCA", "logistic probe"):
         note("direction", how, mapped_plan(fit, fit.plan(coefficient=0.1), learner(how, fit)))
-    mean = esl.ExpertSteer(esl.ExpertSteerConfig(read_positions="mean", **settings))
+    mean = esl.ExpertSteer(esl.ExpertSteerConfig(reading="mean", **settings))
     found = mean.fit(expert, target, data["pairs"], **keywords)
     note("token read", "mean of all", found.plan(coefficient=0.1), found)
     for n in (50, 150):

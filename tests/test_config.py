@@ -25,13 +25,14 @@ class TestExpertSteerConfig:
         ("field", "value", "message"),
         [
             (
-                "read_positions",
+                "reading",
                 "first",
-                r"read_positions must be 'last', 'mean' or an integer, got",
+                r"reading must be 'answer', 'mean', 'last' or an integer, got",
             ),
-            ("read_positions", "all", r"read_positions must be .* got 'all'"),
-            ("read_positions", 2.5, r"read_positions .*got 2\.5; the default is 'last'"),
-            ("read_positions", True, "read_positions .*got True"),
+            ("reading", "all", r"reading must be .* got 'all'"),
+            ("reading", 2.5, r"reading .*got 2\.5; the default is 'answer'"),
+            ("reading", True, "reading .*got True"),
+            ("pair_tokens", 1, "pair_tokens must be True or False, got 1"),
             ("align_on_pairs", "yes", "align_on_pairs must be True or False, got 'yes'; the def"),
             (
                 "aligner",
@@ -66,11 +67,15 @@ class TestExpertSteerConfig:
 
     def test_it_survives_json(self):
         settings = esl.ExpertSteerConfig(
-            read_positions="mean", batch_size=4, budget=0.2, rfm={"center_gradients": [True, False]}
+            reading="mean", batch_size=4, budget=0.2, rfm={"center_gradients": [True, False]}
         )
         again = esl.ExpertSteerConfig.from_dict(json.loads(json.dumps(settings.to_dict())))
         assert again == settings
-        assert again.read_positions == "mean"
+        assert again.reading == "mean"
+
+    def test_the_name_of_0_1_for_the_reading_is_understood_in_json(self):
+        again = esl.ExpertSteerConfig.from_dict({"read_positions": "mean"})
+        assert again.reading == "mean"
 
     def test_what_is_no_dict_of_fields_is_refused(self):
         for data in ([], "anchored", None):

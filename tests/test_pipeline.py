@@ -278,10 +278,8 @@ class TestOnTheZoo:
         assert again.layer_pairs.keys() == anew.layer_pairs.keys()
         key = anew.layer_pairs.keys()[0]
         torch.testing.assert_close(again.direction(*key), anew.direction(*key))
-        with pytest.raises(
-            ArgumentError, match="read_positions='mean' acts only where models are read"
-        ):
-            fit.refit(read_positions="mean")
+        with pytest.raises(ArgumentError, match="reading='mean' acts only where models are read"):
+            fit.refit(reading="mean")
 
     def test_given_neutral_and_test_prompts_are_used_as_given(self, zoo):
         validation, test = zoo["behaviour"].split(0.5, seed=3)

@@ -22,6 +22,8 @@ from expertsteer_lens.files import codec, kinds
 from expertsteer_lens.hosts import Host
 
 SMALL = esl.ExpertSteerConfig(
+    reading="last",
+    pair_tokens=False,
     mi=esl.MIConfig(n_permutations=5, n_bootstrap=10, n_components=8),
     pairing=esl.PairingConfig(n_candidates=4),
     rfm=esl.RFMConfig(bandwidth=(1.0, 2.0), n_rounds=2),
@@ -374,17 +376,17 @@ class TestFitFromStates:
         steer, target, texts = esl.ExpertSteer(SMALL), zoo["target"], zoo["texts"]
         with pytest.raises(
             DataError,
-            match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs\.texts",
+            match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs, anchors",
         ):
             steer.fit(states, target, texts["pairs"], progress=False)
         shuffled = {**texts, "anchors": texts["anchors"][::-1]}
         with pytest.raises(
             DataError,
-            match=r"not the 120 of pairs and anchors, in this order; make them with capture",
+            match=r"not the 120 of pairs and anchors, in this order; make them with ExpertSteer",
         ):
             steer.fit(states, target, **shuffled, progress=False)
-        mean = dataclasses.replace(SMALL, read_positions="mean")
+        mean = dataclasses.replace(SMALL, reading="mean")
         with pytest.raises(
-            DataError, match=r"read at positions='last', but config\.read_positions is 'mean'"
+            DataError, match=r"read at positions='last', but config\.reading is 'mean'"
         ):
             esl.ExpertSteer(mean).fit(states, target, **texts, progress=False)

@@ -249,5 +249,5 @@ CLASSES["FitData"] = WrittenClass(
 CLASSES["PairedMoments"] = WrittenClass(
     _ours("align.paired_moments", "PairedMoments"),
     to_fields=lambda moments: moments.state(),
-    from_fields=lambda cls, content: cls.from_state(content),
+    from_fields=lambda cls, content: cls.from_state(content),  # type: ignore[attr-defined]
 )

@@ -146,8 +146,14 @@ class Host:
 
             return fn
 
+        stop = _layer_after(names)
         with self.intervene({name: reader(name) for name in names}):
-            self.forward(batch, stop_at_layer=_layer_after(names))
+            if stop is not None and stop < self.n_layers:
+                self.forward(batch, stop_at_layer=stop)
+            else:  # to the end, but nobody reads the logits: one token's will do
+                one = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+                one[0, 0] = True
+                self.logits_at(batch, one)
         missing = [name for name in names if name not in rows]
         if missing:
             raise InterventionError(

@@ -117,7 +117,7 @@ class ExpertSteerConfig:
             ArgumentError: an unknown field, here or in a part, or a value that cannot be used; the
                 message names the field, e.g. `config.aligner.kind`.
         """
-        if "read_positions" in data:
+        if isinstance(data, Mapping) and "read_positions" in data:
             data = {("reading" if k == "read_positions" else k): v for k, v in data.items()}
         return config_from_dict(cls, data)
 

@@ -324,7 +324,7 @@ def train(
     model.train()
     for step in range(recipe.n_steps):
         loss = _loss(model, next(stream))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
