@@ -283,12 +283,10 @@ def test_a_store_does_not_move_when_the_model_is_run_or_edited_in_place_later(ki
 
 @kinds
 def test_an_in_place_hook_that_runs_after_the_reader_cannot_reach_what_was_read(kind: str) -> None:
-    from expertsteer_lens.hosts import reading as _capture
-
     model = fresh(kind, "llama")
     host = as_host(model)
     batch = host.tokenize(PROMPTS[:1])
-    want = _capture._read(host, batch, [HOOK], "all")[HOOK]
+    want = host.read(batch, [HOOK], "all")[HOOK]
     intervene = host.intervene
 
     @contextlib.contextmanager
@@ -298,7 +296,7 @@ def test_an_in_place_hook_that_runs_after_the_reader_cannot_reach_what_was_read(
             yield registration
 
     host.intervene = with_vandal  # type: ignore[method-assign]
-    assert torch.equal(_capture._read(host, batch, [HOOK], "all")[HOOK], want)
+    assert torch.equal(host.read(batch, [HOOK], "all")[HOOK], want)
 
 
 @kinds

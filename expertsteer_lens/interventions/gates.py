@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +13,10 @@ from torch import Tensor
 from expertsteer_lens._checks import check_choice, check_labels, check_matrix, check_number
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
 
+Per = Literal["row", "token"]
 PER = ("row", "token")
+Opens = Literal["above", "below"]
+OPENS = ("above", "below")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -23,7 +26,13 @@ class Gate:
 
     The score is x . direction in the plan's basis (a projection, or a linear probe with its bias in
     the threshold), or whatever `score` returns. Tokens behind a closed gate keep their activation
-    bit for bit."""
+    bit for bit.
+
+    Example:
+        >>> gate = Gate(direction=torch.tensor([1.0, 0.0]), threshold=0.5)
+        >>> gate.is_open(torch.tensor([[0.7, 9.0], [0.2, 9.0]]))
+        tensor([ True, False])
+    """
 
     threshold: float
     """In the unit of the score."""
@@ -35,16 +44,16 @@ class Gate:
     hook_name: str | None = None
     """Where the score is read, at or before the vector's layer; None: where the vector acts, before
     it acts."""
-    per: str = "row"
+    per: Per = "row"
     """ "row": decided once per sequence, at the last prompt token; "token": by every token for
     itself."""
-    opens: str = "above"
+    opens: Opens = "above"
     """ "above" or "below" the threshold."""
 
     def __post_init__(self) -> None:
         check_number("threshold", self.threshold)
         check_choice("per", self.per, PER)
-        check_choice("opens", self.opens, ("above", "below"))
+        check_choice("opens", self.opens, OPENS)
         if (self.direction is None) == (self.score is None):
             raise ArgumentError("a Gate needs exactly one of direction and score.")
         if self.direction is not None:
@@ -70,16 +79,16 @@ class Gate:
                     f"the gate's direction has width {self.direction.shape[0]}, the activations "
                     f"{rows.shape[1]}."
                 )
-            found = rows @ self.direction.to(rows.device)
+            scores = rows @ self.direction.to(rows.device)
         else:
             assert self.score is not None
-            found = torch.as_tensor(self.score(rows))
-            if found.shape != rows.shape[:1]:
+            scores = torch.as_tensor(self.score(rows))
+            if scores.shape != rows.shape[:1]:
                 raise DataError(
                     f"the gate's score must return shape ({rows.shape[0]},), got "
-                    f"{tuple(found.shape)}."
+                    f"{tuple(scores.shape)}."
                 )
-        return found.to(rows).reshape(activations.shape[:-1])
+        return scores.to(rows).reshape(activations.shape[:-1])
 
     def is_open(self, activations: Float[Tensor, "*rows d"]) -> Bool[Tensor, "*rows"]:
         """Whether each activation opens the gate."""
@@ -108,10 +117,10 @@ class Gate:
         return cls(**{**value, "direction": torch.tensor(value["direction"])})
 
     def __repr__(self) -> str:
-        what = "projection" if self.score is None else getattr(self.score, "__name__", "score")
+        score = "projection" if self.score is None else getattr(self.score, "__name__", "score")
         sign = ">=" if self.opens == "above" else "<"
         where = self.hook_name or "its own hook"
-        return f"Gate({what} {sign} {self.threshold:.4g} per {self.per}, at {where})"
+        return f"Gate({score} {sign} {self.threshold:.4g} per {self.per}, at {where})"
 
 
 def fit_gate(
@@ -121,7 +130,7 @@ def fit_gate(
     direction: Float[Tensor, " d"] | None = None,
     score: Callable[[Tensor], Tensor] | None = None,
     hook_name: str | None = None,
-    per: str = "row",
+    per: Per = "row",
 ) -> Gate:
     """A gate that opens on the positive class: the threshold with the best balanced accuracy on
     these activations.
@@ -140,6 +149,11 @@ def fit_gate(
     Raises:
         DataError: one class only, or unusable activations.
         ArgumentError: neither or both of direction and score.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [1.0, 1.0], [4.0, 1.0], [5.0, 1.0]])
+        >>> fit_gate(x, torch.tensor([0, 0, 1, 1]), direction=torch.tensor([1.0, 0.0]))
+        Gate(projection >= 2.5 per row, at its own hook)
     """
     check_matrix("activations", activations, min_rows=2)
     positive = check_labels("labels", labels, activations.shape[0]).bool()

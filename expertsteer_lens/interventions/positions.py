@@ -8,7 +8,7 @@ whatever the padding side."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -28,11 +28,17 @@ callable receives the boolean mask of real tokens `[batch, total]` of the whole 
 returns a boolean tensor of that shape; for generation it must be causal (its value at a token may
 not depend on later tokens). """
 
+NamedPositions = Literal["all", "prompt", "last_prompt", "generated"]
 NAMED = ("all", "prompt", "last_prompt", "generated")
 
 
 def check_positions(positions: Positions) -> Positions:
-    """Return `positions` (a list as a tuple) if it is a valid rule, else raise `ArgumentError`."""
+    """Return `positions` (a list as a tuple) if it is a valid rule, else raise `ArgumentError`.
+
+    Example:
+        >>> check_positions([0, -1])
+        (0, -1)
+    """
     if isinstance(positions, str):
         return check_choice("positions", positions, NAMED)
     if isinstance(positions, slice):

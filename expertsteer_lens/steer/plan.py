@@ -147,7 +147,19 @@ class SteeringVector:
 @dataclass(frozen=True, eq=False)
 class SteeringPlan:
     """Several steering vectors with the tokens they act on. Vectors at one hook point are applied
-    in the order given."""
+    in the order given.
+
+    Example:
+        >>> vectors = {"blocks.1.hook_resid_post": torch.tensor([3.0, 4.0])}
+        >>> plan = SteeringPlan.from_vectors(
+        ...     vectors, coefficient=0.5, median_norms={"blocks.1.hook_resid_post": 8.0}
+        ... )
+        >>> plan.with_positions("generated")
+        SteeringPlan(positions='generated', basis=None, for any model,
+          blocks.1.hook_resid_post: add +0.5×8 (median norm), d=2)
+        >>> plan.vectors[0].delta
+        tensor([2.4000, 3.2000])
+    """
 
     vectors: tuple[SteeringVector, ...]
     positions: Positions = "all"

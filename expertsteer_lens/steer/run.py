@@ -397,10 +397,6 @@ def detach(model: Any) -> None:
 
     Args:
         model: the object that was given to `attach`; nothing happens if nothing is attached.
-
-    Example:
-        >>> import expertsteer_lens as esl
-        >>> detach(esl.zoo.load("target", host="huggingface"))  # nothing was attached
     """
     for reference in _ATTACHED.pop(as_host(model).model, []):
         handle = reference()
