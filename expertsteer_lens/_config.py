@@ -103,14 +103,18 @@ def _resolved(cls: Hashable) -> dict[str, tuple[Field[Any], Any]]:
     return {field.name: (field, hints[field.name]) for field in own if field.init}
 
 
+def _with_tuples(value: Any) -> Any:
+    """Lists, which JSON has in place of tuples, as tuples, inner ones too."""
+    return tuple(_with_tuples(part) for part in value) if isinstance(value, list) else value
+
+
 def _fitting(cls: type, name: str, value: Any, where: str) -> Any:
     """The value as the field wants it, or an error that says what the field takes."""
     field, annotation = _fields(cls)[name]
     for part in _alternatives(annotation):
         if is_dataclass(part) and isinstance(value, Mapping):
             return config_from_dict(part, value, where)  # type: ignore[arg-type]
-    if isinstance(value, list):
-        value = tuple(value)
+    value = _with_tuples(value)
     if _matches(value, annotation):
         return value
     raise ArgumentError(

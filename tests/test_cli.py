@@ -600,7 +600,7 @@ class TestBadInput:
         path = tmp_path / "b.json"
         for content, message in (
             ("é".encode("utf-16"), "is not UTF-8 text"),
-            (b"[" * 100_000, "is not JSON that can be read"),
+            (b"[" * 100_000, "is no JSON that can be read"),
             (b'{"prompts": ["p"], "positive": null, "negative": ["b"]}', "'positive' must be a li"),
         ):
             path.write_bytes(content)

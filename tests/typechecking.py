@@ -20,7 +20,15 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # ints pass for floats
-TRAVELS = ("hosts.nnsight", "steer.nnsight_edit")
+TRAVELS = (
+    "data.read_positions",
+    "hosts.base",
+    "hosts.nnsight",
+    "hosts.pass_tracking",
+    "interventions",
+    "steer.checks",
+    "steer.nnsight_edit",
+)
 """Modules whose functions nnsight carries to other processes by their source: a wrapper around them
 would have no source there."""
 CHECKED: set[str] = set()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Real
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,7 +100,7 @@ class PairedMoments:
         expert: Mapping[str, Tensor],
         target: Mapping[str, Tensor],
         groups: Int[Tensor, " n"],
-        weights: Float[Tensor, " n"] | None = None,
+        weights: Real[Tensor, " n"] | None = None,
     ) -> PairedMoments:
         """Add paired rows (row `i` of every layer of both models); returns self. Zero rows are
         allowed; layers that no pair names are passed over.

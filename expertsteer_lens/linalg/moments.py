@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Real
 from torch import Tensor
 
 from expertsteer_lens._checks import check_finite, check_matrix, check_number
@@ -93,7 +93,7 @@ class RunningMoments:
         return self._n
 
     def update(
-        self, rows: Mapping[str, Tensor], weights: Float[Tensor, " n"] | None = None
+        self, rows: Mapping[str, Tensor], weights: Real[Tensor, " n"] | None = None
     ) -> RunningMoments:
         """Add rows that belong together (row `i` of every variable); returns self. Zero rows are
         allowed.

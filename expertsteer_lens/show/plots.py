@@ -58,7 +58,7 @@ def plot_layer_pair_mi(
             "what='excess' needs a null; fit with MIConfig(n_permutations=...) above 0."
         )
     matrix = mi.matrix if what == "mi" else mi.matrix - mi.null_mean
-    unit = mi.unit if mi.unit == "nats" else mi.unit.upper()
+    unit = mi.unit
     hover = [
         [
             f"expert {e}<br>target {t}<br>{float(mi.matrix[i, j]):.3f} {unit}"
