@@ -266,12 +266,12 @@ class Host:
     def hook_names(self, kind: str = "hook_resid_post") -> list[str]:
         """`blocks.{i}.{kind}` for every layer that has it, in layer order."""
         names = set(self.all_hook_names())
-        found = [
+        present = [
             f"blocks.{i}.{kind}" for i in range(self.n_layers) if f"blocks.{i}.{kind}" in names
         ]
-        if not found:
+        if not present:
             raise unknown_hook(f"blocks.0.{kind}", names, f"{self.name}, {self.n_layers} layers")
-        return found
+        return present
 
     def check_hook_names(self, names: Sequence[str], *, steering: bool = False) -> list[str]:
         """Return the names if all exist (and, for `steering`, if an edit there reaches what the
@@ -344,8 +344,8 @@ class Host:
         shown = [text.render(self.tokenizer) if isinstance(text, Chat) else text for text in texts]
         rows = [list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in shown]
         for i, row in enumerate(rows):
-            wanted = prepend_bos if prepend_bos is not None else not isinstance(texts[i], Chat)
-            if bos is not None and wanted and row[:1] != [bos]:
+            prepend = prepend_bos if prepend_bos is not None else not isinstance(texts[i], Chat)
+            if bos is not None and prepend and row[:1] != [bos]:
                 rows[i] = [bos, *row]
         limit = max_length if max_length is not None else self.n_ctx
         for i, row in enumerate(rows):

@@ -60,7 +60,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     """
     n_layers = text_config(model).num_hidden_layers
     path = next(
-        (found for root in _roots(model) if (found := _list_in(model, root, n_layers)) is not None),
+        (name for root in _roots(model) if (name := _list_in(model, root, n_layers)) is not None),
         None,
     )
     if path is None:

@@ -147,23 +147,23 @@ def measure_fingerprint(host: Host) -> str:
     return f"{host.n_layers}x{host.d_model}-{number:0{FINGERPRINT_BITS // 4}x}"
 
 
-def fingerprints_match(one: str, other: str) -> bool:
+def fingerprints_match(first: str, second: str) -> bool:
     """Whether two fingerprints can be of the same weights: equal shape, and at most 8 of 256 bits
     apart.
 
     The margin covers other hosts, devices and half precision; unrelated models are about 128 bits
     apart."""
-    if one == other:
+    if first == second:
         return True
-    (shape_one, _, bits_one), (shape_other, _, bits_other) = (
-        one.partition("-"),
-        other.partition("-"),
+    (first_shape, _, first_bits), (second_shape, _, second_bits) = (
+        first.partition("-"),
+        second.partition("-"),
     )
     try:
-        apart = (int(bits_one, 16) ^ int(bits_other, 16)).bit_count()
+        apart = (int(first_bits, 16) ^ int(second_bits, 16)).bit_count()
     except ValueError:
         return False
-    return shape_one == shape_other and apart <= _TOLERATED_BITS
+    return first_shape == second_shape and apart <= _TOLERATED_BITS
 
 
 @contextlib.contextmanager

@@ -81,8 +81,8 @@ class HuggingFaceHost(Host):
     def check_hook_names(self, names: Any, *, steering: bool = False) -> list[str]:
         """See `Host.check_hook_names`; also refuses attention and MLP outputs that are not what the
         block adds up."""
-        found = super().check_hook_names(names, steering=steering)
-        branches = [name for name in found if name.endswith(("hook_attn_out", "hook_mlp_out"))]
+        known = super().check_hook_names(names, steering=steering)
+        branches = [name for name in known if name.endswith(("hook_attn_out", "hook_mlp_out"))]
         if branches and not self._branches_add_up():
             raise HookNameError(
                 f"hook {branches[0]!r} cannot be used on {type(self.model).__name__}: the "
@@ -90,7 +90,7 @@ class HuggingFaceHost(Host):
                 "modules do not add up to what the block adds to the residual stream; use "
                 "hook_resid_pre or hook_resid_post."
             )
-        return found
+        return known
 
     def _branches_add_up(self) -> bool:
         known = facts(self._weights)

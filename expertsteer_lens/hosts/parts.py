@@ -97,17 +97,16 @@ def guarded(hook_name: str, fn: EditFn) -> EditFn:
         was = activation
         if result.shape == was.shape and result.dtype is was.dtype and result.device == was.device:
             return result
-        what = next(
-            w for w in ("shape", "dtype", "device") if getattr(result, w) != getattr(was, w)
+        changed = next(
+            a for a in ("shape", "dtype", "device") if getattr(result, a) != getattr(was, a)
         )
         raise InterventionError(
-            f"the intervention at {hook_name!r} changed the {what} from {_show(was, what)} to "
-            f"{_show(result, what)}; "
-            "return it as it came."
+            f"the intervention at {hook_name!r} changed the {changed} from {_show(was, changed)} "
+            f"to {_show(result, changed)}; return it as it came."
         )
 
     return checked
 
 
-def _show(value: Tensor, what: str) -> str:
-    return str(tuple(value.shape)) if what == "shape" else str(getattr(value, what))
+def _show(value: Tensor, attribute: str) -> str:
+    return str(tuple(value.shape)) if attribute == "shape" else str(getattr(value, attribute))

@@ -445,11 +445,11 @@ class SteeringPlan:
         return f"SteeringPlan({rules}, for {made_for},\n{lines})"
 
 
-def _lookup(what: str, value: float | Mapping[str, float], name: str) -> float:
+def _lookup(argument: str, value: float | Mapping[str, float], name: str) -> float:
     if not isinstance(value, Mapping):
         return value
     if name not in value:
-        raise ArgumentError(f"{what} has no entry for {name!r}; it has {sorted(value)}.")
+        raise ArgumentError(f"{argument} has no entry for {name!r}; it has {sorted(value)}.")
     return value[name]
 
 

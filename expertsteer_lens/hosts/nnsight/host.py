@@ -94,8 +94,8 @@ class NNsightHost(Host):
     @property
     def device(self) -> torch.device:
         """See `Host.device`; the CPU while the weights are not loaded."""
-        found = super().device
-        return torch.device("cpu") if found.type == "meta" else found
+        device = super().device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def basis(self) -> str:
@@ -113,11 +113,11 @@ class NNsightHost(Host):
         with self._standing_down() as inner:
             return inner.fingerprint
 
-    def _measured(self, what: str, measure: Callable[[Host], str]) -> str:
+    def _measured(self, fact: str, measure: Callable[[Host], str]) -> str:
         known = facts(self._weights)
-        if what not in known:
-            known[what] = measure(self)
-        return known[what]
+        if fact not in known:
+            known[fact] = measure(self)
+        return known[fact]
 
     def all_hook_names(self) -> list[str]:
         """See `HuggingFaceHost.all_hook_names`."""
