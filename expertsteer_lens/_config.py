@@ -135,6 +135,9 @@ def _matches(value: Any, annotation: Any) -> bool:
         return any(_matches(value, part) for part in inner)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in inner)
+    if origin is tuple and inner[-1] is not Ellipsis:  # so many, each of its own kind
+        fitting = isinstance(value, tuple) and len(value) == len(inner)
+        return fitting and all(_matches(v, part) for v, part in zip(value, inner, strict=True))
     if origin is tuple:
         return isinstance(value, tuple) and all(_matches(v, inner[0]) for v in value)
     if annotation in (int, float):  # an int is a number; a bool is neither

@@ -28,6 +28,7 @@ TRAVELS = (
     "interventions",
     "steer.checks",
     "steer.nnsight_edit",
+    "steer.report",
 )
 """Modules whose functions nnsight carries to other processes by their source: a wrapper around them
 would have no source there."""
