@@ -23,15 +23,22 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A model from a local folder or a hub id, in evaluation mode, with its tokenizer attached.
+    """A model from a local folder, a GGUF file or a hub id, in evaluation mode, with its tokenizer
+    attached.
 
     Args:
-        name_or_path: folder, or hub id (the only case in which anything may be downloaded).
+        name_or_path: folder, or hub id (the only case in which anything may be downloaded); or a
+            `.gguf` file, whose weights are dequantised to `dtype`. Such a model is called by the
+            name of its file and "dequantised", in results too: it is not the model that the file
+            was made from.
         host: "transformer_lens" (TransformerBridge), "nnsight" (TransformersModel) or "huggingface"
             (the plain model, with the tokenizer as attribute `tokenizer`).
         dtype: a torch dtype by name.
         device: default "cuda" where available, else "cpu".
         trust_remote_code: passed to transformers; runs code that ships with the model.
+
+    Raises:
+        ArgumentError: an unknown host or dtype, or a GGUF file that is not there.
     """
     check_choice("host", host, HOSTS)
     torch_dtype = getattr(torch, dtype, None)
@@ -42,14 +49,30 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        name_or_path, dtype=torch_dtype, trust_remote_code=trust_remote_code
-    ).to(device)
-    model.eval()
+    where, options = name_or_path, {"trust_remote_code": trust_remote_code}
     # A folder's own name, not where it lies on this machine.
     label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
+    if name_or_path.endswith(".gguf"):
+        file = Path(name_or_path)
+        if not file.is_file():
+            raise ArgumentError(f"name_or_path: there is no GGUF file {name_or_path!r}.")
+        where, label = str(file.parent), f"{file.name} (dequantised)"
+        options["gguf_file"] = file.name
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **options)
+    if "gguf_file" in options:
+        _forget_quantisation(model)
+        model.config.name_or_path = label
+    model = model.to(device).eval()
     return wrap_model(model, tokenizer, host=host, name=label, trust_remote_code=trust_remote_code)
+
+
+def _forget_quantisation(model: Any) -> None:
+    """The weights are plain now; what is left of the format would stop `save_pretrained`."""
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def wrap_model(
