@@ -162,6 +162,15 @@ class TestTokenPairs:
         torch.testing.assert_close(again.direction(*key), fit.direction(*key))
         other = fit.refit(aligner=esl.AlignerConfig(kind="ridge"))
         assert set(other.aligners) <= set(fit.data.token_moments.pairs)
+        for changes in (
+            {"align_on_pairs": False},
+            {"pairing": dataclasses.replace(SMALL.pairing, n_layers=3)},
+            {"pairing": dataclasses.replace(SMALL.pairing, skip_last=0)},
+        ):
+            with pytest.raises(ArgumentError, match="acts only where token pairs are read"):
+                fit.refit(**changes)
+        by_mi = esl.PairingConfig(rule="min_mi")  # which takes one state a text
+        fit.refit(pairing=by_mi, align_on_pairs=False)
 
     def test_a_saved_fit_goes_on_unless_its_moments_were_too_large(
         self, zoo, tmp_path, monkeypatch

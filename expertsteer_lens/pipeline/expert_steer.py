@@ -208,7 +208,7 @@ class ExpertSteer:
             log.done("token pairs", maps_on="one state a text", because=reason)
             return data
         log.done("token pairs", n=moments.n, texts=len(unlabelled), layer_pairs=len(candidates))
-        return data.with_tokens(moments)
+        return data.with_tokens(moments, config)
 
     def capture(
         self,

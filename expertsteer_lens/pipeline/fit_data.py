@@ -72,9 +72,31 @@ class FitData:
     """Moments of the token pairs of the candidate layer pairs; None in what was read from a file
     if they are larger than `LARGEST_SAVED`."""
 
-    def with_tokens(self, moments: PairedMoments) -> FitData:
-        """The same with moments of token pairs, on which the maps are then fitted."""
-        return replace(self, maps_on="tokens", token_moments=moments)
+    def with_tokens(self, moments: PairedMoments, config: ExpertSteerConfig) -> FitData:
+        """The same with moments of token pairs, on which the maps are then fitted.
+
+        Args:
+            moments: of the token pairs.
+            config: the settings under which these were chosen and read.
+        """
+        facts = {"n": moments.n, **_token_settings(config)}
+        return replace(
+            self,
+            maps_on="tokens",
+            token_moments=moments,
+            provenance={**self.provenance, "token_pairs": facts},
+        )
+
+    def check_tokens_serve(self, config: ExpertSteerConfig) -> None:
+        """Raise `ArgumentError` if these settings would have had other token pairs read."""
+        read = self.provenance.get("token_pairs", {})
+        for name, value in _token_settings(config).items() if self.maps_on == "tokens" else ():
+            if read.get(name, value) != value:
+                raise ArgumentError(
+                    f"{name}={value!r} acts only where token pairs are read, and refit reads none "
+                    f"(they were read under {read[name]!r}); run ExpertSteer(...).fit again, or "
+                    "leave it as it was."
+                )
 
     def to_fields(self) -> dict[str, Any]:
         """What a file holds of it."""
@@ -88,6 +110,17 @@ class FitData:
     target_anchors = Renamed("target_anchor_states")
     expert_pairs = Renamed("expert_pair_states")
     target_pairs = Renamed("target_pair_states")
+
+
+def _token_settings(config: ExpertSteerConfig) -> dict[str, Any]:
+    """The settings that decide which token pairs are read."""
+    pairing = config.pairing
+    return {
+        "align_on_pairs": config.align_on_pairs,
+        "pairing.n_layers": pairing.n_layers,
+        "pairing.skip_first": pairing.skip_first,
+        "pairing.skip_last": pairing.skip_last,
+    }
 
 
 def labels_of(store: ActivationStore) -> Tensor:

@@ -157,6 +157,8 @@ class ExpertSteering:
                 f"refit reads none (this fit was read under {getattr(self.config, idle[0])!r}); "
                 "run ExpertSteer(...).fit again, or leave it as it was."
             )
+        if takes_gradients(settings):
+            self.data.check_tokens_serve(settings)
         seed = self.seed if seed is None else seed
         check_seed(seed)
         same_mi = settings.mi == self.config.mi and seed == self.seed
