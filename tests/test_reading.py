@@ -63,6 +63,15 @@ class TestSpans:
         other = esl.capture(host.model, TEXTS, [HOOK], positions="mean")
         assert torch.equal(one[HOOK], other[HOOK])
 
+    def test_the_unit_of_a_coefficient_is_the_norm_of_a_token_whatever_is_read(self, host):
+        rows = esl.capture(host.model, TEXTS, [HOOK], positions="all")
+        for how in ("mean", "answer"):
+            store = esl.capture(host.model, TEXTS, [HOOK], positions=how, batch_size=2)
+            assert store.median_norm(HOOK) == pytest.approx(rows.median_norm(HOOK), rel=1e-5)
+            assert store.median_norm(HOOK) > float(store[HOOK].norm(dim=1).median())
+        part = esl.capture(host.model, TEXTS[:1], [HOOK], positions="mean", spans=[(12, 17)])
+        assert part.median_norm(HOOK) == pytest.approx(float(rows[HOOK][4].norm()), rel=1e-5)
+
     def test_batches_do_not_matter(self, host):
         spans = [answer_span(t) for t in TEXTS]
         one, other = (

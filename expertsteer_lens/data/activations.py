@@ -45,6 +45,10 @@ def layer_or_none(hook_name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+MEDIAN_TOKEN_NORMS = "median_token_norms"
+"""Where the provenance of rows that are means over tokens has the tokens' median norms."""
+
+
 @dataclass(frozen=True, eq=False)
 class ActivationStore(Mapping[str, Tensor]):
     """Activations `[n, d_model]` by hook name: row `i` of every tensor belongs to the same prompt
@@ -199,8 +203,15 @@ class ActivationStore(Mapping[str, Tensor]):
         )
 
     def median_norm(self, hook_name: str) -> float:
-        """Median Euclidean norm of the rows at `hook_name`: the unit of
-        `relative_to="median_norm"`."""
+        """Median Euclidean norm of a token's state at `hook_name`: the unit of
+        `relative_to="median_norm"`.
+
+        Of the rows; where these are means over tokens, which are shorter than what they are means
+        of, of the tokens that `capture` looked at.
+        """
+        of_tokens = self.provenance.get(MEDIAN_TOKEN_NORMS) or {}
+        if hook_name in of_tokens:
+            return float(of_tokens[hook_name])
         return float(self[hook_name].float().norm(dim=1).median())
 
     def __repr__(self) -> str:

@@ -125,11 +125,13 @@ class Host:
         names: Sequence[str],
         positions: str | int,
         tokens: Tensor | None = None,
+        norms: dict[str, list[Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """The rows `[n, d]` that `positions` picks at each hook point (see `take_rows`): copies on
         the CPU, float32, in the host's basis.
 
         Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
+        Where `norms` is given, the norm of each token looked at is added to it, by hook name.
 
         Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
         done to the live activation afterwards can reach them.
@@ -143,10 +145,14 @@ class Host:
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
                 rows[name] = take_rows(activation.detach(), positions, mask)
+                if norms is not None:
+                    looked_at = activation.detach()[mask.bool().to(activation.device)].float()
+                    norms.setdefault(name, []).append(self._in_basis(looked_at).norm(dim=-1).cpu())
 
             return fn
 
         stop = _layer_after(names)
+        _ = self.basis  # measured by passes of its own, so not inside the hooks below
         with self.intervene({name: reader(name) for name in names}):
             if stop is not None and stop < self.n_layers:
                 self.forward(batch, stop_at_layer=stop)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_classes, check_number
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.texts import TEXTS_KEY
@@ -93,12 +93,13 @@ def capture(
     order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
+    norms: dict[str, list[Tensor]] | None = {} if pick == "mean" else None
     for index in progress_bar(batches, "capture", progress=progress, unit="batch"):
         part = _trimmed(tokens, index)
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
         per_text = part.lengths if here is None else here.sum(1)
         counts = per_text.tolist() if positions == "all" else [1] * len(index)
-        for name, value in host.read(part, names, pick, here).items():
+        for name, value in host.read(part, names, pick, here, norms).items():
             for row, taken in zip(index, torch.split(value, counts), strict=True):
                 rows[name][row] = taken
         _check_finite(rows, index)
@@ -110,8 +111,14 @@ def capture(
         {
             **_provenance(host, texts, names, positions, prepend_bos, counts),
             **({} if spans is None else {"spans": [list(span) for span in spans]}),
+            **({MEDIAN_TOKEN_NORMS: _medians(norms)} if norms else {}),
         },
     )
+
+
+def _medians(norms: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Median over all tokens, by hook name."""
+    return {name: float(torch.cat(parts).median()) for name, parts in norms.items()}
 
 
 def _tokens_in_spans(

@@ -161,10 +161,11 @@ class NNsightHost(Host):
         names: Sequence[str],
         positions: str | int,
         tokens: Tensor | None = None,
+        norms: dict[str, list[Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """See `Host.read`; from a server only the rows travel back."""
         if not self.remote:
-            return super().read(batch, names, positions, tokens)
+            return super().read(batch, names, positions, tokens, norms)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
