@@ -15,6 +15,7 @@ SMALL = esl.ExpertSteerConfig(
     mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
     rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
     batch_size=4,
+    pair_tokens=False,
 )
 
 

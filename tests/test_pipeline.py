@@ -27,7 +27,12 @@ FAST_MI = esl.MIConfig(n_permutations=10, n_bootstrap=20, n_components=8)
 
 
 def config(**changes) -> esl.ExpertSteerConfig:
-    return esl.ExpertSteerConfig(**{"rfm": FAST_RFM, "mi": FAST_MI, **changes})
+    texts = {
+        "pair_tokens": False,
+        "reading": "last",
+        "align_on_pairs": False,
+    }  # quick: see test_reading
+    return esl.ExpertSteerConfig(**{"rfm": FAST_RFM, "mi": FAST_MI, **texts, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -514,7 +519,9 @@ class TestBadInput:
         words = [f"the cat saw {'big ' * i}dog" for i in range(pairs)]
         texts = esl.ContrastPairs.from_lists(words, [f"{w} ." for w in words])
         quick = {"rfm": FAST_RFM, "mi": esl.MIConfig(n_folds=2), **changes}
-        anchors = [f"{w} it" for w in words] + [f"it was {w}" for w in words] + ["a", "b", "c", "d"]
+        anchors = (
+            [f"{w} it" for w in words] + [f"it was {w}" for w in words] + list("abcdefghijklmn")
+        )
         with pytest.raises(ExpertSteerError, match=message):
             esl.ExpertSteer(esl.ExpertSteerConfig(**quick)).fit(
                 model, model, texts, anchors=anchors

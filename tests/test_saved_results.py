@@ -376,7 +376,7 @@ class TestFitFromStates:
         steer, target, texts = esl.ExpertSteer(SMALL), zoo["target"], zoo["texts"]
         with pytest.raises(
             DataError,
-            match=r"holds states of 120 texts, which are not the 60 .* capture\(expert, pairs, anchors",
+            match=r"holds states of 120 texts, which are not the 60 of pairs and anchors, .* make them with ExpertS",
         ):
             steer.fit(states, target, texts["pairs"], progress=False)
         shuffled = {**texts, "anchors": texts["anchors"][::-1]}

@@ -131,8 +131,10 @@ class ExpertSteer:
         log = StepLog(on_step)
         target_host = as_host(target)
         source = expert if isinstance(expert, ActivationStore) else as_host(expert)
+        target_host.check_ready()
         expert_hooks = list(expert_hook_names or _hooks(source))
         if not isinstance(source, ActivationStore):
+            source.check_ready()
             expert_hooks = source.check_hook_names(expert_hooks)
         target_hooks = target_host.check_hook_names(list(target_hook_names or _hooks(target_host)))
         rehearse(
