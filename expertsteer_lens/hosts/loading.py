@@ -49,7 +49,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where, options = name_or_path, {"trust_remote_code": trust_remote_code}
+    where = name_or_path
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     # A folder's own name, not where it lies on this machine.
     label = Path(name_or_path).name if Path(name_or_path).is_dir() else name_or_path
     if name_or_path.endswith(".gguf"):
