@@ -46,7 +46,7 @@ def config_from_dict(cls: type[C], data: Any, where: str = "config") -> C:
         Traceback (most recent call last):
         expertsteer_lens.errors.ArgumentError: config.aligner has unknown field 'knd'; closest: \
 'kind'; known fields are ['anchor_weight', 'kind', 'learning_rate', 'n_components', 'n_folds', \
-'n_steps', 'ridge', 'solver', 'standardise'].
+'n_steps', 'options', 'ridge', 'solver', 'standardise'].
     """
     if not isinstance(data, Mapping):
         raise ArgumentError(
