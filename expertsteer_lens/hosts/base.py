@@ -146,8 +146,9 @@ class Host:
             def fn(activation: Tensor) -> None:
                 rows[name] = take_rows(activation.detach(), positions, mask)
                 if norms is not None:
-                    looked_at = activation.detach()[mask.bool().to(activation.device)].float()
-                    norms.setdefault(name, []).append(self._in_basis(looked_at).norm(dim=-1).cpu())
+                    of_tokens = self._norms(activation.detach().float())
+                    seen = of_tokens[mask.bool().to(activation.device)]
+                    norms.setdefault(name, []).append(seen.cpu())
 
             return fn
 
@@ -166,6 +167,15 @@ class Host:
                 f"hook points {missing} did not fire in a forward pass of {self.name!r}."
             )
         return {name: self._in_basis(rows[name]).cpu() for name in names}
+
+    def _norms(self, activation: Tensor) -> Tensor:
+        """The norm of each token, `[batch, pos]`, in the host's basis."""
+        norms = torch.linalg.vector_norm(activation, dim=-1)
+        if self.basis == "centred" and activation.shape[-1] == self.d_model:
+            # What centring takes off is orthogonal to what it leaves.
+            taken = self.d_model * activation.mean(dim=-1).square()
+            norms = (norms.square() - taken).clamp(min=0.0).sqrt()
+        return norms
 
     def _in_basis(self, rows: Tensor) -> Tensor:
         centred = self.basis == "centred" and rows.shape[-1] == self.d_model
