@@ -170,7 +170,7 @@ class Host:
 
     def _norms(self, activation: Tensor) -> Tensor:
         """The norm of each token, `[batch, pos]`, in the host's basis."""
-        norms = torch.linalg.vector_norm(activation, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(activation, dim=-1)
         if self.basis == "centred" and activation.shape[-1] == self.d_model:
             # What centring takes off is orthogonal to what it leaves.
             taken = self.d_model * activation.mean(dim=-1).square()
