@@ -75,7 +75,7 @@ SOURCES = {
     "domainsteer": Source(
         packages=("domainsteer==1.0.1",),
         parts="domainsteer/data/**/*",
-        sha256="",
+        sha256="e7cce61b291cf112cfadcbd36a3fd577e2bb9ef07c2a52bb29401c389e989d7a",
         licence="MIT; texts written by Llama-3.1-8B and another model, whose terms apply to them",
         megabytes=3,
         quantisation=None,
