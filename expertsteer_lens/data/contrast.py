@@ -31,7 +31,7 @@ class ContrastPairs:
     messages, see `Chat`.
 
     Raises:
-        DataError: not two lists of as many texts, fewer than two pairs, or a pair of equal texts.
+        DataError: not two lists of as many texts, an empty list, or a pair of equal texts.
 
     Example:
         >>> pairs = ContrastPairs.from_lists(["It was warm.", "She laughed."],
@@ -53,10 +53,6 @@ class ContrastPairs:
                 f"positive and negative must pair up: got {len(positive)} positive and "
                 f"{len(negative)} negative texts; "
                 "drop the surplus or repeat texts on purpose."
-            )
-        if len(positive) < 2:
-            raise DataError(
-                "contrast pairs need at least 2 pairs to learn a direction and check it, got 1."
             )
         same = [i for i, (p, n) in enumerate(zip(positive, negative, strict=True)) if p == n]
         if same:

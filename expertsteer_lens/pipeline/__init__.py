@@ -5,5 +5,13 @@ from __future__ import annotations
 from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
+from .labelling import LabelledTexts, label_texts
 
-__all__ = ["PRESETS", "ExpertSteer", "ExpertSteerConfig", "ExpertSteering"]
+__all__ = [
+    "PRESETS",
+    "ExpertSteer",
+    "ExpertSteerConfig",
+    "ExpertSteering",
+    "LabelledTexts",
+    "label_texts",
+]

@@ -168,6 +168,11 @@ def divide_texts(
             f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
             "ContrastPairs.from_lists(...)."
         )
+    if len(pairs) < 2:
+        raise DataError(
+            f"pairs must hold at least 2 pairs, to learn a direction and check it, got {len(pairs)}; "
+            "give more, or have a model label unlabelled texts with what you have (label_texts)."
+        )
     if test_behaviour is not None and behaviour is None:
         raise ArgumentError(
             "test_behaviour is given without behaviour, the prompts to choose layers by; pass both."

@@ -1,0 +1,281 @@
+"""Labels for unlabelled texts, from a model that understands a few labelled ones.
+
+A model that knows what is meant can label texts for one that does not: with one or a few labelled
+pairs, the expert labels a heap of unlabelled texts, and the target's own direction is then learnt
+from those (`ExpertSteer().fit(target, target, labelled.pairs(), ...)`). No map between the two
+models is needed. The target as its own labeller is the control that says what the expert adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from expertsteer_lens._checks import check_number
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.chat import Text, check_texts
+from expertsteer_lens.data.contrast import ContrastPairs
+from expertsteer_lens.data.spans import Span, answer_span
+from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.hosts import as_host, capture
+
+from .config import ExpertSteerConfig
+from .fit_data import reading_of
+
+if TYPE_CHECKING:
+    import pandas
+
+SOFTNESS = 1.5
+"""A text one standard deviation from the middle has the weight tanh(1.5) = 0.91."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LabelledTexts:
+    """Unlabelled texts with the scores that a model gave them; see `label_texts`."""
+
+    texts: tuple[Text, ...]
+    scores: Float[Tensor, " n"]
+    """One per text, standardised to mean 0 and variance 1; larger is more positive."""
+    threshold: float
+    """Scores above it are labelled positive: the cut that leaves least variance on its two sides.
+    The classes need not be equally large."""
+    spans: tuple[Span, ...]
+    """The part of each text that was read, in characters of its content."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Model, settings and hashes of what went in."""
+
+    @property
+    def labels(self) -> Int64[Tensor, " n"]:
+        """1 = positive, 0 = negative."""
+        return (self.scores > self.threshold).long()
+
+    def pairs(self, n: int | None = None) -> ContrastPairs:
+        """The texts of clearest label as contrast pairs: the most positive with the most negative,
+        the next with the next, and so on.
+
+        Args:
+            n: number of pairs; default: as many as the smaller class has texts.
+
+        Raises:
+            ArgumentError: more pairs than the smaller class has texts.
+        """
+        order = torch.argsort(self.scores, descending=True, stable=True).tolist()
+        positive = int(self.labels.sum())
+        most = min(positive, len(order) - positive)
+        n = most if n is None else n
+        check_number("n", n, low=1, high=most, integer=True)
+        return ContrastPairs.from_lists(
+            [self.texts[i] for i in order[:n]], [self.texts[i] for i in order[::-1][:n]]
+        )
+
+    def agreement(self, labels: Any) -> float:
+        """Share of texts, in [0, 1], on which these labels agree with known ones.
+
+        Args:
+            labels: one per text, 1 = positive.
+
+        Raises:
+            ArgumentError: another number of labels than of texts.
+        """
+        known = torch.as_tensor(labels)
+        if known.shape != self.scores.shape:
+            raise ArgumentError(
+                f"labels must hold one label for each of {len(self.texts)} texts, got shape "
+                f"{tuple(known.shape)}."
+            )
+        return float((known.long() == self.labels).float().mean())
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per text, in the order given: text, score, label."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "text": [str(t) for t in self.texts],
+                "score": self.scores.tolist(),
+                "label": self.labels.tolist(),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __repr__(self) -> str:
+        positive = int(self.labels.sum())
+        name = self.provenance.get("model", {}).get("name", "?")
+        return f"LabelledTexts({len(self)} texts by {name}: {positive} positive)"
+
+
+def label_texts(
+    model: Any,
+    pairs: ContrastPairs,
+    texts: Sequence[Text],
+    *,
+    hook_names: Sequence[str] | None = None,
+    n_rounds: int = 4,
+    flatten: int = 1,
+    config: ExpertSteerConfig | None = None,
+    progress: bool | None = None,
+) -> LabelledTexts:
+    """Label texts with a model that has seen a few labelled pairs.
+
+    At every layer the mean difference of the labelled pairs projects the texts; the sum over
+    layers of the standardised projections is the score. Then, in each round, the scores become
+    soft labels, the mean difference is taken anew from all texts under these, and projects again
+    (self-training): what the texts themselves divide into is found, and the labelled pairs decide
+    only which side is which and which division is meant. Both groups are centred by their own mean,
+    so the labelled pairs may be of another kind than the texts: another style, another language.
+
+    Args:
+        model: the labeller; any host object.
+        pairs: labelled, at least one.
+        texts: to be labelled, at least 4, of both classes; the more the better.
+        hook_names: where the model is read; default: the residual after every block but the first
+            and the last.
+        n_rounds: of self-training, >= 0.
+        flatten: how many leading principal axes of the texts are shrunk to the variance of the
+            last of them, >= 1; 1 shrinks none. Where something else than what is meant divides
+            the texts most (topic, length), self-training drifts to it; 3 to 8 prevent that. Where
+            texts and pairs are of different kinds, leave it at 1.
+        config: `reading` and `batch_size` are used; default: those of `ExpertSteerConfig()`.
+        progress: show progress bars; default: where standard error is a terminal.
+
+    Returns:
+        The texts with scores and labels; `.pairs()` are contrast pairs for `ExpertSteer.fit`.
+
+    Raises:
+        DataError: fewer than 4 texts, or texts whose states are all alike.
+        ArgumentError: a setting out of range.
+
+    Example:
+        >>> from expertsteer_lens import zoo
+        >>> expert, _ = zoo.load_pair()
+        >>> pairs = zoo.contrast_pairs()
+        >>> one = ContrastPairs.from_lists(pairs.positive[:1], pairs.negative[:1])
+        >>> labelled = label_texts(expert, one, pairs.texts)
+        >>> labelled.agreement(pairs.labels) > 0.9
+        True
+    """
+    check_number("n_rounds", n_rounds, low=0, integer=True)
+    check_number("flatten", flatten, low=1, integer=True)
+    config = ExpertSteerConfig() if config is None else config
+    heap = check_texts("texts", texts)
+    if len(heap) < 4:
+        raise DataError(f"texts holds {len(heap)} texts; give at least 4, of both classes.")
+    host = as_host(model)
+    names = list(hook_names) if hook_names is not None else (host.hook_names()[1:-1] or None)
+    reading = reading_of(config, host)
+    spans = [answer_span(text) for text in heap]
+
+    def read(of: Sequence[Text], where: Sequence[Span]) -> ActivationStore:
+        return capture(
+            model,
+            of,
+            names,
+            positions=reading,
+            spans=where if reading == "answer" else None,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+
+    labelled, unlabelled = read(pairs.texts, pairs.answer_spans), read(heap, spans)
+    scores = score_states(
+        [labelled[name] for name in labelled],
+        pairs.labels,
+        [unlabelled[name] for name in unlabelled],
+        n_rounds=n_rounds,
+        flatten=flatten,
+    )
+    return LabelledTexts(
+        texts=tuple(heap),
+        scores=scores,
+        threshold=best_cut(scores),
+        spans=tuple(spans),
+        provenance={
+            "model": host.facts(),
+            "pairs": {"n": len(pairs), "hash": pairs.hash},
+            "n_rounds": n_rounds,
+            "flatten": flatten,
+            "reading": reading,
+        },
+    )
+
+
+def score_states(
+    labelled: Sequence[Float[Tensor, "m d"]],
+    labels: Float[Tensor, " m"],
+    unlabelled: Sequence[Float[Tensor, "n d"]],
+    *,
+    n_rounds: int = 4,
+    flatten: int = 1,
+) -> Float[Tensor, " n"]:
+    """The scores of `label_texts` from states.
+
+    Args:
+        labelled: states of the labelled texts, one matrix a layer.
+        labels: 1 = positive.
+        unlabelled: states of the texts to be labelled, at the same layers.
+        n_rounds: of self-training.
+        flatten: leading principal axes that are shrunk.
+
+    Raises:
+        DataError: states that are all alike at every layer.
+    """
+    layers = []
+    signs = labels.double() * 2 - 1
+    weights = signs / torch.where(signs > 0, (signs > 0).sum(), (signs < 0).sum())
+    total = torch.zeros(len(unlabelled[0]), dtype=torch.float64)
+    for few, many in zip(labelled, unlabelled, strict=True):
+        rows = many.double() - many.double().mean(0)
+        size = rows.norm(dim=1).mean()
+        if not bool(size > 0):
+            continue
+        direction = weights @ few.double()
+        if flatten > 1:
+            rows, direction = _flattened(rows, direction, flatten)
+        rows = rows / size
+        layers.append(rows)
+        total += _standard(rows @ direction)
+    if not layers:
+        raise DataError("texts have the same state at every layer; nothing divides them.")
+    for _ in range(n_rounds):
+        soft = torch.tanh(SOFTNESS * _standard(total))
+        soft = soft - soft.mean()
+        total = torch.stack([_standard(rows @ (soft @ rows)) for rows in layers]).sum(0)
+    return _standard(total).float()
+
+
+def best_cut(scores: Float[Tensor, " n"]) -> float:
+    """The threshold that leaves least variance within the two sides (the best 2-means of one
+    dimension), halfway between its neighbours."""
+    ordered = scores.double().sort().values
+    n = len(ordered)
+    left = torch.arange(1, n, dtype=torch.float64)
+    sums = ordered.cumsum(0)
+    low, high = sums[:-1] / left, (sums[-1] - sums[:-1]) / (n - left)
+    between = left * (n - left) * (high - low) ** 2
+    i = int(between.argmax())
+    return float((ordered[i] + ordered[i + 1]) / 2)
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Mean 0, variance 1; zeros where all are alike."""
+    centred = values - values.mean()
+    return centred / centred.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _flattened(rows: Tensor, direction: Tensor, n_axes: int) -> tuple[Tensor, Tensor]:
+    """Rows and direction with the leading principal axes shrunk to the size of the last of them."""
+    _, sizes, axes = torch.linalg.svd(rows, full_matrices=False)
+    n_axes = min(n_axes, int((sizes > sizes[0] * 1e-9).sum()))
+    axes, shrink = axes[:n_axes], sizes[n_axes - 1] / sizes[:n_axes] - 1
+
+    def shrunk(x: Tensor) -> Tensor:
+        return x + (x @ axes.T * shrink) @ axes
+
+    return shrunk(rows), shrunk(direction)
