@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import weakref
 
 import models
 import pytest
@@ -254,3 +256,26 @@ class TestTokenPairs:
         )
         assert fit.data.maps_on == "texts"
         assert "token pairs" not in [s["step"] for s in fit.steps]
+
+
+def test_rows_of_texts_are_let_go_before_the_store_copies_the_matrices(host, monkeypatch):
+    # Kept beside the matrices and the store's own copies they would be a third copy of all states.
+    module = importlib.import_module("expertsteer_lens.hosts.reading")
+    taken, alive = [], []
+    check = module._check_finite
+
+    def watch(rows, index):
+        taken.extend(weakref.ref(values[row]) for values in rows.values() for row in index)
+        check(rows, index)
+
+    def build(*args):
+        alive.append(sum(ref() is not None for ref in taken))
+        return esl.ActivationStore(*args)
+
+    monkeypatch.setattr(module, "_check_finite", watch)
+    monkeypatch.setattr(module, "ActivationStore", build)
+    names = ["blocks.0.hook_resid_post", HOOK]
+    store = esl.capture(host.model, TEXTS, names, positions="all", batch_size=1)
+    assert store.hook_names == names
+    assert len(taken) == len(names) * len(TEXTS)
+    assert alive[0] <= 1  # the loop still has a name for the last one

@@ -104,7 +104,8 @@ def capture(
                 rows[name][row] = taken
         _check_finite(rows, index)
     counts = [r.shape[0] for r in rows[names[0]]]
-    stacked = {name: torch.cat(parts) for name, parts in rows.items()}
+    # One hook point at a time gives up its rows, so that they never stand beside all the matrices.
+    stacked = {name: torch.cat(rows.pop(name)) for name in list(rows)}
     return ActivationStore(
         stacked,
         None if classes is None else classes.repeat_interleave(torch.tensor(counts)),
