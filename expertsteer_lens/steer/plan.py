@@ -22,6 +22,7 @@ from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, f
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.interventions.positions import Positions, check_positions
 
+from . import bake as baking
 from . import nnsight_edit
 from .checks import layer_or_none
 from .report import RunReport
@@ -399,6 +400,35 @@ class SteeringPlan:
         return nnsight_edit.edit_plan(
             self, as_host(model), allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths
         )
+
+    def bake(self, model: Any, *, allow_mismatch: bool = False) -> Any:
+        """A copy of a Hugging Face model with the plan in its weights: no hooks, so it compiles,
+        serves and batches like any other, and is saved and loaded by plain transformers.
+
+        For plans that add vectors at every token, without gate. The vector becomes a bias of the
+        steered block; where the model's class has none, an additional block behind it adds the
+        vector and nothing else. `model.config.expertsteer_lens` of the copy says where. It takes
+        the memory of a second model; in half precision the vector is rounded to the weights' type.
+
+        Args:
+            model: the target, a causal model of transformers in full weights.
+            allow_mismatch: see `hooks`.
+
+        Raises:
+            ArgumentError: the plan adds nothing, or not the same vector at every token.
+            HostError: the model is none of transformers', quantised, offloaded or with an adapter;
+                or its class has no place for the vector; or the copy, run on fixed tokens, does not
+                say what the steered model says.
+
+        Example:
+            >>> from expertsteer_lens import zoo
+            >>> model = zoo.load("target", host="huggingface")
+            >>> vectors = {"blocks.1.hook_resid_post": torch.ones(model.config.hidden_size)}
+            >>> plan = SteeringPlan.from_vectors(vectors, coefficient=3.0, relative_to="unit")
+            >>> plan.bake(model).config.expertsteer_lens["baked"][0]["parameter"]
+            'model.layers.1.mlp.down_proj.bias'
+        """
+        return baking.bake(self, model, allow_mismatch=allow_mismatch)
 
     def _start(
         self,
