@@ -14,6 +14,7 @@ The copy is then run beside the steered model, and refused if it says anything e
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -247,13 +248,13 @@ def _before_norm(norm: Any, goal: Tensor) -> Tensor:
     if eps is None or weight is None or getattr(norm, "bias", None) is not None:
         raise CannotHoldError("the norm behind its attention is no RMSNorm")
     size = float(goal.pow(2).mean().sqrt())
-    gain = 2.0 ** torch.tensor(size / 0.9).log2().ceil().item()
+    gain = math.ldexp(1.0, math.ceil(math.log2(size / 0.9)))
     share = size / gain
     one = torch.full_like(weight, 2.0)
     weight.data = torch.zeros_like(weight)  # (0 + weight) or (1 + weight): told by what it gives
     offset = 1.0 if bool(norm(one).abs().max() > 0.5) else 0.0
     weight.data.fill_(gain - offset)
-    root = float(eps / (1.0 - share**2)) ** 0.5
+    root = math.sqrt(eps / (1.0 - share * share))
     return goal * (share * root / size)
 
 

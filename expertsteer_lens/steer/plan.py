@@ -25,6 +25,7 @@ from expertsteer_lens.interventions.positions import Positions, check_positions
 from . import bake as baking
 from . import nnsight_edit
 from .checks import layer_or_none
+from .foreign import ForeignName, Rows, plan_from_foreign
 from .report import RunReport
 from .run import PlanRun, SteeringHandle
 
@@ -254,6 +255,60 @@ class SteeringPlan:
             positions=positions,
             basis=basis if basis is not None else facts.get("basis"),
             target={k: facts[k] for k in keys if k in facts},
+        )
+
+    @classmethod
+    def from_foreign(
+        cls,
+        source: Any,
+        *,
+        format: ForeignName | str | None = None,
+        layers: Sequence[int] | None = None,
+        coefficient: float = 1.0,
+        rows: Rows = "blocks",
+        median_norms: ActivationStore | Mapping[str, float] | None = None,
+        positions: Positions = "all",
+    ) -> SteeringPlan:
+        """Other people's vectors as a plan, to be steered with, evaluated and compared like ours.
+
+        | format | source |
+        |---|---|
+        | gguf | control vector of repeng or llama.cpp: `direction.N` is added after block N |
+        | lm_eval | `.pt` of lm-evaluation-harness `steered`, action "add" |
+        | steering_vectors, repeng | the `SteeringVector` or `ControlVector` itself |
+        | tensors | `{layer: [d]}` or `{hook_name: [d]}`, also as `.pt` or `.safetensors` |
+        | matrix | `[n_layers, d]` (hotwire and others), row i is added after block i |
+
+        Args:
+            source: a path (str or `Path`), or an object.
+            format: default: told by the content.
+            layers: take these alone, 0-based; default: all that are not 0.
+            coefficient: multiplies the vectors as they are; 1 is the strength they came with.
+            rows: of a matrix: "blocks", or "hidden_states" as transformers counts them,
+                `[n_layers + 1, d]`: row i + 1 is block i; the first row (embeddings) and the last
+                (after the final norm) are no output of a block and are left out.
+            median_norms: see `from_vectors`; the strength stays what it is and is expressed in
+                this unit, which calibration uses.
+            positions: see `expertsteer_lens.positions`.
+
+        Raises:
+            ArgumentError: no such file, an unknown format, or what a plan cannot say ("clamp" of
+                the harness, single heads, norms).
+            ArtifactError: the file is damaged, or holds Python objects (pickle).
+            DataError: NaN, Inf, or a wrong shape.
+
+        Example:
+            >>> SteeringPlan.from_foreign({3: torch.tensor([3.0, 4.0])}, coefficient=2.0).vectors
+            (blocks.3.hook_resid_post: add +10, d=2,)
+        """
+        return plan_from_foreign(
+            source,
+            format=format,
+            layers=layers,
+            coefficient=coefficient,
+            rows=rows,
+            median_norms=median_norms,
+            positions=positions,
         )
 
     @property
