@@ -159,7 +159,7 @@ def _read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"{path} is damaged or holds Python objects, which could run code and are not loaded; "
-            "where it was made, save tensors alone: torch.save(dict(vector.layer_activations), FILE)."
+            "where it was made, save tensors alone: torch.save(dict(v.layer_activations), FILE)."
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise ArtifactError(f"{path} is no file of torch.save: {error}") from error

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
 from expertsteer_lens.interventions.edits import EDITS as EDITS
 from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, find_edit
@@ -309,6 +310,59 @@ class SteeringPlan:
             rows=rows,
             median_norms=median_norms,
             positions=positions,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> SteeringPlan:
+        """A saved plan, from a folder or the hub; `expertsteer_lens.load`, for plans alone.
+
+        Raises:
+            ArtifactError: see `load`; or what is there is no plan.
+        """
+        from expertsteer_lens.files.io import load
+
+        plan = load(
+            path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        if not isinstance(plan, cls):
+            raise ArtifactError(f"{path} holds a {type(plan).__name__}, no plan; see `load`.")
+        return plan
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        evaluation: Any = None,
+    ) -> str:
+        """Upload the plan; see `expertsteer_lens.push_to_hub`."""
+        from expertsteer_lens.files.io import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            evaluation=evaluation,
         )
 
     @property
