@@ -259,7 +259,7 @@ class TestCards:
         assert "\x1b" not in card
         assert "<script>" not in card
         assert "\nlicense" not in card
-        assert card.count("---\n") == 2 + card.count("|---|")  # the front matter alone
+        assert card.count("\n---\n") == 1  # the end of the front matter
 
     def test_other_results_have_one_too(self):
         card = result_card(esl.ActivationStore({"blocks.0.hook_resid_post": torch.eye(2)}))
