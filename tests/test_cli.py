@@ -401,6 +401,26 @@ class TestExport:
         )
         assert (tmp_path / "s.gguf").read_bytes()[:4] == b"GGUF"
 
+    def test_a_merged_checkpoint_and_a_matrix_for_hotwire(self, capsys, tmp_path):
+        folder = esl.zoo.model_path("target")
+        width = esl.zoo.load("target", host="huggingface").config.hidden_size
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.ones(width)}, relative_to="unit"
+        )
+        saved = esl.save(plan, tmp_path / "p")
+        give = ("export", saved, "--format")
+        merged = run(*give, "merged", "--target", folder, "--out", tmp_path / "m")
+        assert merged.exit_code == 0, merged.output
+        assert "expertsteer_lens" in (tmp_path / "m" / "config.json").read_text()
+        dense = run(*give, "hotwire", "--n-layers", "9", "--out", tmp_path / "h.pt")
+        assert dense.exit_code == 0, dense.output
+        assert torch.load(tmp_path / "h.pt").shape == (9, width)
+        out = ("--out", tmp_path / "x")
+        assert "needs --target" in refused(capsys, *give, "merged", *out)
+        assert "an option of --format gguf must be one of" in refused(
+            capsys, *give, "gguf", "--n-layers", "3", *out
+        )
+
     def test_a_format_that_does_not_exist_is_refused(self, capsys, tmp_path):
         assert "--format must be one of" in refused(
             capsys, "export", "p", "--format", "onnx", "--out", tmp_path / "x"

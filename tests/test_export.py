@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import models
 import pytest
@@ -17,8 +18,11 @@ from expertsteer_lens.files.export import (
     export_plan,
     register_format,
     to_gguf,
+    to_hotwire,
     to_lm_eval,
+    to_specs,
 )
+from expertsteer_lens.hosts.blocks import find_blocks
 from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
 from expertsteer_lens.interventions.gates import Gate
 
@@ -266,3 +270,136 @@ class TestFiles:
         monkeypatch.setitem(sys.modules, "gguf", None)
         with pytest.raises(ExpertSteerError, match=r"pip install 'expertsteer-lens\[export\]'"):
             to_gguf(plan_of(), tmp_path / "a.gguf")
+
+
+class TestHotwire:
+    def test_a_row_a_layer(self, tmp_path):
+        plan = plan_of()
+        path = to_hotwire(plan, tmp_path / "new" / "happy.pt", n_layers=4)
+        matrix = torch.load(path, weights_only=True)  # as hotwire loads it
+        assert matrix.shape == (4, models.D_MODEL)
+        torch.testing.assert_close(matrix[2], plan.vectors[1].delta)
+        assert not matrix[0].any()
+        assert not matrix[3].any()
+
+    def test_the_number_of_layers_is_the_targets(self, tmp_path):
+        plan = dataclasses.replace(plan_of(), target={"n_layers": 5})
+        assert torch.load(to_hotwire(plan, tmp_path / "a.pt")).shape[0] == 5
+        model = models.hf("llama")
+        assert torch.load(to_hotwire(plan, tmp_path / "a.pt", model=model)).shape[0] == 3
+        for options in ({}, {"n_layers": 2}):
+            with pytest.raises(ArgumentError, match="n_layers must say how many layers"):
+                to_hotwire(plan_of(), tmp_path / "b.pt", **options)
+        with pytest.raises(ArgumentError, match=r"must end in \.pt"):
+            to_hotwire(plan, tmp_path / "b.gguf")
+
+    def test_a_layer_that_the_target_does_not_have_is_refused_in_every_format(self):
+        plan = dataclasses.replace(plan_of(), target={"n_layers": 2})
+        with pytest.raises(ArgumentError, match="steers layer 2, but its target has 2 layers"):
+            added_vectors(plan)
+
+
+class TestMerged:
+    def test_the_checkpoint_says_what_the_plan_says_and_has_its_tokenizer(self, tmp_path):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = models.hf("llama")
+        host = esl.as_host(model, tokenizer=models.tokenizer())
+        plan = plan_of(host.basis)
+        with plan.hooks(model):
+            expected = logits(model)
+        folder = export_plan(plan, tmp_path / "merged", format="merged", model=model)
+        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
+        assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids
+        with pytest.raises(ArgumentError, match="is not an empty folder"):
+            export_plan(plan, folder, format="merged", model=model)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["merged"]
+
+    def test_it_needs_the_model_and_a_plan_that_is_a_constant(self, tmp_path):
+        with pytest.raises(ArgumentError, match="needs model="):
+            export_plan(plan_of(), tmp_path / "m", format="merged")
+        with pytest.raises(ArgumentError, match="positions='prompt' cannot be baked"):
+            export_plan(plan_of(positions="prompt"), tmp_path / "m", format="merged")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestSpecs:
+    @pytest.mark.skipif(models.has_hooked_transformer(), reason="TransformerLens 4 reads specs")
+    def test_both_remote_drivers_of_transformer_lens_take_them(self):
+        from transformer_lens.model_bridge.sources.inspect import hooks, intervention
+        from transformer_lens.model_bridge.sources.vllm import intervention_specs
+
+        plan = plan_of()
+        specs = to_specs(plan)
+        taken = intervention.build_interventions(specs, hooks.supported_hook_points(3))
+        assert list(taken) == ["1:resid_post", "2:resid_post"]
+        for name, spec in specs.items():
+            intervention_specs.validate_spec(name, spec, width=models.D_MODEL)
+        torch.testing.assert_close(
+            torch.tensor(taken["2:resid_post"]["value"]), plan.vectors[1].delta
+        )
+
+
+class TestWriting:
+    def test_what_was_there_survives_a_failure(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.pt"
+        path.write_bytes(b"old")
+
+        def full_disk(content, file):
+            file.write_bytes(b"rubbish")
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            to_lm_eval(plan_of(), path)
+        assert path.read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+    def test_missing_folders_are_made(self, tmp_path):
+        pytest.importorskip("gguf")
+        assert to_lm_eval(plan_of(), tmp_path / "x" / "y" / "a.pt").is_file()
+        assert to_gguf(plan_of(), tmp_path / "z" / "a.gguf").is_file()
+
+    def test_what_enters_a_block_leaves_the_one_before(self):
+        vectors = {"blocks.3.hook_resid_pre": torch.tensor([3.0, 4.0])}
+        plan = esl.SteeringPlan.from_vectors(vectors, relative_to="unit", coefficient=5.0)
+        assert list(added_vectors(plan)) == [2]
+
+
+class TestNamesOfTheHarness:
+    """Names below `model.base_model`, which is where the harness looks."""
+
+    def names(self, model, tmp_path):
+        width = model.config.get_text_config().hidden_size
+        vectors = {"blocks.0.hook_resid_post": torch.ones(width)}
+        plan = esl.SteeringPlan.from_vectors(vectors, coefficient=1.0, relative_to="unit")
+        (name,) = torch.load(to_lm_eval(plan, tmp_path / "o.pt", model=model), weights_only=True)
+        block = model.base_model.get_submodule(name)  # the harness: named_modules of base_model
+        assert block is model.get_submodule(find_blocks(model).layers[0])
+        return name
+
+    def test_opt(self, tmp_path):
+        import transformers as tf
+
+        config = tf.OPTConfig(
+            num_hidden_layers=2,
+            hidden_size=16,
+            ffn_dim=16,
+            num_attention_heads=2,
+            vocab_size=50,
+            word_embed_proj_dim=16,
+        )
+        assert self.names(tf.OPTForCausalLM(config).eval(), tmp_path) == "decoder.layers.0"
+
+    def test_multimodal_gemma(self, tmp_path):
+        import transformers as tf
+
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1}
+        text = {**sizes, "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": 50}
+        vision = {**sizes, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+        config = tf.Gemma3Config(
+            text_config={**text, "head_dim": 16}, vision_config=vision, mm_tokens_per_image=4
+        )
+        model = tf.Gemma3ForConditionalGeneration(config).eval()
+        assert self.names(model, tmp_path) == "language_model.layers.0"

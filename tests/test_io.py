@@ -248,36 +248,6 @@ def test_missing_fields_files_and_bad_vectors_are_named(plan, tmp_path):
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
     with pytest.raises(ArtifactError, match="neither a folder nor a hub id"):
         esl.load(tmp_path / "nothing")
-    with pytest.raises(ArtifactError, match="could not be fetched from the hub"):
-        esl.load("nobody/nothing")
-
-
-def test_the_hub_gets_the_same_files(plan, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    sent = {}
-
-    class FakeApi:
-        def __init__(self, token=None):
-            sent["token"] = token
-
-        def create_repo(self, repo_id, private, exist_ok):
-            sent["repo"] = (repo_id, private)
-
-        def upload_folder(self, repo_id, folder_path):
-            import shutil
-
-            shutil.copytree(folder_path, tmp_path / "hub")
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
-    assert esl.push_to_hub(plan, "user/plan", private=True, token="t") == "https://hub/user/plan"
-    assert sent == {"token": "t", "repo": ("user/plan", True)}
-    assert torch.equal(esl.load(tmp_path / "hub").vectors[0].direction, plan.vectors[0].direction)
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda repo, **k: str(tmp_path / "hub")
-    )
-    assert esl.load("user/plan").target == plan.target
 
 
 def test_loading_imports_no_host(plan, tmp_path):

@@ -19,6 +19,7 @@ UPWARD = {
     ("pair.result", "show.plots"): DRAWS,
     ("measure.calibration", "show.plots"): DRAWS,
     ("evaluation.result", "show.plots"): DRAWS,
+    ("steer.plan", "files.io"): "`plan.push_to_hub` and `from_pretrained`, as hub users expect",
 }
 """(module, what it imports from a floor above): why."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,25 +157,65 @@ def export(
     plan: PlanName,
     format: Annotated[
         str,
-        typer.Option("--format", help="lm_eval (steered model of lm-evaluation-harness) or gguf"),
+        typer.Option(
+            "--format",
+            help="lm_eval (steered model of lm-evaluation-harness), gguf (llama.cpp, repeng), "
+            "hotwire (vLLM), or merged (a checkpoint with the plan in its weights)",
+        ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", help="file to write: .pt for lm_eval, .gguf for gguf")
+        Path,
+        typer.Option(
+            "--out", help="to write: a .pt file for lm_eval and hotwire, .gguf, a folder for merged"
+        ),
     ],
+    models: ModelOptions,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="folder or hub id of the target: merged needs it; lm_eval and hotwire read the "
+            "names and number of its layers off it",
+        ),
+    ] = None,
     blocks: Annotated[
-        str, typer.Option(help="lm_eval: path of the blocks below the base model")
-    ] = "layers",
+        str | None,
+        typer.Option(help='lm_eval: path of the blocks below the base model; default "layers"'),
+    ] = None,
     model_hint: Annotated[
-        str, typer.Option(help="gguf: architecture noted in the file")
-    ] = "unknown",
+        str | None, typer.Option(help="gguf: architecture noted in the file")
+    ] = None,
+    n_layers: Annotated[
+        int | None, typer.Option(help="hotwire: of the target; default: as the plan says")
+    ] = None,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option("--allow-mismatch", help="merged: into other weights than it was made for"),
+    ] = False,
 ) -> None:
-    """Write a saved plan in another program's format, coefficients folded in; loads no model."""
+    """Write a saved plan in another program's format, coefficients folded in. Loads a model only if
+    one is given with `--target`, as plain Hugging Face (`--host` is of no matter)."""
     from expertsteer_lens._checks import check_choice
     from expertsteer_lens.files.export import FORMATS, export_plan
 
-    check_choice("--format", format, FORMATS)
+    chosen = FORMATS[check_choice("--format", format, FORMATS)]
+    if format == "merged" and target is None:
+        raise ArgumentError(
+            "--format merged needs --target, the model whose weights take the plan."
+        )
+    given = {
+        "blocks": blocks,
+        "model_hint": model_hint,
+        "n_layers": n_layers,
+        "allow_mismatch": allow_mismatch or None,
+    }
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if target is not None:
+        options["model"] = target
+    for name in options:
+        check_choice(f"an option of --format {format}", name, chosen.options)
     loaded = load_saved(plan, "SteeringPlan")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    given = {"blocks": blocks, "model_hint": model_hint}
-    options = {name: given[name] for name in FORMATS[format].options if name in given}
+    chosen.check(loaded)
+    if target is not None:
+        options["model"] = replace(models, host="huggingface").load(target)
     say(str(export_plan(loaded, out, format=format, **options).resolve()))

@@ -1,9 +1,14 @@
-"""Plans for other programs: lm-evaluation-harness (a `.pt` file) and llama.cpp (a GGUF control
-vector, which repeng reads too).
+"""Plans for other programs: lm-evaluation-harness and hotwire for vLLM (`.pt` files), llama.cpp (a
+GGUF control vector, which repeng reads too), TransformerLens' remote bridges (specs), and every
+program that runs a checkpoint (merged weights).
 
-Both formats know one thing: a vector added after a block, at every token. A plan that does anything
-else is refused. The coefficient is folded in, so the vector in the file is in the unit of the
-target's activations and a scale of 1 is the plan.
+All know one thing: a vector added after a block, at every token. A plan that does anything else is
+refused. The coefficient is folded in, so the vector in the file is in the unit of the target's
+activations and a scale of 1 is the plan. `SteeringPlan.from_foreign` reads these files back.
+
+steering-vectors takes `SteeringVector(layer_activations=added_vectors(plan))`. Neither it (it wants
+transformers < 5) nor repeng (numpy < 2) can be installed beside this package: take the vectors to
+their environment as a file.
 
 `FORMATS` holds the formats by name; `register_format` adds one of yours.
 """
@@ -11,6 +16,7 @@ target's activations and a scale of 1 is the plan.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +27,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
-from expertsteer_lens.interventions.edits import centre, find_edit
+from expertsteer_lens.steer.constant import constant_additions
 from expertsteer_lens.steer.plan import SteeringPlan
 
 UNIT = (
@@ -31,14 +37,14 @@ UNIT = (
 
 def added_vectors(plan: SteeringPlan) -> dict[int, Float[Tensor, " d"]]:
     """What the plan adds after each block, float32 by 0-based layer; several vectors at one layer
-    are summed.
+    are summed. What enters block i + 1 is what leaves block i.
 
     In the plan's basis: mean-free for a plan in centred coordinates. A coefficient of 0 adds
     nothing and is left out.
 
     Raises:
-        ArgumentError: the plan is not a constant vector added after blocks at every token, or it
-            adds nothing.
+        ArgumentError: the plan is not a constant vector added after blocks at every token, adds
+            nothing, or steers a layer its target does not have.
 
     Example:
         >>> import torch
@@ -46,36 +52,20 @@ def added_vectors(plan: SteeringPlan) -> dict[int, Float[Tensor, " d"]]:
         >>> added_vectors(SteeringPlan.from_vectors(vectors, coefficient=10.0, relative_to="unit"))
         {1: tensor([6., 8.])}
     """
-    if not (isinstance(plan.positions, str) and plan.positions == "all"):
-        raise ArgumentError(
-            f"positions={plan.positions!r} cannot be exported: these formats steer every token; "
-            "use plan.with_positions('all') if that is what you want."
-        )
     out: dict[int, Tensor] = {}
-    for v in plan.vectors:
-        edit = find_edit(v.edit)
-        for setting, is_beyond, reason in (
-            (f"edit={v.edit!r}", not edit.is_constant, "only 'add' is a constant vector"),
-            ("preserve_norm=True", v.preserve_norm, "what is added then depends on the activation"),
-            (f"the gate {v.gate!r}", v.gate is not None, "these formats have no conditions"),
-        ):
-            if is_beyond:
-                raise ArgumentError(f"{setting} at {v.hook_name!r} cannot be exported: {reason}.")
-        block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", v.hook_name)
+    for name, delta in constant_additions(plan).items():
+        block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name)
         if not block:
             raise ArgumentError(
-                f"hook {v.hook_name!r} cannot be exported: these formats add after a block, which "
+                f"hook {name!r} cannot be exported: these formats add after a block, which "
                 "is 'blocks.{layer}.hook_resid_post'."
             )
-        if v.coefficient != 0:
-            constant = edit.delta(v.direction, v.scale)
-            delta = centre(constant) if plan.basis == "centred" else constant
-            layer = int(block.group(1))
-            out[layer] = out[layer] + delta if layer in out else delta
-    if not out:
+        out[int(block.group(1))] = delta
+    n_layers = plan.target.get("n_layers")
+    if isinstance(n_layers, int) and max(out) >= n_layers:
         raise ArgumentError(
-            "every coefficient of the plan is 0, so there is nothing to export; see "
-            "plan.with_coefficient."
+            f"the plan steers layer {max(out)}, but its target has {n_layers} layers (0 to "
+            f"{n_layers - 1})."
         )
     return dict(sorted(out.items()))
 
@@ -94,7 +84,10 @@ def to_lm_eval(
             the harness stop with an error.
         model: the Hugging Face model itself, from which `blocks` is then read.
 
-    The harness also adds the vector to padding, which attention ignores.
+    The harness also adds the vector to padding, which attention ignores. It puts a BOS token before
+    a prompt only where the tokenizer does so by itself; this package does wherever the tokenizer
+    has one. `add_bos_token=True` in `model_args` makes both alike. The number type is the
+    checkpoint's unless `dtype=` says another.
 
     Raises:
         ArgumentError: the plan cannot be expressed (see `added_vectors`), or the ending is another.
@@ -122,13 +115,107 @@ def to_lm_eval(
         }
         for layer, vector in vectors.items()
     }
-    torch.save(content, path)
-    return path
+    return _written(path, lambda file: torch.save(content, file))
+
+
+def to_hotwire(
+    plan: SteeringPlan, path: str | Path, *, n_layers: int | None = None, model: Any = None
+) -> Path:
+    """Write the matrix `[n_layers, d_model]` that hotwire (vLLM) loads from `HOTWIRE_VECTORS`.
+
+    Row i is added after block i; rows the plan does not steer are 0. Hotwire steers the layers that
+    a request names, so a plan of several layers takes an entry for each, at scale 1:
+    `{"hotwire": '[{"id": FILE_STEM, "layer": 5, "scale": 1.0}, ...]'}`.
+
+    Args:
+        plan: what to export.
+        path: ends in `.pt`; its stem is the id by which requests name it.
+        n_layers: of the target; default: what the plan says of its target.
+        model: the target itself, in place of `n_layers`.
+
+    Raises:
+        ArgumentError: the plan cannot be expressed (see `added_vectors`), the ending is another, or
+            nothing says how many layers there are.
+    """
+    import torch
+
+    path = Path(path)
+    if path.suffix != ".pt":
+        raise ArgumentError(f"path must end in .pt, which hotwire looks for; got {str(path)!r}.")
+    vectors = added_vectors(plan)
+    if model is not None:
+        from expertsteer_lens.hosts import as_host
+
+        n_layers = as_host(model).n_layers
+    n_layers = plan.target.get("n_layers") if n_layers is None else n_layers
+    if not isinstance(n_layers, int) or n_layers <= max(vectors):
+        raise ArgumentError(
+            f"n_layers must say how many layers the target has, more than {max(vectors)}; got "
+            f"{n_layers!r}."
+        )
+    matrix = torch.zeros(n_layers, next(iter(vectors.values())).shape[0])
+    for layer, vector in vectors.items():
+        matrix[layer] = vector
+    return _written(path, lambda file: torch.save(matrix, file))
+
+
+def to_specs(plan: SteeringPlan) -> dict[str, dict[str, Any]]:
+    """The plan as TransformerLens says interventions to its remote bridges (vLLM, Inspect):
+    `bridge.forward(ids, intervene=specs)`. Values are lists of `d_model` numbers, added at every
+    token.
+
+    Raises:
+        ArgumentError: the plan cannot be expressed, see `added_vectors`.
+
+    Example:
+        >>> import torch
+        >>> vectors = {"blocks.1.hook_resid_post": torch.tensor([3.0, 4.0])}
+        >>> to_specs(SteeringPlan.from_vectors(vectors, coefficient=10.0, relative_to="unit"))
+        {'blocks.1.hook_out': {'op': 'add', 'value': [6.0, 8.0]}}
+    """
+    return {
+        f"blocks.{layer}.hook_out": {"op": "add", "value": vector.tolist()}
+        for layer, vector in added_vectors(plan).items()
+    }
+
+
+def to_merged(
+    plan: SteeringPlan, path: str | Path, *, model: Any = None, allow_mismatch: bool = False
+) -> Path:
+    """Write a checkpoint of the target with the plan in its weights, and its tokenizer: for vLLM,
+    SGLang, or plain transformers. See `SteeringPlan.bake` for the models that can hold one.
+
+    Args:
+        plan: what to export.
+        path: a folder, new or empty.
+        model: the target, a causal model of transformers.
+        allow_mismatch: bake into a model other than the one the plan was made for.
+
+    Raises:
+        ArgumentError: the plan cannot be expressed, no model is given, or something is at `path`.
+        HostError: the model cannot hold it.
+    """
+    path = Path(path)
+    if model is None:
+        raise ArgumentError("format 'merged' needs model=, the target whose weights take the plan.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ArgumentError(f"{path} exists and is not an empty folder; choose another.")
+    baked = plan.bake(model, allow_mismatch=allow_mismatch)
+    from expertsteer_lens.hosts import as_host
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        baked.save_pretrained(folder)
+        tokenizer = as_host(baked).tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    return _written(path, write)
 
 
 def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown") -> Path:
     """Write a GGUF control vector: `llama-cli --control-vector FILE`, or
-    `repeng.ControlVector.import_gguf(FILE)`.
+    `repeng.ControlVector.import_gguf(FILE)`, whose layers are `list(vector.directions)`.
 
     llama.cpp adds the tensor `direction.N` after its block N, counted from 0, and has no place for
     block 0: N is our layer. For a target that llama.cpp runs in another numerical format
@@ -150,17 +237,31 @@ def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown"
         raise ExpertSteerError(
             "GGUF files need gguf; install it with: pip install 'expertsteer-lens[export]'"
         ) from error
-    writer = gguf.GGUFWriter(str(path), "controlvector")
-    writer.add_string("controlvector.model_hint", model_hint)
-    writer.add_uint32("controlvector.layer_count", len(vectors))
-    writer.add_description(UNIT)
-    for layer, vector in vectors.items():
-        writer.add_tensor(f"direction.{layer}", vector.cpu().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Path(path)
+
+    def write(file: Path) -> None:
+        writer = gguf.GGUFWriter(str(file), "controlvector")
+        writer.add_string("controlvector.model_hint", model_hint)
+        writer.add_uint32("controlvector.layer_count", len(vectors))
+        writer.add_description(UNIT)
+        for layer, vector in vectors.items():
+            writer.add_tensor(f"direction.{layer}", vector.cpu().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return _written(Path(path), write)
+
+
+def _written(path: Path, write: Callable[[Path], object]) -> Path:
+    """Have `write` make a file or folder beside `path`, and put it there once it is complete: an
+    error leaves what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as work:
+        made = Path(work) / path.name
+        write(made)
+        made.replace(path)
+    return path
 
 
 def _vectors_for_gguf(plan: SteeringPlan) -> dict[int, Float[Tensor, " d"]]:
@@ -184,7 +285,7 @@ def _blocks_below_base(model: Any) -> str:
 
 # -- the table ------------------------------------------------------------------------------------
 
-FormatName = Literal["lm_eval", "gguf"]
+FormatName = Literal["lm_eval", "gguf", "hotwire", "merged"]
 """The formats that come with the package; `register_format` adds others."""
 
 
@@ -204,6 +305,12 @@ class ExportFormat:
 FORMATS: dict[str, ExportFormat] = {
     "lm_eval": ExportFormat(write=to_lm_eval, check=added_vectors, options=("blocks", "model")),
     "gguf": ExportFormat(write=to_gguf, check=_vectors_for_gguf, options=("model_hint",)),
+    "hotwire": ExportFormat(write=to_hotwire, check=added_vectors, options=("n_layers", "model")),
+    "merged": ExportFormat(
+        write=to_merged,
+        check=lambda plan: constant_additions(plan, can="baked", they="weights"),
+        options=("model", "allow_mismatch"),
+    ),
 }
 """Every format by name; add to it with `register_format`."""
 
@@ -250,7 +357,8 @@ def export_plan(
         plan: what to export.
         path: the file to write.
         format: "lm_eval", "gguf", or one that was registered.
-        options: keywords of that format: those of `to_lm_eval` and `to_gguf`.
+        options: keywords of that format: those of `to_lm_eval`, `to_gguf`, `to_hotwire`,
+            `to_merged`.
 
     Raises:
         ArgumentError: unknown format or option, or a plan that the format cannot hold.

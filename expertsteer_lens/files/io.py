@@ -19,6 +19,8 @@ import torch
 
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
+from .card import plan_card
+from .hub import download, upload
 from .kinds import KINDS, Kind, SavedContent, kind_of
 from .upgrade import upgrade
 
@@ -75,18 +77,27 @@ def load(
     path: str | Path,
     *,
     revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     target: Any = None,
     allow_mismatch: bool = False,
 ) -> Any:
-    """Read what `save` wrote, from a folder, or from a hub id such as "user/repo" if no such folder
-    exists.
+    """Read what `save` wrote, from a folder, or from a hub id such as "user/repo" if there is no
+    such folder.
+
+    The hub is asked only for a text of the form `owner/name` where no folder `owner` exists (then a
+    misspelt path is likelier), or for `hf://owner/name`.
 
     Imports no host. Whether a plan fits a model is checked when it is attached (fingerprint, width,
     hook names).
 
     Args:
         path: folder or hub id.
-        revision: of the hub repository.
+        revision: of the hub repository: branch, tag or commit.
+        token: for the hub; default: the one this machine is logged in with.
+        cache_dir: where what the hub sends is kept; default: that of huggingface_hub.
+        local_files_only: take what was fetched before, ask nobody.
         target: the model that a saved fit steers; without it the fit can be looked at and makes
             plans of a given strength, but cannot calibrate.
         allow_mismatch: take a target other than the one the fit was made for.
@@ -98,7 +109,15 @@ def load(
     """
     folder = Path(path)
     if not folder.exists():
-        folder = _download(str(path), revision)
+        files = ["config.json", "README.md", *_tensor_files()]
+        folder = download(
+            path,
+            files,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     config, file = _read_config(folder), folder / "config.json"
     _check_version(config, folder)
     _check_content(config, file)
@@ -126,20 +145,59 @@ def load(
 
 
 def push_to_hub(
-    thing: Any, repo_id: str, *, private: bool = False, token: str | None = None
+    thing: Any,
+    repo_id: str,
+    *,
+    private: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    evaluation: Any = None,
 ) -> str:
-    """Upload a plan or a result to the Hugging Face hub and return its address; `load(repo_id)`
-    reads it back.
+    """Upload a plan or a result to the Hugging Face hub and return the address of the commit;
+    `load(repo_id)` reads it back.
 
-    Think of what is in it: a fit holds the texts it keeps for calibration and test, and states of
-    all others."""
-    from huggingface_hub import HfApi
+    Nothing is asked of the hub before the files are written and known to be complete. Think of what
+    is in them: a fit holds the texts it keeps for calibration and test, and states of all others.
 
-    kind, api = kind_of(thing), HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        _write(thing, kind, Path(folder))
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+    Args:
+        thing: see `save`.
+        repo_id: "owner/name", or "name" for the owner of the token.
+        private: of a repository that does not exist yet.
+        token: of the account; default: the one this machine is logged in with.
+        commit_message: default: that of huggingface_hub.
+        revision: branch, made if it does not exist; default: main.
+        create_pr: open a pull request on a repository that exists, in place of a commit.
+        evaluation: an `Evaluation` of the plan, whose verdict and table its card shows.
+
+    Raises:
+        ArgumentError: it cannot be saved, the name is none a repository can have, or `evaluation`
+            for something that is no plan.
+        ArtifactError: the hub refused.
+    """
+    kind = kind_of(thing)
+    if evaluation is not None and kind.name != "SteeringPlan":
+        raise ArgumentError(f"evaluation= goes with a plan, but this is a {kind.name}.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write(thing, kind, folder)
+        if evaluation is not None:
+            (folder / "README.md").write_text(plan_card(thing, evaluation), encoding="utf-8")
+        return upload(
+            folder,
+            repo_id,
+            stale=_tensor_files(),
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _tensor_files() -> list[str]:
+    return sorted({kind.tensor_file for kind in KINDS.values()})
 
 
 def kind_of_saved(folder: Path) -> str | None:
@@ -280,17 +338,3 @@ def _model_for(facts: dict[str, Any], target: Any, allow_mismatch: bool) -> Any:
             f"({host.name}) has {host.fingerprint}; pass allow_mismatch=True to use it anyway."
         )
     return host
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
-        raise ArtifactError(f"{repo_id} is neither a folder nor a hub id such as 'user/repo'.")
-    files = ["config.json", "README.md", *sorted({kind.tensor_file for kind in KINDS.values()})]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the caller
-        raise ArtifactError(
-            f"no folder {repo_id!r}, and it could not be fetched from the hub: {error}"
-        ) from error

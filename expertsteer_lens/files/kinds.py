@@ -10,8 +10,9 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
+from .card import plan_card, result_card
 from .codec import class_of, decode, encode
-from .plan_file import check_fields, plan_card, plan_class, read_plan, write_plan
+from .plan_file import check_fields, plan_class, read_plan, write_plan
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def result_kind(name: str, *, takes_target: bool = False) -> Kind:
         tensor_file="tensors.safetensors",
         write=_write_result,
         read=lambda content, model: _read_result(name, content, model),
-        card=_result_card,
+        card=result_card,
         takes_target=takes_target,
     )
 
@@ -108,26 +109,6 @@ def _read_result(name: str, saved: SavedContent, model: ModelOf) -> Any:
     if type(thing).__name__ != name:
         raise ArtifactError(f"{saved.where} says it holds a {name}, but it does not.")
     return thing
-
-
-def _result_card(thing: Any) -> str:
-    return f"""---
-library_name: expertsteer-lens
-tags: [activation-steering, expertsteer]
----
-
-# {type(thing).__name__}
-
-```
-{thing!r}
-```
-
-```python
-import expertsteer_lens as esl
-
-result = esl.load("this folder or hub id")
-```
-"""
 
 
 _PLAN = Kind(

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,15 +16,17 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
 from expertsteer_lens.interventions.edits import EDITS as EDITS
 from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, find_edit
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.interventions.positions import Positions, check_positions
 
+from . import bake as baking
 from . import nnsight_edit
 from .checks import layer_or_none
+from .foreign import ForeignName, Rows, plan_from_foreign
 from .report import RunReport
 from .run import PlanRun, SteeringHandle
 
@@ -255,6 +258,113 @@ class SteeringPlan:
             target={k: facts[k] for k in keys if k in facts},
         )
 
+    @classmethod
+    def from_foreign(
+        cls,
+        source: Any,
+        *,
+        format: ForeignName | str | None = None,
+        layers: Sequence[int] | None = None,
+        coefficient: float = 1.0,
+        rows: Rows = "blocks",
+        median_norms: ActivationStore | Mapping[str, float] | None = None,
+        positions: Positions = "all",
+    ) -> SteeringPlan:
+        """Other people's vectors as a plan, to be steered with, evaluated and compared like ours.
+
+        | format | source |
+        |---|---|
+        | gguf | control vector of repeng or llama.cpp: `direction.N` is added after block N |
+        | lm_eval | `.pt` of lm-evaluation-harness `steered`, action "add" |
+        | steering_vectors, repeng | the `SteeringVector` or `ControlVector` itself |
+        | tensors | `{layer: [d]}` or `{hook_name: [d]}`, also as `.pt` or `.safetensors` |
+        | matrix | `[n_layers, d]` (hotwire and others), row i is added after block i |
+
+        Args:
+            source: a path (str or `Path`), or an object.
+            format: default: told by the content.
+            layers: take these alone, 0-based; default: all that are not 0.
+            coefficient: multiplies the vectors as they are; 1 is the strength they came with.
+            rows: of a matrix: "blocks", or "hidden_states" as transformers counts them,
+                `[n_layers + 1, d]`: row i + 1 is block i; the first row (embeddings) and the last
+                (after the final norm) are no output of a block and are left out.
+            median_norms: see `from_vectors`; the strength stays what it is and is expressed in
+                this unit, which calibration uses.
+            positions: see `expertsteer_lens.positions`.
+
+        Raises:
+            ArgumentError: no such file, an unknown format, or what a plan cannot say ("clamp" of
+                the harness, single heads, norms).
+            ArtifactError: the file is damaged, or holds Python objects (pickle).
+            DataError: NaN, Inf, or a wrong shape.
+
+        Example:
+            >>> SteeringPlan.from_foreign({3: torch.tensor([3.0, 4.0])}, coefficient=2.0).vectors
+            (blocks.3.hook_resid_post: add +10, d=2,)
+        """
+        return plan_from_foreign(
+            source,
+            format=format,
+            layers=layers,
+            coefficient=coefficient,
+            rows=rows,
+            median_norms=median_norms,
+            positions=positions,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> SteeringPlan:
+        """A saved plan, from a folder or the hub; `expertsteer_lens.load`, for plans alone.
+
+        Raises:
+            ArtifactError: see `load`; or what is there is no plan.
+        """
+        from expertsteer_lens.files.io import load
+
+        plan = load(
+            path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        if not isinstance(plan, cls):
+            raise ArtifactError(f"{path} holds a {type(plan).__name__}, no plan; see `load`.")
+        return plan
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        evaluation: Any = None,
+    ) -> str:
+        """Upload the plan; see `expertsteer_lens.push_to_hub`."""
+        from expertsteer_lens.files.io import push_to_hub
+
+        return push_to_hub(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            evaluation=evaluation,
+        )
+
     @property
     def hook_names_read(self) -> list[str]:
         """Every hook point the plan acts at or a gate of it reads."""
@@ -399,6 +509,35 @@ class SteeringPlan:
         return nnsight_edit.edit_plan(
             self, as_host(model), allow_mismatch=allow_mismatch, prompt_lengths=prompt_lengths
         )
+
+    def bake(self, model: Any, *, allow_mismatch: bool = False) -> Any:
+        """A copy of a Hugging Face model with the plan in its weights: no hooks, so it compiles,
+        serves and batches like any other, and is saved and loaded by plain transformers.
+
+        For plans that add vectors at every token, without gate. The vector becomes a bias of the
+        steered block; where the model's class has none, an additional block behind it adds the
+        vector and nothing else. `model.config.expertsteer_lens` of the copy says where. It takes
+        the memory of a second model; in half precision the vector is rounded to the weights' type.
+
+        Args:
+            model: the target, a causal model of transformers in full weights.
+            allow_mismatch: see `hooks`.
+
+        Raises:
+            ArgumentError: the plan adds nothing, or not the same vector at every token.
+            HostError: the model is none of transformers', quantised, offloaded or with an adapter;
+                or its class has no place for the vector; or the copy, run on fixed tokens, does not
+                say what the steered model says.
+
+        Example:
+            >>> from expertsteer_lens import zoo
+            >>> model = zoo.load("target", host="huggingface")
+            >>> vectors = {"blocks.1.hook_resid_post": torch.ones(model.config.hidden_size)}
+            >>> plan = SteeringPlan.from_vectors(vectors, coefficient=3.0, relative_to="unit")
+            >>> plan.bake(model).config.expertsteer_lens["baked"][0]["parameter"]
+            'model.layers.1.mlp.down_proj.bias'
+        """
+        return baking.bake(self, model, allow_mismatch=allow_mismatch)
 
     def _start(
         self,
