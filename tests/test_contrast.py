@@ -359,3 +359,24 @@ class TestDigests:
         assert store.n == len(texts)
         assert are_states_of(store.provenance, texts)
         assert not are_states_of(store.provenance, texts[::-1])
+
+
+ODD = "one cat\u2028two\u0085three\x0cfour\x1efive"
+"""Characters at which `str.splitlines` cuts, and which end no line."""
+
+
+def test_a_text_file_is_cut_at_line_ends_only_and_has_no_bom(tmp_path):
+    from expertsteer_lens.cli.io import read_texts
+
+    for end in ("\n", "\r\n"):
+        file = tmp_path / "a.txt"
+        file.write_bytes(f"\ufefffirst{end}{end}{ODD}{end}".encode())
+        assert read_texts(file) == ["first", ODD]
+
+
+def test_json_lines_may_hold_characters_that_end_no_line(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"positive": f"{ODD} {i}", "negative": f"none {i}"} for i in range(2)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text("\ufeff" + lines, encoding="utf-8")
+    assert ContrastPairs.from_jsonl(file).positive == (f"{ODD} 0", f"{ODD} 1")

@@ -295,7 +295,7 @@ def _json_rows(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not {path.suffix[1:].upper()}: {error}.") from error

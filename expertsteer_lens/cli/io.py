@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertsteer_lens.data.chat import check_texts
+from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 
 if TYPE_CHECKING:
@@ -28,25 +29,16 @@ def read_texts(path: Path) -> list[Any]:
     Raises:
         DataError: the file is not UTF-8 text, a line is not what it should be, or there is none.
     """
-    try:
-        lines = [
-            (i, x)
-            for i, x in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-            if x.strip()
-        ]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
+    lines = lines_of(path)
     if not lines:
         raise DataError(f"{path} holds no text; give one a line.")
     if path.suffix != ".jsonl":
-        return [line for _, line in lines]
+        return [check_text(f"{path}, line {number}", line) for number, line in lines]
     out = []
     for number, line in lines:
         try:
-            out.append(check_texts("text", [json.loads(line)])[0])
-        except (json.JSONDecodeError, DataError) as error:
+            out.append(check_texts("text", [parse_json(line, path, line=number)])[0])
+        except DataError as error:
             raise DataError(
                 f"{path}, line {number}: give a JSON text or a list of messages with 'role' and "
                 f"'content' ({error})."
@@ -78,16 +70,7 @@ def read_config(path: Path | None, preset: str) -> Any:
 
 
 def _json_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error.msg}, line {error.lineno}).") from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5,000 digits
-        raise DataError(f"{path} is not JSON that can be read ({error}).") from error
+    data = parse_json(read_file(path), path)
     if not isinstance(data, dict):
         raise DataError(
             f"{path} must hold one JSON object, got {type(data).__name__}; see the help for {what}."

@@ -18,7 +18,7 @@ from .chat import Chat, Text, check_texts
 from .multiple_choice import multiple_choice_item as multiple_choice_item
 from .multiple_choice import multiple_choice_items
 from .spans import Span, differing_spans
-from .texts import parse_json, read_file
+from .texts import lines_of, parse_json, read_file
 from .texts import text_hash as text_hash
 
 
@@ -82,10 +82,9 @@ class ContrastPairs:
                 message names the line, from 1).
         """
         rows = []
-        for number, line in enumerate(read_file(path).splitlines(), start=1):
-            if line.strip():
-                row = parse_json(line, path, line=number, hint="; give one JSON object a line")
-                rows.append((number, row))
+        for number, line in lines_of(path):
+            row = parse_json(line, path, line=number, hint="; give one JSON object a line")
+            rows.append((number, row))
         for number, row in rows:
             for name in (positive, negative):
                 if not isinstance(row, dict) or name not in row:

@@ -80,17 +80,30 @@ def _sha256_of_version_0_1_0(texts: Iterable[HasBytes]) -> str:
 
 
 def read_file(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without the mark that some editors put in front (a BOM).
 
     Raises:
         DataError: it is not UTF-8 text.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."
         ) from error
+
+
+def lines_of(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file that are not blank, each with its number from 1.
+
+    Only a line end ends a line. `str.splitlines` also cuts at form feeds, U+0085, U+2028 and
+    others, which stand inside of texts, and unescaped inside of JSON texts.
+
+    Raises:
+        DataError: it is not UTF-8 text.
+    """
+    lines = enumerate(read_file(path).split("\n"), start=1)
+    return [(number, line) for number, line in lines if line.strip()]
 
 
 def parse_json(text: str, path: str | Path, *, line: int = 1, hint: str = "") -> Any:
