@@ -229,12 +229,14 @@ class ExpertSteering:
     def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
         """`calibrate` on this fit's calibration texts and validation behaviour; keywords as there.
 
-        32 texts a pass, whatever `config.batch_size` says: nothing of a pass is kept."""
+        32 texts a pass, whatever `config.batch_size` says: nothing of a pass is kept. Progress is
+        shown where standard error is a terminal."""
         settings = {
             "budget": self.config.budget,
             "unit": self.config.budget_unit,
             "behaviour": self.validation_behaviour,
             "batch_size": 32,
+            "progress": None,
             **kwargs,
         }
         return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
