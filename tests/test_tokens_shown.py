@@ -139,13 +139,11 @@ class TestInterruption:
             return original(self, job)
 
         monkeypatch.setattr(evaluation_run._Run, "row_of", row_of)
-        with pytest.raises(
-            Interrupted, match="stopped after 3 of .* finished=stop.finished"
-        ) as stop:
+        with pytest.raises(Interrupted, match=r"stopped after 3 of .* finished=stop") as stop:
             esl.evaluate(plan, models[1], fit=fit, **options)
         assert isinstance(stop.value, KeyboardInterrupt)
+        other = plan.with_coefficient(0.06)
         with pytest.raises(ArgumentError, match="rows of another evaluation"):
-            other = plan.with_coefficient(0.06)
             esl.evaluate(other, models[1], fit=fit, finished=stop.value.finished, **options)
         again = esl.evaluate(plan, models[1], fit=fit, finished=stop.value.finished, **options)
         assert len(measured) == len(set(measured))  # none was measured twice

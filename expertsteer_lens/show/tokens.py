@@ -33,12 +33,14 @@ UNITS = {
 }
 
 STYLE = """
-.esl-tokens{font-family:Inter,Helvetica,Arial,sans-serif;font-size:14px;line-height:2.1;margin:10px 0}
+.esl-tokens{font-family:Inter,Helvetica,Arial,sans-serif;font-size:14px;
+line-height:2.1;margin:10px 0}
 .esl-tokens .esl-head{line-height:1.4;margin-bottom:4px;overflow-wrap:anywhere}
 .esl-tokens .esl-key{line-height:1.5;font-size:12px;opacity:.85}
 .esl-tokens .esl-text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:13px;
 overflow-wrap:anywhere;max-height:22em;overflow-y:auto}
-.esl-tokens span.t{padding:2px 0;border-radius:2px;white-space:pre-wrap;border-bottom:3px solid transparent}
+.esl-tokens span.t{padding:2px 0;border-radius:2px;white-space:pre-wrap;
+border-bottom:3px solid transparent}
 .esl-tokens span.e{border-bottom-color:#d9480f}
 .esl-tokens span.r{outline:1.5px solid #2b6cb0;outline-offset:-1px}
 .esl-tokens span.n{opacity:.45}
