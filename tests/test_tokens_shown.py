@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
+
 import pytest
+import results
 import torch
 
 import expertsteer_lens as esl
@@ -167,3 +170,15 @@ class TestInterruption:
         assert again.layer_pairs.keys() == fit.layer_pairs.keys()
         key = again.layer_pairs.keys()[0]
         assert torch.equal(again.direction(*key), fit.direction(*key))
+
+
+def test_every_result_shows_itself_in_a_notebook_and_no_text_is_markup(fit, models):
+    plan = plan_of(models[1])
+    pairs = esl.ContrastPairs.from_lists(positive=["<b>x"], negative=["y"])
+    things = [fit, fit.layer_pair_mi, fit.layer_pairs, fit.data.target_pair_states, plan]
+    things += [next(iter(fit.rfms.values())), next(iter(fit.aligners.values())), pairs]
+    things += [plan.vectors[0], results.evaluation(), results.calibration()]
+    for thing in things:
+        assert html.escape(repr(thing)) in thing._repr_html_()
+    assert "paper &lt;preset&gt;" in results.evaluation()._repr_html_()
+    assert "<table" in fit._repr_html_()

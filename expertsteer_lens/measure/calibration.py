@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens._progress import Step
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
@@ -134,6 +135,8 @@ class Calibration:
         from expertsteer_lens.show.plots import plot_dose_response
 
         return plot_dose_response(self)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         return (

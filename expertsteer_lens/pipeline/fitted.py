@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import unknown_hook
+from expertsteer_lens._html import repr_html
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
@@ -324,6 +325,8 @@ class ExpertSteering:
             for p in self.layer_pairs
         ]
         return "\n".join(lines)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)

@@ -13,7 +13,7 @@ from expertsteer_lens.errors import ExpertSteerError
 if TYPE_CHECKING:
     from expertsteer_lens.pair.rules import LayerPairs
 
-BLUE, ORANGE, GREY, RED, INK = "#2b6cb0", "#c05621", "#8a94a3", "#b83232", "#1f2933"
+BLUE, ORANGE, GREY, RED, INK = "#2b6cb0", "#c05621", "#8a94a3", "#d64545", "#1f2933"
 FLOOR_FILL = "#e4e7eb"
 ROLE_COLOURS = {
     "plan": BLUE,

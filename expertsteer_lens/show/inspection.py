@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.align import fit_aligner
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.errors import ArgumentError
@@ -59,8 +60,7 @@ class DirectionWords:
 
         return plot_words(self)
 
-    def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(index=False, border=0))
+    _repr_html_ = repr_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,7 @@ class SteeringPath:
 
         return plot_path(self)
 
-    def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(index=False, border=0))
+    _repr_html_ = repr_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +113,7 @@ class AnchorCurve:
 
         return plot_anchor_curve(self)
 
-    def _repr_html_(self) -> str:
-        return str(self.to_pandas().to_html(index=False, border=0))
+    _repr_html_ = repr_html
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ SCRIPT = """
 (function(){var q=matchMedia('(prefers-color-scheme: dark)');
 function paint(){var d=q.matches,ink=d?'#e4e7eb':'#1f2933',grid=d?'#37414d':'#e4e7eb';
 document.querySelectorAll('.plotly-graph-div').forEach(function(g){
-var u={paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)','font.color':ink};
+var u={'modebar.bgcolor':'rgba(0,0,0,0)',paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)','font.color':ink};
 Object.keys(g.layout).forEach(function(k){if(/^[xy]axis[0-9]*$/.test(k)){
 u[k+'.gridcolor']=grid;u[k+'.zerolinecolor']=grid;}});
 (g.layout.shapes||[]).forEach(function(s,i){var f={'#e4e7eb':'#3a4450','#e6f4ea':'#1d3a2a'};
@@ -151,11 +151,7 @@ def write_report(
         _plain(prompts_in_words(evaluation)),
         _figure(plot_prompts(evaluation)),
         "<h2>Coefficient</h2>",
-        _plain(
-            f"At coefficient {calibration.coefficient:g} the model's next-token predictions on "
-            f"neutral text get worse by less than {calibration.budget:g} nats per token: a text of "
-            f"100 tokens becomes at most e^{100 * calibration.budget:g} times as unlikely in all."
-        ),
+        _plain(cost_in_words(calibration)),
         _figure(plot_dose_response(calibration)),
     ]
     if tokens:
@@ -240,6 +236,18 @@ def effect_in_words(evaluation: Evaluation) -> str:
         f"{odds:.3g}. The interval ({plan.low:+.2f} to {plan.high:+.2f}) {certain}. Random "
         "directions of the same cost show how much any push would do."
     )
+
+
+def cost_in_words(calibration: Calibration) -> str:
+    """What the budget means for a text."""
+    row = next(r for r in calibration.curve if r["coefficient"] == calibration.coefficient)
+    said = (
+        f"At coefficient {calibration.coefficient:g} steering costs {row['cost']:.3f} nats a token"
+    )
+    if calibration.unit == "kl":
+        return f"{said} (KL to the unsteered model): 0 would be the very same predictions."
+    share = 1 - math.exp(-row["cost"])
+    return f"{said}: the right next word of a neutral text is on average {share:.0%} less likely."
 
 
 def prompts_in_words(evaluation: Evaluation) -> str:

@@ -43,7 +43,7 @@ overflow-wrap:anywhere;max-height:22em;overflow-y:auto}
 border-bottom:3px solid transparent}
 .esl-tokens span.e{border-bottom-color:#d9480f}
 .esl-tokens span.r{outline:1.5px solid #2b6cb0;outline-offset:-1px}
-.esl-tokens span.n{opacity:.45}
+.esl-tokens span.n{opacity:.75}
 .esl-tokens .esl-new{border-left:3px solid #7c8896;padding-left:8px;margin-top:6px}
 """
 
@@ -322,4 +322,12 @@ def _batch(ids: Sequence[int], host: Host) -> TokenBatch:
 
 
 def _pieces(host: Host, ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(host.tokenizer.decode([i]) for i in ids)
+    """The text that each token adds: many tokenizers drop the space before a lone token."""
+    out, before = [], ""
+    for n, i in enumerate(ids, start=1):
+        text = host.tokenizer.decode(list(ids[:n]))
+        # Half a character is replaced once its other half has come: then the token stands alone.
+        grown = text.startswith(before)
+        out.append(text[len(before) :] if grown else host.tokenizer.decode([i]))
+        before = text
+    return tuple(out)
