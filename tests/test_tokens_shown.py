@@ -174,7 +174,7 @@ class TestInterruption:
 
 def test_every_result_shows_itself_in_a_notebook_and_no_text_is_markup(fit, models):
     plan = plan_of(models[1])
-    pairs = esl.ContrastPairs.from_lists(positive=["<b>x"], negative=["y"])
+    pairs = esl.ContrastPairs.from_lists(positive=["<b>x", "z"], negative=["y", "w"])
     things = [fit, fit.layer_pair_mi, fit.layer_pairs, fit.data.target_pair_states, plan]
     things += [next(iter(fit.rfms.values())), next(iter(fit.aligners.values())), pairs]
     things += [plan.vectors[0], results.evaluation(), results.calibration()]
