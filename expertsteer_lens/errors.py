@@ -53,3 +53,18 @@ class InterventionError(ExpertSteerError, RuntimeError):
 
 class ArtifactError(ExpertSteerError, ValueError):
     """A saved file is damaged, of another format version, or was fitted on another model."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a long computation; what was finished is kept.
+
+    A `KeyboardInterrupt`, so that it stops a program that does not look for it.
+
+    Args:
+        message: what was finished, and how to go on.
+        finished: what was finished; the function that was stopped takes it as `finished=`.
+    """
+
+    def __init__(self, message: str, finished: object) -> None:
+        super().__init__(message)
+        self.finished = finished

@@ -4,6 +4,8 @@ run by `.ci/run`."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import results
@@ -12,9 +14,11 @@ from typer.testing import CliRunner
 
 import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
+from expertsteer_lens.cli import commands_plan
 from expertsteer_lens.cli import io as _cli_io
 from expertsteer_lens.cli.options import TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.show.report import SteeredText
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
 SMALL = {
@@ -665,3 +669,66 @@ class TestHelp:
             c in run().output
             for c in ("demo", "capture", "fit", "show", "steer", "evaluate", "export", "benchmarks")
         )
+
+
+class TestJson:
+    """`--json` prints one object and nothing else on standard output."""
+
+    def test_a_list_of_benchmarks(self):
+        found = json.loads(run("benchmarks", "--json").stdout)["benchmarks"]
+        assert {"name", "domain", "licence"} <= set(found[0])
+
+    def test_a_plan_and_its_texts(self, tmp_path):
+        width = esl.as_host(esl.zoo.load_pair(host="huggingface")[1]).d_model
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.arange(float(width))},
+            coefficient=0.1,
+            relative_to="unit",
+        )
+        esl.save(plan, tmp_path / "plan")
+        shown = json.loads(run("show", tmp_path / "plan", "--json").stdout)
+        assert shown["kind"] == "SteeringPlan"
+        assert shown["rows"][0]["hook_name"] == "blocks.1.hook_resid_post"
+        arguments = ["steer", tmp_path / "plan", "--target", TARGET, "--max-new-tokens", 3]
+        result = CliRunner().invoke(
+            cli.app,
+            [str(a) for a in [*arguments, "--host", "huggingface", "--interactive", "--json"]],
+            input="Once upon\nThe cat\n\nnever asked\n",
+        )
+        answers = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [a["prompt"] for a in answers] == ["Once upon", "The cat"]
+        assert set(answers[0]["texts"]) == {"-0.1", "0.0", "0.1"}
+        refusal = CliRunner().invoke(cli.app, [str(a) for a in arguments]).exception
+        assert "give --prompt TEXT" in str(refusal)
+
+    def test_a_chat_is_shown_to_the_model_as_a_chat(self, tmp_path, monkeypatch):
+        seen = []
+
+        def steered(plan, model, prompts, coefficient, *rest):
+            seen.extend(prompts)
+            return [SteeredText(p, {0.0: "hello"}) for p in prompts]
+
+        monkeypatch.setattr(commands_plan, "steered_texts", steered)
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit"
+        )
+        esl.save(plan, tmp_path / "plan")
+        arguments = ["steer", tmp_path / "plan", "--target", TARGET, "--prompt", "Hi", "--chat"]
+        assert "Hi" in run(*arguments, "--host", "huggingface").output
+        assert seen == [[{"role": "user", "content": "Hi"}]]
+
+
+def test_who_stops_a_command_gets_exit_code_130(monkeypatch, tmp_path):
+    def stopped(*args):
+        raise KeyboardInterrupt("stopped after 2 of 5 rows, which are kept: ...")
+
+    monkeypatch.setattr(commands_plan, "load_saved", stopped)
+    result = run("steer", tmp_path, "--target", TARGET, "--prompt", "a")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped after 2 of 5 rows\n"
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "expertsteer_lens", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"expertsteer-lens {esl.__version__}\n"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from expertsteer_lens._progress import is_shown, progress_bar
+from expertsteer_lens import _progress
+from expertsteer_lens._progress import Step, is_shown, progress_bar
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -32,3 +34,47 @@ def test_nothing_is_lost_on_the_way(monkeypatch, capsys, progress):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     assert list(progress_bar(range(5), "counting", progress=progress)) == list(range(5))
     assert ("counting" in capsys.readouterr().err) is bool(progress)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves when told."""
+    time = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(_progress.time, "perf_counter", lambda: time.now)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    return time
+
+
+def test_a_log_has_one_line_a_step_and_none_of_the_steps_inside(capsys, clock):
+    for _ in progress_bar([1, 2], "outer", progress=True, unit="batch"):
+        clock.now += 2
+        assert list(progress_bar([1], "inner", progress=True)) == [1]
+    assert capsys.readouterr().err == "outer: 2 batches in 4.0 s\n"
+
+
+@pytest.mark.parametrize(("seconds", "is_said"), [(5, False), (7, True)])
+def test_what_takes_more_than_a_minute_says_what_it_costs(capsys, clock, seconds, is_said):
+    for _ in progress_bar(range(10), "read", progress=True, unit="batch", cost="800 tokens"):
+        clock.now += seconds
+    line = "read: 10 batches, about 1 min 10 s; 800 tokens\n"
+    assert (line in capsys.readouterr().err) is is_said
+
+
+def test_who_stops_a_step_is_told_how_far_it_was(capsys, clock):
+    def stopped():
+        with Step("read", total=3, progress=True) as step:
+            step.advance()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert capsys.readouterr().err == "read: stopped after 1 of 3 (0.0 s)\n"
+    assert _progress._open == []
+
+
+def test_on_a_terminal_it_is_a_bar_and_no_line(monkeypatch, capsys, clock):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress_bar([1, 2], "counting", progress=None)) == [1, 2]
+    err = capsys.readouterr().err
+    assert "counting:   0%" in err
+    assert "items in" not in err

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import results
+import torch
 
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.show.report import SteeredText, table_for_people, write_report
+from expertsteer_lens.show.report import (
+    SteeredText,
+    next_step,
+    prompts_in_words,
+    table_for_people,
+    write_report,
+)
+from expertsteer_lens.show.tokens import TokenView
 
 pytest.importorskip("plotly")
 
@@ -92,6 +103,7 @@ def test_text_of_models_is_never_markup(page):
 def test_every_part_is_there(page):
     assert page.headings == [
         "Comparison",
+        "Prompt by prompt",
         "Coefficient",
         "Texts",
         "Layer pairs: mutual information",
@@ -137,3 +149,58 @@ def test_the_cost_shown_is_the_one_of_the_budget():
     frame = table_for_people(result).set_index("method")
     assert "NLL rise" not in frame
     assert frame.loc["this plan", "KL"] == "0.020"
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"),
+    [(1.0, "The plan works"), (0.2, "not told apart from chance"), (-1.0, "lowers the behaviour")],
+)
+def test_the_next_step_follows_from_the_verdict(effect, said):
+    assert said in next_step(results.evaluation(plan=effect, ceiling=False))
+
+
+def test_prompts_that_move_the_wrong_way_are_counted():
+    result = results.evaluation()
+    result.plan.per_prompt[:3] = torch.tensor([-1.0, -0.1, 0.0])
+    assert "2 of 4 test prompts (50%)" in prompts_in_words(result)
+
+
+HOSTILE = "<script>document.title='hit'</script>\x00\x1b</td></table>" + "long" * 2000
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium in the PATH")
+def test_a_browser_draws_every_figure_without_errors_and_fetches_nothing(tmp_path):
+    tokens = [TokenView((HOSTILE, "b"), 1, "<i>", "'all'", torch.tensor([True, False]), "edited")]
+    path = write_report(
+        tmp_path / "report.html",
+        results.fit(expert=HOSTILE[:60]),
+        results.evaluation(name=HOSTILE[:60]),
+        results.calibration(),
+        [SteeredText(HOSTILE, {-0.2: HOSTILE, 0.0: "a", 0.2: "b"})],
+        tokens=tokens,
+    )
+    # Any address but the file itself would be an error of the browser: nothing can be resolved.
+    done = subprocess.run(
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    page = done.stdout
+    assert re.findall(r"CONSOLE.*", done.stderr) == []
+    assert "<title>ExpertSteer report</title>" in page  # no script of a text was run
+    assert page.count('class="main-svg"') >= page.count("plotly-graph-div") >= 6
+    outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert re.findall(r"(?:src|href)=.https?:", outside) == []

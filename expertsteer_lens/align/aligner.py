@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, WidthError
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ class Aligner:
         """A copy with its tensors moved as by `torch.Tensor.to` (they stay float32)."""
         decoder = None if self.decoder is None else self.decoder.to(*args, **kwargs)
         return replace(self, encoder=self.encoder.to(*args, **kwargs), decoder=decoder)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         q = self.quality

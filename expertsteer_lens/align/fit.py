@@ -13,9 +13,9 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from expertsteer_lens._checks import check_matrix, check_number, check_paired, unknown_hook
+from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
 
 from .aligner import Aligner
@@ -184,7 +184,7 @@ class AlignerGrid:
         for e, t in wanted:
             by_expert.setdefault(e, []).append(t)
         out: dict[tuple[str, str], Aligner] = {}
-        bar = tqdm(by_expert.items(), desc=f"aligners ({self.config.kind})", disable=not progress)
+        bar = progress_bar(by_expert.items(), f"aligners ({self.config.kind})", progress=progress)
         for e, its_targets in bar:
             prepared = kind.prepare_expert(f"expert[{e!r}]", expert[e], context)
             by_width: dict[int, Aligner] = {}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Int, Real
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from expertsteer_lens._checks import check_number, check_paired, unknown_hook
+from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.linalg.moments import Moments, RunningMoments, check_weights
 
@@ -254,7 +254,7 @@ def fit_aligner_grid_from_moments(
         targets[t] = target_layer(sums, with_axes=kind.needs_target_axes)
     out: dict[tuple[str, str], Aligner] = {}
     experts = dict.fromkeys(e for e, _ in wanted)
-    for e in tqdm(experts, desc=f"aligners ({config.kind})", disable=not progress):
+    for e in progress_bar(experts, f"aligners ({config.kind})", progress=progress):
         expert = expert_layer(_sum_folds(_expert_key(e), folds, config))
         for t in (t for its_expert, t in wanted if its_expert == e):
             target, cross = targets.get(t), None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expertsteer_lens._checks import check_choice
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.evaluation.result import Evaluation, Role
 
 from . import bench_tables
@@ -148,6 +149,8 @@ class Bench:
         self.studies_to_pandas().to_csv(out / "studies.csv", index=False)
         self.plot().write_html(out / "bench.html", include_plotlyjs="directory")
         return out
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         means = self.table().loc["mean"]

@@ -15,10 +15,12 @@ from . import commands_fit, commands_plan, commands_sets
 from .options import with_options
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Steer a language model with directions taught by another model.",
+    epilog="Exit codes: 0 done, 1 an error (one line says which), 2 options not understood, "
+    "130 stopped by the user.",
 )
 for _command in (
     commands_fit.demo,
@@ -35,13 +37,13 @@ for _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: our errors, and files that cannot be read, end in one line and exit code 1,
-    without a traceback."""
+    """Entry point. Exit codes: 0, done; 1, our errors and files that cannot be read, in one line
+    without a traceback; 2, options that are not understood; 130, stopped by the user."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no arrows gets question marks
             stream.reconfigure(errors="replace")
     try:
-        app(None if arguments is None else list(arguments))
+        app(None if arguments is None else list(arguments), prog_name="expertsteer-lens")
     except (ExpertSteerError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{type(error).__name__}: {text}", file=sys.stderr)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .as_json import print_json, rows_of, tables_as_json
 from .io import (
     calibrated,
     describe,
@@ -24,6 +25,7 @@ from .io import (
     write_results,
 )
 from .options import (
+    AsJson,
     BehaviourFile,
     ModelOptions,
     NRandom,
@@ -34,9 +36,22 @@ from .options import (
 )
 
 
-def demo(out: Out = Path("expertsteer-demo"), seed: Seed = 0, n_random: NRandom = 5) -> None:
+def demo(
+    out: Out = Path("expertsteer-demo"),
+    seed: Seed = 0,
+    n_random: NRandom = 5,
+    as_json: AsJson = False,
+) -> None:
     """The four steps on the two bundled models, with controls, figures and a verdict. Under two
     minutes on two cores."""
+    with tables_as_json(as_json):
+        result = _demonstrated(out, seed, n_random)
+    if as_json:
+        print_json({"out": str(out.resolve()), "verdict": result.verdict, **result.to_dict()})
+
+
+def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
+    """The evaluation of the demo, written to `out` and told as it goes."""
     import torch
 
     from expertsteer_lens import zoo
@@ -80,6 +95,7 @@ def demo(out: Out = Path("expertsteer-demo"), seed: Seed = 0, n_random: NRandom 
     print_evaluation(result)
     say(f"\n{time.perf_counter() - started:.0f} s; open {out / 'report.html'}")
     say(str(out.resolve()))
+    return result
 
 
 def capture(
@@ -132,9 +148,41 @@ def fit(
     ] = False,
     out: Out = Path("expertsteer-plan"),
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Fit on your own two models and save the plan to OUT/plan; with a behaviour, evaluate it and
     write the report too."""
+    with tables_as_json(as_json):
+        found, result = _fitted(
+            expert, target, texts, models, behaviour, preset, config, n_random, save_fit, out, seed
+        )
+    if as_json:
+        print_json(
+            {
+                "plan": str((out / "plan").resolve()),
+                "steps": list(found.steps),
+                "pairs": rows_of(found.to_pandas()),
+                "evaluation": None
+                if result is None
+                else {"verdict": result.verdict, **result.to_dict()},
+            }
+        )
+
+
+def _fitted(
+    expert: str,
+    target: str,
+    texts: TextOptions,
+    models: ModelOptions,
+    behaviour: Path | None,
+    preset: str,
+    config: Path | None,
+    n_random: int,
+    save_fit: bool,
+    out: Path,
+    seed: int,
+) -> tuple[Any, Any]:
+    """The fit and its evaluation (None without a behaviour), written to `out`."""
     from expertsteer_lens.evaluation.run import evaluate
     from expertsteer_lens.files.io import save
     from expertsteer_lens.pipeline import ExpertSteer
@@ -158,6 +206,7 @@ def fit(
     if save_fit:
         save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
     plan, curve = calibrated(found)
+    result = None
     if prompts is None:
         out.mkdir(parents=True, exist_ok=True)
         save(plan, out / "plan")
@@ -172,3 +221,4 @@ def fit(
         write_results(out, found, plan, result, curve, [])
         print_evaluation(result)
     say(str((out / "plan").resolve()))
+    return found, result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from expertsteer_lens.errors import ArgumentError, DataError
 
+from .as_json import print_json, rows_of
 from .io import (
     console,
     load_saved,
@@ -23,7 +25,7 @@ from .io import (
     steered_texts,
     write_evaluation,
 )
-from .options import BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
+from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
 
 
 def show(
@@ -33,6 +35,7 @@ def show(
             metavar="PLAN", help="folder or hub id of a saved plan, fit, evaluation, ..."
         ),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Print what was saved: what a plan does and where it comes from, the steps and pairs of a fit;
     loads no model."""
@@ -42,7 +45,15 @@ def show(
     from expertsteer_lens.steer.plan import SteeringPlan
 
     loaded = load(saved)
-    if isinstance(loaded, ExpertSteering):
+    if as_json:
+        found: dict[str, Any] = {"kind": type(loaded).__name__, "text": repr(loaded)}
+        if hasattr(loaded, "to_pandas"):
+            found["rows"] = rows_of(loaded.to_pandas())
+        for name in ("provenance", "verdict"):
+            if hasattr(loaded, name):
+                found[name] = getattr(loaded, name)
+        print_json(found)
+    elif isinstance(loaded, ExpertSteering):
         _show_fit(loaded)
     elif isinstance(loaded, Evaluation):
         print_evaluation(loaded)
@@ -80,20 +91,51 @@ def _show_plan(plan: Any) -> None:
 def steer(
     plan: PlanName,
     target: TargetName,
-    prompt: Annotated[list[str], typer.Option(help="may be given several times")],
     models: ModelOptions,
+    prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="each prompt is what a user says to a chat model"),
+    ] = False,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", help="ask for prompts until an empty line or end of input"),
+    ] = False,
     coefficient: Annotated[float | None, typer.Option(help="default: the plan's own")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate, at most")] = 60,
     allow_mismatch: Annotated[
         bool, typer.Option(help="use a plan fitted on other weights")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Generate at minus, zero and plus the plan's coefficient, side by side."""
+    if not prompt and not interactive:
+        raise ArgumentError("give --prompt TEXT (several times, if you like), or --interactive.")
     loaded = load_saved(plan, "SteeringPlan")
     model = models.load(target)
     if coefficient is None:
         coefficient = max((v.coefficient for v in loaded.vectors), key=abs)
-    print_texts(steered_texts(loaded, model, prompt, coefficient, max_new_tokens, allow_mismatch))
+
+    def answer(prompts: list[str]) -> None:
+        asked: list[Any] = [[{"role": "user", "content": p}] if chat else p for p in prompts]
+        texts = steered_texts(loaded, model, asked, coefficient, max_new_tokens, allow_mismatch)
+        texts = [replace(t, prompt=p) for t, p in zip(texts, prompts, strict=True)]
+        if as_json:
+            for text in texts:
+                print_json({"prompt": text.prompt, "texts": dict(text.texts)})
+        else:
+            print_texts(texts)
+
+    if prompt:
+        answer(prompt)
+    while interactive:
+        try:
+            asked = input("prompt> " if sys.stdin.isatty() else "")
+        except EOFError:
+            break
+        if not asked.strip():
+            break
+        answer([asked])
 
 
 def evaluate(
@@ -120,6 +162,7 @@ def evaluate(
         typer.Option("--out", help="folder for figure and tables; default: none are written"),
     ] = None,
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """A saved plan against random directions; with `--fit` also against shuffled labels and the
     native ceiling."""
@@ -150,7 +193,10 @@ def evaluate(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_evaluation(out, result)
-    print_evaluation(result)
+    if as_json:
+        print_json({"verdict": result.verdict, **result.to_dict()})
+    else:
+        print_evaluation(result)
 
 
 def export(

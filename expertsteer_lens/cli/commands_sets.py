@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
-from .options import NRandom, Out, Seed
+from .options import AsJson, NRandom, Out, Seed
 
 
 def bench(
@@ -21,20 +22,27 @@ def bench(
     ] = True,
     n_random: NRandom = 5,
     seed: Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Run the offline benchmark: 15 tasks in four domains on bundled models, every method under the
     same choices and budget. Under 15 minutes on two cores."""
     from expertsteer_lens.benchmarks.offline import run_bench
     from expertsteer_lens.zoo.domains import DOMAINS
 
-    result = run_bench(
-        domains=tuple(domains) if domains else DOMAINS,
-        studies=studies,
-        n_random=n_random,
-        seed=seed,
-        on_progress=lambda line: say(f"  {line}"),
-    )
+    with tables_as_json(as_json):
+        result = run_bench(
+            domains=tuple(domains) if domains else DOMAINS,
+            studies=studies,
+            n_random=n_random,
+            seed=seed,
+            on_progress=lambda line: say(f"  {line}"),
+        )
     result.save(out)
+    if as_json:
+        print_json(
+            {"seconds": result.seconds, "rows": rows_of(result.to_pandas()), "out": str(out)}
+        )
+        return
     table = result.by_domain().drop(columns="effect").mul(100)
     print_frame(
         table.round(0).astype(int).reset_index(), "right answer likeliest, % of test prompts"
@@ -50,6 +58,7 @@ def benchmarks(
     domain: Annotated[
         str | None, typer.Option(help="medicine, finance, mathematics or general")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the public benchmarks that `fit --benchmark` takes; reads nothing."""
     import pandas as pd
@@ -66,4 +75,7 @@ def benchmarks(
         }
         for b in map(public.get, public.names(domain))
     ]
+    if as_json:
+        print_json({"benchmarks": rows})
+        return
     print_frame(pd.DataFrame(rows), f"{len(rows)} benchmarks", names=True)

@@ -22,6 +22,9 @@ NRandom = Annotated[
 ]
 PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output, and no tables")
+]
 BehaviourFile = Annotated[
     Path | None,
     typer.Option("--behaviour", help="JSON with 'prompts', 'positive', 'negative'"),
@@ -191,7 +194,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
-        command(**given)
+        try:
+            command(**given)
+        except KeyboardInterrupt as stop:
+            # Here, since typer would end an interruption like an error, with exit code 1.
+            typer.echo(str(stop).split(", which are kept")[0] or "stopped", err=True)
+            raise typer.Exit(130) from stop
 
     run.__name__, run.__doc__, run.__module__ = (
         command.__name__,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_classes, check_finite, check_list, unknown_hook
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .read_positions import take_positions as take_positions
@@ -213,6 +214,8 @@ class ActivationStore(Mapping[str, Tensor]):
         if hook_name in of_tokens:
             return float(of_tokens[hook_name])
         return float(self[hook_name].float().norm(dim=1).median())
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         labelled = "" if self.labels is None else f", {int((self.labels > 0).sum())} positive"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens._checks import check_list, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .chat import Chat, Text, check_texts
@@ -201,6 +202,8 @@ class ContrastPairs:
     def __len__(self) -> int:
         return len(self.positive)
 
+    _repr_html_ = repr_html
+
     def __repr__(self) -> str:
         first = f"+ {_short(self.positive[0])}; - {_short(self.negative[0])}"
         return f"ContrastPairs({len(self)} pairs; {first})"
@@ -366,6 +369,8 @@ class Behaviour:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         good, bad = self.completions(0)

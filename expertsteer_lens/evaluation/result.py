@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 
@@ -286,6 +287,8 @@ class Evaluation:
         from expertsteer_lens.show.plots import plot_evaluation
 
         return plot_evaluation(self)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         return f"Evaluation({len(self.rows)} rows): {self.verdict}"

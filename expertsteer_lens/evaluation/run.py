@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._checks import check_number
-from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -23,6 +22,7 @@ from expertsteer_lens.measure.prepared import Completions
 from expertsteer_lens.steer.plan import SteeringPlan
 
 from .comparisons import Job, Methods, Setting, check_methods, comparisons
+from .finished import FinishedRows, KeptRows
 from .methods import NotMeasured, with_gradients
 from .result import FLOOR, Evaluation, EvaluationRow, Role
 
@@ -58,6 +58,7 @@ def evaluate(
     n_bootstrap: int = 1000,
     seed: int = 0,
     progress: bool | None = False,
+    finished: FinishedRows | None = None,
 ) -> Evaluation:
     """Measure a plan and what it must be compared with, each at the largest coefficient the same
     budget allows.
@@ -96,8 +97,11 @@ def evaluate(
         n_bootstrap: resamples of the prompts for the intervals.
         seed: of random directions, shuffles and resampling.
         progress: show a progress bar; None: where standard error is a terminal.
+        finished: rows of an evaluation with these very arguments that was stopped, from
+            `Interrupted.finished`; they are not measured again.
 
     Raises:
+        Interrupted: the user stopped it; rows that were finished are kept in `.finished`.
         DataError: no behaviour or no neutral texts are given and `fit` has none.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
             `base` without `fit`).
@@ -132,7 +136,8 @@ def evaluate(
     for name, other in (compare or {}).items():
         jobs.append(Job(name, "compared", 0, partial(_same, other)))
     rows = [run.row("unsteered", "base", 0, None)]
-    rows += [run.row_of(job) for job in progress_bar(jobs, "evaluate", progress=progress)]
+    kept = KeptRows(plan, run.provenance(plan, []), run.budget, run.generation, finished)
+    rows += kept.measured(jobs, run.row_of, progress)
     if prompt_prefix is not None:
         rows.append(run.row("prompting", "baseline", 0, None, prefix=prompt_prefix))
     return Evaluation(

@@ -94,7 +94,11 @@ def capture(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
     norms: dict[str, list[Tensor]] | None = {} if pick == "mean" else None
-    for index in progress_bar(batches, "capture", progress=progress, unit="batch"):
+    n_bytes = 4 * host.d_model * len(names) * len(texts)
+    cost = f"{len(texts)} texts, {int(tokens.lengths.sum())} tokens"
+    if positions != "all":
+        cost += f", {n_bytes / 2**20:.0f} MiB of states are kept"
+    for index in progress_bar(batches, "capture", progress=progress, unit="batch", cost=cost):
         part = _trimmed(tokens, index)
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
         per_text = part.lengths if here is None else here.sum(1)
@@ -115,6 +119,28 @@ def capture(
             **({MEDIAN_TOKEN_NORMS: _medians(norms)} if norms else {}),
         },
     )
+
+
+def read_tokens(
+    host: Host,
+    texts: Sequence[Text],
+    tokens: TokenBatch,
+    positions: str | int,
+    spans: Sequence[Span] | None = None,
+) -> Tensor:
+    """Mask `[n, pos]` of the tokens whose activations `capture` reads; arguments as there."""
+    _check_positions(positions, tokens.lengths)
+    if positions == "answer" and spans is None and any(isinstance(text, Chat) for text in texts):
+        spans = [answer_span(text) for text in texts]
+    real = tokens.attention_mask.bool()
+    if spans is not None:
+        real = _tokens_in_spans(host, texts, tokens, spans)
+    if positions in ("mean", "answer", "all"):
+        return real
+    rank = real.long().cumsum(1) - 1  # of a token among those looked at
+    count = real.sum(1, keepdim=True)
+    wanted = -1 if positions == "last" else int(positions)
+    return real & (rank == (wanted if wanted >= 0 else count + wanted))
 
 
 def _medians(norms: dict[str, list[Tensor]]) -> dict[str, float]:

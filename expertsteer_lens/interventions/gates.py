@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_labels, check_matrix, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, DataError, WidthError
 
 Per = Literal["row", "token"]
@@ -115,6 +116,8 @@ class Gate:
     def from_dict(cls, value: Mapping[str, Any]) -> Gate:
         """The gate that `to_dict` wrote."""
         return cls(**{**value, "direction": torch.tensor(value["direction"])})
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         score = "projection" if self.score is None else getattr(self.score, "__name__", "score")

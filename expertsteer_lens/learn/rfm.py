@@ -22,6 +22,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from expertsteer_lens._checks import check_labels, check_matrix, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.linalg.row_space import row_space, top_eigenpair
 
@@ -123,6 +124,8 @@ class RFM:
         check_number("k", k, low=1, high=vectors.shape[0], integer=True)
         scale, difference = self.predictor.scale, self.class_difference
         return torch.stack([_displacement(v, scale, difference) for v in vectors[:k]])
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         auc = "none" if self.validation_auc is None else f"{self.validation_auc:.3f}"

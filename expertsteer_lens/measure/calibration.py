@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._html import repr_html
+from expertsteer_lens._progress import Step
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -134,6 +136,8 @@ class Calibration:
 
         return plot_dose_response(self)
 
+    _repr_html_ = repr_html
+
     def __repr__(self) -> str:
         return (
             f"Calibration(coefficient={self.coefficient:g}, budget={self.budget:g} nats/token "
@@ -155,6 +159,7 @@ def calibrate(
     negative: bool = False,
     per_layer: bool = False,
     batch_size: int = 32,
+    progress: bool | None = False,
 ) -> Calibration:
     """Find the largest coefficient within a budget on neutral texts.
 
@@ -184,6 +189,7 @@ def calibrate(
         per_layer: first bisect the grid for each layer by itself; needs edits whose coefficients
             are comparable.
         batch_size: texts per forward pass.
+        progress: show progress; None: where standard error is a terminal.
 
     Raises:
         ArgumentError: even the smallest coefficient exceeds the budget.
@@ -218,11 +224,21 @@ def calibrate(
             change = completions.scores(steered).log_odds() - base
             row["effect"] = float(change.mean())
             row["effect_se"] = float(change.std() / len(change) ** 0.5) if len(change) > 1 else 0.0
+        step.advance()
         return row
 
-    upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
-    best = _within(upward, steps, budget, "the plan")
-    downward = _walk(measure, [-s for s in steps], budget) if negative else []
+    with Step(
+        "calibrate",
+        total=len(steps) * (1 + negative) if curve else len(steps).bit_length(),
+        progress=progress,
+        unit="coefficient",
+        cost=f"each one pass over {len(neutral.texts)} neutral texts ({neutral.n_tokens} tokens)"
+        + ("" if behaviour is None else f" and {len(behaviour)} prompts")
+        + ("; fewer where the budget is exceeded early" if curve else ""),
+    ) as step:
+        upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
+        best = _within(upward, steps, budget, "the plan")
+        downward = _walk(measure, [-s for s in steps], budget) if negative else []
     origin = {"coefficient": 0.0, "cost": 0.0}
     if behaviour is not None:
         origin |= {"effect": 0.0, "effect_se": 0.0}

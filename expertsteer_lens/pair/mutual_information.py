@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from expertsteer_lens._checks import check_matrix, check_paired
+from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.errors import DataError
 
 from .config import MIConfig
@@ -108,11 +108,12 @@ def layer_pair_mi(
             iter(run(lambda s: (s.observed(), s.bootstrap(drawn.weights)), [statistic]))
         )
         null = list(
-            tqdm(
+            progress_bar(
                 run(statistic.permuted, drawn.orders),
                 f"null ({config.estimator})",
-                len(drawn.orders),
-                disable=not progress,
+                total=len(drawn.orders),
+                progress=progress,
+                unit="permutation",
             )
         )
     clipped: dict[str, dict[str, Any]] = {"expert": {}, "target": {}}

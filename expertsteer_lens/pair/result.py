@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.data.activations import layer_or_none
 
 from .config import MIConfig
@@ -117,6 +118,8 @@ class LayerPairMI:
         from expertsteer_lens.show.plots import plot_layer_pair_mi
 
         return plot_layer_pair_mi(self, **kwargs)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         low, high = self.argmin(), self.argmax()

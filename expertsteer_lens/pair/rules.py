@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_finite, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, WidthError
 
 if TYPE_CHECKING:
@@ -227,6 +228,8 @@ class LayerPairs(Sequence[LayerPair]):
         ]
         ascending = find_rule(self.rule).lowest_first
         return pd.DataFrame(rows).sort_values("score", ascending=ascending, ignore_index=True)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{p.expert} → {p.target} ({p.score:+.3f})" for p in self.pairs[:4])

@@ -15,6 +15,7 @@ from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
+from .finished import check_finished, keeping
 from .fit_data import FitData, FitTexts, divide_texts, read_models, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
 from .rehearsal import check_seed, rehearse
@@ -87,6 +88,7 @@ class ExpertSteer:
         target_hook_names: Sequence[str] | None = None,
         progress: bool | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
+        finished: FitData | None = None,
     ) -> ExpertSteering:
         """Run the four steps.
 
@@ -114,8 +116,11 @@ class ExpertSteer:
             target_hook_names: target hook points; default: the residual after every block.
             progress: show progress bars; default: where standard error is a terminal.
             on_step: called with each finished step's figures.
+            finished: states read by a fit with these very arguments that was stopped, from
+                `Interrupted.finished`; they are not read again.
 
         Raises:
+            Interrupted: the user stopped it after the states were read; `.finished` has them.
             ArgumentError, DataError, HookNameError, WidthError, ModelStateError: the input cannot
                 be used; see the message. What can be known before a model is run is said before.
         """
@@ -149,7 +154,11 @@ class ExpertSteer:
             or source.d_model == target_host.d_model,
         )
         reading = reading_of(self.config, source, target_host)
-        data = read_models(
+        if finished is not None:
+            check_finished(
+                finished, source, target_host, texts, reading, expert_hooks, target_hooks
+            )
+        data = finished or read_models(
             source,
             target_host,
             texts,
@@ -167,15 +176,28 @@ class ExpertSteer:
             target_layers=len(target_hooks),
             reading=reading,
         )
+        with keeping(data):
+            return self._solved(source, target_host, texts, data, log, progress)
+
+    def _solved(
+        self,
+        source: Any,
+        target: Host,
+        texts: FitTexts,
+        data: FitData,
+        log: StepLog,
+        progress: bool | None,
+    ) -> ExpertSteering:
+        """The steps after the states are read."""
         gradients = None
         if takes_gradients(self.config):
-            gradients = measure_gradients(self.config, target_host, data, log, progress)
+            gradients = measure_gradients(self.config, target, data, log, progress)
             if self.config.pair_tokens:
-                data = self._with_tokens(source, target_host, texts, data, gradients, log, progress)
+                data = self._with_tokens(source, target, texts, data, gradients, log, progress)
         found = solve(
-            self.config, self.seed, target_host, data, log, progress=progress, gradients=gradients
+            self.config, self.seed, target, data, log, progress=progress, gradients=gradients
         )
-        return collect(self.config, self.seed, target_host, data, found, log)
+        return collect(self.config, self.seed, target, data, found, log)
 
     def _with_tokens(
         self,

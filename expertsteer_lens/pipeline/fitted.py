@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import unknown_hook
+from expertsteer_lens._html import repr_html
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
@@ -229,12 +230,14 @@ class ExpertSteering:
     def calibrate(self, plan: SteeringPlan, **kwargs: Any) -> Calibration:
         """`calibrate` on this fit's calibration texts and validation behaviour; keywords as there.
 
-        32 texts a pass, whatever `config.batch_size` says: nothing of a pass is kept."""
+        32 texts a pass, whatever `config.batch_size` says: nothing of a pass is kept. Progress is
+        shown where standard error is a terminal."""
         settings = {
             "budget": self.config.budget,
             "unit": self.config.budget_unit,
             "behaviour": self.validation_behaviour,
             "batch_size": 32,
+            "progress": None,
             **kwargs,
         }
         return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
@@ -322,6 +325,8 @@ class ExpertSteering:
             for p in self.layer_pairs
         ]
         return "\n".join(lines)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{p.expert} → {p.target}" for p in self.layer_pairs)

@@ -13,7 +13,7 @@ from expertsteer_lens.errors import ExpertSteerError
 if TYPE_CHECKING:
     from expertsteer_lens.pair.rules import LayerPairs
 
-BLUE, ORANGE, GREY, RED, INK = "#2b6cb0", "#c05621", "#8a94a3", "#b83232", "#1f2933"
+BLUE, ORANGE, GREY, RED, INK = "#2b6cb0", "#c05621", "#8a94a3", "#d64545", "#1f2933"
 FLOOR_FILL = "#e4e7eb"
 ROLE_COLOURS = {
     "plan": BLUE,
@@ -120,6 +120,41 @@ def set_style(figure: Any, title: str, subtitle: str) -> None:
         width=860,
         height=500,
     )
+
+
+DARK_INK, DARK_PAPER, DARK_GRID = "#e4e7eb", "#14181d", "#37414d"
+
+
+def dark(figure: Any) -> Any:
+    """A copy of a figure of this package for dark pages.
+
+    Example:
+        >>> import plotly.graph_objects as go
+        >>> dark(go.Figure()).layout.paper_bgcolor
+        '#14181d'
+    """
+    go = import_plotly()
+    copy = go.Figure(figure)
+    copy.update_layout(
+        template="plotly_dark",
+        paper_bgcolor=DARK_PAPER,
+        plot_bgcolor=DARK_PAPER,
+        font_color=DARK_INK,
+    )
+    axes = {"gridcolor": DARK_GRID, "zerolinecolor": DARK_GRID}
+    copy.update_xaxes(**axes)
+    copy.update_yaxes(**axes)
+    for shape in copy.layout.shapes or ():
+        shape.fillcolor = _DARK_FILL.get(shape.fillcolor, shape.fillcolor)
+        if shape.line.color == INK:
+            shape.line.color = DARK_INK
+    for trace in copy.data:
+        if "marker" in trace and trace.marker.color == FLOOR_FILL:
+            trace.marker.color = _DARK_FILL[FLOOR_FILL]
+    return copy
+
+
+_DARK_FILL = {FLOOR_FILL: "#3a4450", "#e6f4ea": "#1d3a2a"}
 
 
 def import_plotly() -> Any:

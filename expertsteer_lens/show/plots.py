@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from expertsteer_lens._checks import check_choice
+import torch
+from torch import Tensor
+
+from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.pair.rules import find_rule
 
@@ -42,7 +45,11 @@ class _DrawnBench(Protocol):
 
 
 def plot_layer_pair_mi(
-    mi: LayerPairMI, *, layer_pairs: LayerPairs | None = None, what: Quantity = "mi"
+    mi: LayerPairMI,
+    *,
+    layer_pairs: LayerPairs | None = None,
+    what: Quantity = "mi",
+    significance: float | None = None,
 ) -> Any:
     """Heat map of expert layer × target layer, with the null and the chosen pairs.
 
@@ -50,8 +57,12 @@ def plot_layer_pair_mi(
         mi: the scores.
         layer_pairs: chosen pairs to outline.
         what: "mi" (the estimate), or "excess" (estimate minus the permutation null's mean).
+        significance: false discovery rate, e.g. 0.05: pairs that do not exceed their null at it
+            (Benjamini-Hochberg over the whole matrix) are crossed out.
     """
     check_choice("what", what, get_args(Quantity))
+    if significance is not None:
+        check_number("significance", significance, low=0.0, high=1.0, low_open=True)
     has_null = len(mi.null) > 0
     if what == "excess" and not has_null:
         raise ArgumentError(
@@ -80,9 +91,47 @@ def plot_layer_pair_mi(
         else "no permutation null was drawn"
     )
     null += "; outlined: chosen" if layer_pairs is not None else ""
-    return heat_map(
+    corrected = None
+    if significance is not None:
+        corrected = corrected_p_values(mi)
+        n_above = int((corrected <= significance).sum())
+        null += (
+            f"<br>{n_above} of {corrected.numel()} pairs exceed it at a false discovery rate of "
+            f"{significance:g} (Benjamini-Hochberg); ×: the others"
+        )
+    figure = heat_map(
         matrix, mi.expert_hook_names, mi.target_hook_names, title, null, unit, hover, layer_pairs
     )
+    if corrected is not None and significance is not None:
+        rows, columns = (corrected > significance).nonzero(as_tuple=True)
+        figure.add_scatter(
+            x=columns.tolist(),
+            y=rows.tolist(),
+            mode="markers",
+            name="not significant",
+            showlegend=False,
+            hoverinfo="skip",
+            marker={"symbol": "x-thin", "size": 16, "line": {"width": 2, "color": "#d9d9d9"}},
+        )
+    return figure
+
+
+def corrected_p_values(mi: LayerPairMI) -> Tensor:
+    """Permutation p-values `[n_expert, n_target]` adjusted for the number of pairs
+    (Benjamini-Hochberg, `scipy.stats.false_discovery_control`): a pair at or below q is among
+    findings of which at most a share q is expected to be false.
+
+    Raises:
+        ArgumentError: there is no null.
+    """
+    from scipy.stats import false_discovery_control
+
+    if not len(mi.null):
+        raise ArgumentError(
+            "significance needs a null; fit with MIConfig(n_permutations=...) above 0."
+        )
+    adjusted = false_discovery_control(mi.p_values.cpu().numpy(), axis=None, method="bh")
+    return torch.as_tensor(adjusted).reshape(mi.matrix.shape)
 
 
 def plot_layer_pairs(pairs: LayerPairs) -> Any:
@@ -145,9 +194,9 @@ def plot_dose_response(calibration: Calibration) -> Any:
     )
     set_style(
         figure,
-        "Dose–response on validation",
-        f"shaded: cost within {calibration.budget:g} nats per token on {calibration.n_texts} "
-        "neutral texts",
+        _dose_finding(calibration),
+        f"dose–response on validation; shaded: cost within {calibration.budget:g} nats per token "
+        f"on {calibration.n_texts} neutral texts",
     )
     figure.update_xaxes(
         title="coefficient (× median residual norm, or the plan's own unit)",
@@ -156,6 +205,13 @@ def plot_dose_response(calibration: Calibration) -> Any:
     )
     _set_two_axes(figure, has_effect)
     return figure
+
+
+def _dose_finding(calibration: Calibration) -> str:
+    """What the curve says at the coefficient chosen."""
+    row = next(r for r in calibration.curve if r["coefficient"] == calibration.coefficient)
+    effect = f"{row['effect']:+.2f} nats for " if "effect" in row else ""
+    return f"Coefficient {calibration.coefficient:g}: {effect}{row['cost']:.3f} nats per token"
 
 
 def _set_two_axes(figure: Any, has_effect: bool) -> None:
@@ -205,11 +261,13 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
         _add_method(figure, row)
     _add_floor_and_ceiling(figure, evaluation)
     missing = ", ".join(evaluation.not_measured)
+    mean, sd = evaluation.floor
     set_style(
         figure,
-        "Effect on held-out prompts",
-        f"same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on neutral text"
-        + (f"; not measured: {missing}" if missing else ""),
+        f"The plan moves the behaviour by {evaluation.plan.effect:+.2f} nats, random directions "
+        f"by {mean:+.2f} ± {sd:.2f}",
+        f"held-out prompts; same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on "
+        "neutral text" + (f"; not measured: {missing}" if missing else ""),
     )
     figure.update_xaxes(
         title="change of log p(positive) − log p(negative), nats", zerolinecolor="#9aa5b1"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.errors import DataError
+
+from .tokens import TokenView, visible
 
 if TYPE_CHECKING:
     import pandas
@@ -18,13 +21,38 @@ if TYPE_CHECKING:
     from expertsteer_lens.pipeline.fitted import ExpertSteering
 
 STYLE = """
-body{font-family:Inter,Helvetica,Arial,sans-serif;color:#1f2933;max-width:980px;margin:40px auto;padding:0 20px;
-line-height:1.5} h1{font-size:26px;margin-bottom:4px} h2{font-size:19px;margin-top:44px;border-bottom:1px solid #e4e7eb;
-padding-bottom:6px} .lead{color:#52606d} .verdict{background:#edf4fb;border-left:4px solid #2b6cb0;padding:12px 16px;
-font-size:16px} table{border-collapse:collapse;font-size:14px;margin:12px 0} th,td{padding:5px 12px;text-align:right;
-border-bottom:1px solid #e4e7eb} th{background:#f5f7fa} td:first-child,th:first-child{text-align:left}
-table.texts th,table.texts td{text-align:left;vertical-align:top;width:33%;white-space:pre-wrap} pre{background:#f5f7fa;padding:12px;overflow-x:auto;
-font-size:13px}
+:root{color-scheme:light dark;--ink:#1f2933;--soft:#52606d;--line:#e4e7eb;--fill:#f5f7fa;
+--note:#edf4fb;--paper:#fff}
+@media (prefers-color-scheme:dark){:root{--ink:#e4e7eb;--soft:#a8b3bf;--line:#37414d;--fill:#1e252d;
+--note:#1b2a3a;--paper:#14181d}}
+body{font-family:Inter,Helvetica,Arial,sans-serif;color:var(--ink);background:var(--paper);
+max-width:980px;margin:40px auto;padding:0 20px;line-height:1.5;overflow-wrap:anywhere}
+h1{font-size:26px;margin-bottom:4px}
+h2{font-size:19px;margin-top:44px;border-bottom:1px solid var(--line);padding-bottom:6px}
+.lead,.plain{color:var(--soft)} .verdict,.next{background:var(--note);padding:12px 16px}
+.verdict{border-left:4px solid #2b6cb0;font-size:16px} .next{border-left:4px solid #c05621}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:14px;margin:12px 0}
+.wide table{overflow-wrap:normal} .wide td{white-space:nowrap}
+th,td{padding:5px 12px;text-align:right;border-bottom:1px solid var(--line)}
+th{background:var(--fill)} td:first-child,th:first-child{text-align:left}
+table.texts{table-layout:fixed;width:100%;min-width:560px}
+.wide table.texts th,.wide table.texts td{text-align:left;vertical-align:top;white-space:pre-wrap;
+overflow-wrap:anywhere}
+pre{background:var(--fill);padding:12px;overflow-x:auto;font-size:13px}
+"""
+# Figures are drawn in the light style; on a dark page their ink and grid follow it.
+SCRIPT = """
+(function(){var q=matchMedia('(prefers-color-scheme: dark)');
+function paint(){var d=q.matches,ink=d?'#e4e7eb':'#1f2933',grid=d?'#37414d':'#e4e7eb';
+document.querySelectorAll('.plotly-graph-div').forEach(function(g){
+var u={'modebar.bgcolor':'rgba(0,0,0,0)',paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)','font.color':ink};
+Object.keys(g.layout).forEach(function(k){if(/^[xy]axis[0-9]*$/.test(k)){
+u[k+'.gridcolor']=grid;u[k+'.zerolinecolor']=grid;}});
+(g.layout.shapes||[]).forEach(function(s,i){var f={'#e4e7eb':'#3a4450','#e6f4ea':'#1d3a2a'};
+if(d&&f[s.fillcolor])u['shapes['+i+'].fillcolor']=f[s.fillcolor];
+if(d&&s.line&&s.line.color==='#1f2933')u['shapes['+i+'].line.color']=ink;});
+Plotly.relayout(g,u);});}
+window.addEventListener('load',paint);q.addEventListener('change',function(){location.reload();});})();
 """
 
 
@@ -74,6 +102,7 @@ def write_report(
     texts: Sequence[SteeredText] = (),
     *,
     title: str = "ExpertSteer report",
+    tokens: Sequence[TokenView] = (),
 ) -> Path:
     """Write the page; it holds its own scripts and opens without a network.
 
@@ -84,6 +113,7 @@ def write_report(
         calibration: the dose-response curve.
         texts: continuations to show, all at the same coefficients.
         title: heading of the page.
+        tokens: which tokens were read and edited, see `show.tokens`.
 
     Returns:
         The path written.
@@ -97,6 +127,7 @@ def write_report(
             f"{sorted({tuple(sorted(t.texts)) for t in texts})}."
         )
     from .plots import plot_dose_response, plot_evaluation, plot_layer_pair_mi, plot_layer_pairs
+    from .step_plots import plot_pairing_lines, plot_prompts
 
     mi = plot_layer_pair_mi(fit.layer_pair_mi, layer_pairs=fit.layer_pairs)
     expert, target = fit.provenance["expert"], fit.provenance["target"]
@@ -108,15 +139,23 @@ def write_report(
     body = [
         f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>",
         f"<p class='verdict'>{html.escape(evaluation.verdict)}</p>",
+        f"<p class='next'><b>Next step.</b> {html.escape(next_step(evaluation, calibration))}</p>",
         "<h2>Comparison</h2>",
-        table_for_people(evaluation).to_html(index=False, border=0),
+        _wide(table_for_people(evaluation).to_html(index=False, border=0)),
         "<p>Effect in nats; interval: bootstrap 95 % over the test prompts, or the range of "
         "several seeds. NLL rise, or KL to the"
         " unsteered model: on neutral texts that no coefficient was chosen on, nats per token.</p>",
+        _plain(effect_in_words(evaluation)),
         _figure(plot_evaluation(evaluation), first=True),
+        "<h2>Prompt by prompt</h2>",
+        _plain(prompts_in_words(evaluation)),
+        _figure(plot_prompts(evaluation)),
         "<h2>Coefficient</h2>",
+        _plain(cost_in_words(calibration)),
         _figure(plot_dose_response(calibration)),
     ]
+    if tokens:
+        body += ["<h2>Tokens</h2>", *(view.to_html() for view in tokens)]
     if texts:
         body += ["<h2>Texts</h2>", _text_table(texts)]
     body += [
@@ -126,24 +165,125 @@ def write_report(
         " in nats, not a claim about random variables.</p>",
         _figure(mi),
         "<h2>Layer pairs: the rule that chose</h2>",
+        _figure(plot_pairing_lines(fit.layer_pairs)),
         _figure(plot_layer_pairs(fit.layer_pairs)),
         "<h2>Steps</h2>",
         f"<pre>{html.escape(fit.summary())}</pre>",
         "<h2>Fitted pairs</h2>",
-        fit.to_pandas().to_html(index=False, border=0, float_format=lambda v: f"{v:.3f}"),
+        _plain(
+            "aligner_r2: share of the target's states that the map predicts on held-out anchors (0: "
+            "no better than their mean). rfm_validation_auc: how often a positive text reads higher "
+            "than a negative one (0.5: guessing); reading well is not steering. score: what the "
+            "pairing rule goes by."
+        ),
+        _wide(fit.to_pandas().to_html(index=False, border=0, float_format=lambda v: f"{v:.3f}")),
     ]
     page = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
-    page += f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>"
+    # No icon: a browser would look for one beside the page.
+    page += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    page += f"<style>{STYLE}</style></head><body>{''.join(body)}"
+    page += f"<script>{SCRIPT}</script></body></html>"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _figure(figure: Any, *, first: bool = False) -> str:
-    return str(
-        figure.to_html(full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+def next_step(evaluation: Evaluation, calibration: Calibration | None = None) -> str:
+    """What to do about the verdict, in a sentence."""
+    plan, (mean, sd) = evaluation.plan, evaluation.floor
+    if not plan.measured:
+        return "The plan itself was not measured; run evaluate again."
+    reversed_ = calibration is not None and calibration.sign == "reversed"
+    if reversed_ or plan.high < 0:
+        return (
+            "The direction lowers the behaviour: swap positive and negative if the labels are "
+            "reversed, or steer another layer pair."
+        )
+    if plan.low <= 0 or plan.effect <= mean + 2 * sd:
+        return (
+            "The effect is not told apart from chance: give more or cleaner pairs and anchors, try "
+            "other layer pairs (fit.refit(pairing=...)), or test on more prompts before anything "
+            "is concluded."
+        )
+    wrong = plan.wrong_way
+    if wrong is not None and wrong > 0.25:
+        return (
+            f"The mean effect is real, but {wrong:.0%} of the prompts move the wrong way: look at "
+            "these prompts, and consider a gate (fit_gate) that steers only where it helps."
+        )
+    ceiling = evaluation.ceiling
+    if ceiling is not None and ceiling.low > plan.high:
+        return (
+            "The plan works, but the target's own direction does more under the same budget: if "
+            "labels on the target are at hand, use that one; else try more anchors."
+        )
+    return (
+        "The plan works under this budget: read the texts below, repeat the fit with another seed, "
+        "and save it (esl.save)."
     )
+
+
+def effect_in_words(evaluation: Evaluation) -> str:
+    """The plan's effect as odds, and what its interval allows."""
+    plan = evaluation.plan
+    if not plan.measured:
+        return "The plan was not measured."
+    odds = math.exp(min(plan.effect, 50.0))
+    certain = "does not reach 0" if plan.low > 0 or plan.high < 0 else "includes 0: no effect"
+    return (
+        f"{plan.effect:+.2f} nats multiply the odds of a positive over a negative completion by "
+        f"{odds:.3g}. The interval ({plan.low:+.2f} to {plan.high:+.2f}) {certain}. Random "
+        "directions of the same cost show how much any push would do."
+    )
+
+
+def cost_in_words(calibration: Calibration) -> str:
+    """What the budget means for a text."""
+    row = next(r for r in calibration.curve if r["coefficient"] == calibration.coefficient)
+    said = (
+        f"At coefficient {calibration.coefficient:g} steering costs {row['cost']:.3f} nats a token"
+    )
+    if calibration.unit == "kl":
+        return f"{said} (KL to the unsteered model): 0 would be the very same predictions."
+    share = 1 - math.exp(-row["cost"])
+    return f"{said}: the right next word of a neutral text is on average {share:.0%} less likely."
+
+
+def prompts_in_words(evaluation: Evaluation) -> str:
+    """How many prompts the plan moves the wrong way."""
+    change = evaluation.plan.per_prompt
+    wrong = int((change < 0).sum())
+    return (
+        f"{wrong} of {len(change)} test prompts ({wrong / max(1, len(change)):.0%}) move the wrong "
+        "way, whatever the mean says."
+    )
+
+
+def _plain(text: str) -> str:
+    return f"<p class='plain'>{html.escape(text)}</p>"
+
+
+def _wide(table: str) -> str:
+    return f"<div class='wide'>{table}</div>"
+
+
+def _figure(figure: Any, *, first: bool = False) -> str:
+    """A figure as wide as the page: on a narrow one it scrolls within itself."""
+    least = min(620, figure.layout.width or 620)
+    figure.update_layout(width=None, autosize=True)
+    drawn = figure.to_html(
+        full_html=False,
+        include_plotlyjs=first,
+        config={"displaylogo": False, "responsive": True},
+        default_width="100%",
+    )
+    return f"<div class='wide'><div style='min-width:{least}px'>{drawn}</div></div>"
+
+
+def _shown(text: str) -> str:
+    """A text of a model in a cell: line breaks stay, other control characters become visible."""
+    return html.escape("\n".join(visible(line) for line in text.split("\n")))
 
 
 def _text_table(texts: Sequence[SteeredText]) -> str:
@@ -151,9 +291,9 @@ def _text_table(texts: Sequence[SteeredText]) -> str:
     head = "".join(f"<th>{'unsteered' if c == 0 else f'{c:+.3g}'}</th>" for c in coefficients)
     rows = []
     for item in texts:
-        cells = "".join(f"<td>{html.escape(item.texts[c])}</td>" for c in coefficients)
+        cells = "".join(f"<td>{_shown(item.texts[c])}</td>" for c in coefficients)
         rows.append(
             "<tr><td "
-            f"colspan='{len(coefficients)}'><b>{html.escape(item.prompt)}</b></td></tr><tr>{cells}</tr>"
+            f"colspan='{len(coefficients)}'><b>{_shown(item.prompt)}</b></td></tr><tr>{cells}</tr>"
         )
-    return f"<table class='texts'><tr>{head}</tr>{''.join(rows)}</table>"
+    return _wide(f"<table class='texts'><tr>{head}</tr>{''.join(rows)}</table>")

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
@@ -137,6 +138,8 @@ class SteeringVector:
             preserve_norm=self.preserve_norm,
             centred=centred,
         )
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         unit = f"×{self.median_norm:.4g} (median norm)" if self.relative_to == "median_norm" else ""
@@ -576,6 +579,8 @@ class SteeringPlan:
                 }
             )
         return pd.DataFrame(rows)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         lines = "\n".join(f"  {v!r}" for v in self.vectors)

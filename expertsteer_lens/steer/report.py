@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from expertsteer_lens._html import repr_html
+
 
 @dataclass(eq=False)
 class RunReport:
@@ -35,6 +37,8 @@ class RunReport:
         """Tokens edited (selected, gate open, coefficient not 0), by hook name, summed over its
         vectors."""
         return _add_up(self._edited)
+
+    _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         return f"RunReport({self.n_forwards} forward passes, tokens edited: {self.n_edited})"

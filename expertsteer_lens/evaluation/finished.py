@@ -1,0 +1,93 @@
+"""Rows of an evaluation that the user stopped, and the evaluation that goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from expertsteer_lens._progress import progress_bar
+from expertsteer_lens.errors import ArgumentError, Interrupted
+
+from .result import EvaluationRow
+
+if TYPE_CHECKING:
+    from expertsteer_lens.steer.plan import SteeringPlan
+
+    from .comparisons import Job
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRows:
+    """What was measured before the user stopped an evaluation."""
+
+    rows: tuple[EvaluationRow, ...]
+    setting: str
+    """Digest of the plan, the texts, the budget and the seed they were measured under."""
+
+
+class KeptRows:
+    """Measures the rows of one evaluation, and keeps them if the user stops it.
+
+    Args:
+        plan: the plan under test.
+        facts: hashes of texts and models, and the seed.
+        budget: damage allowed, nats per token.
+        generation: what is written under every method.
+        finished: rows to go on from.
+
+    Raises:
+        ArgumentError: those rows were measured under another setting.
+    """
+
+    def __init__(
+        self,
+        plan: SteeringPlan,
+        facts: Mapping[str, Any],
+        budget: float,
+        generation: Any,
+        finished: FinishedRows | None,
+    ) -> None:
+        vectors = [
+            (repr(v), hashlib.sha256(v.direction.numpy().tobytes()).hexdigest())
+            for v in plan.vectors
+        ]
+        said = [vectors, repr(plan.positions), dict(facts), budget, repr(generation)]
+        text = json.dumps(said, sort_keys=True, default=str)
+        self.setting = hashlib.sha256(text.encode()).hexdigest()
+        if finished is not None and finished.setting != self.setting:
+            raise ArgumentError(
+                "finished holds rows of another evaluation (another plan, other texts, budget, "
+                "generation or seed); pass the arguments of the one that was stopped, or leave "
+                "finished out."
+            )
+        self.rows = {(r.method, r.seed): r for r in (finished.rows if finished else ())}
+
+    def measured(
+        self, jobs: Sequence[Job], measure: Callable[[Job], EvaluationRow], progress: bool | None
+    ) -> list[EvaluationRow]:
+        """A row for each job, those that are kept as they are.
+
+        Raises:
+            Interrupted: the user stopped it.
+        """
+        todo = [job for job in jobs if (job.method, job.seed) not in self.rows]
+        try:
+            for job in progress_bar(
+                todo,
+                "evaluate",
+                progress=progress,
+                unit="row",
+                cost="each is calibrated on neutral texts, then measured on the test prompts",
+            ):
+                self.rows[job.method, job.seed] = measure(job)
+        except KeyboardInterrupt as stop:
+            raise Interrupted(
+                f"stopped after {len(self.rows)} of {len(jobs)} rows, which are kept: catch "
+                "`errors.Interrupted as stop` and call evaluate again with the same arguments and "
+                "finished=stop.finished.",
+                FinishedRows(tuple(self.rows.values()), self.setting),
+            ) from stop
+        return [self.rows[job.method, job.seed] for job in jobs]
