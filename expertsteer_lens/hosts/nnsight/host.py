@@ -175,7 +175,8 @@ class NNsightHost(Host):
         rows = remotely.rows(
             self.model, options, places, positions, tokens=tokens, remote=self.remote
         )
-        return {name: self._in_basis(rows[name]) for name in names}
+        centred = self.basis == "centred"
+        return {name: self._in_basis(rows[name], centred) for name in names}
 
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
