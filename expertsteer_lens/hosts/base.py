@@ -27,6 +27,7 @@ from expertsteer_lens.interventions.edits import centre
 from .facts import facts as facts_of
 from .facts import measure_basis, measure_fingerprint, training_noise
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
+from .scope import Scope
 
 if TYPE_CHECKING:
     from .resume import KeptStream
@@ -108,9 +109,12 @@ class Host:
         """
         raise HostError(f"{self.kind} cannot run a pass from a layer; run full passes.")
 
-    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> AbstractContextManager[Registration]:
         """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on
-        every pass.
+        every pass of the scope; by default those of this thread (or task), and of threads that it
+        starts.
 
         A tensor returned replaces the activation (same shape, dtype and device, else
         `InterventionError`); None leaves it. Names are resolved before anything is registered, and
@@ -182,9 +186,11 @@ class Host:
     def _in_basis(self, rows: Tensor, centred: bool) -> Tensor:
         return centre(rows) if centred and rows.shape[-1] == self.d_model else rows
 
-    def watch(self, observer: Observer) -> AbstractContextManager[None]:
-        """Inside the block, tell `observer` where each forward pass is in its sequence, and about
-        generate calls."""
+    def watch(
+        self, observer: Observer, *, scope: Scope | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside the block, tell `observer` where each forward pass of the scope is in its
+        sequence, and about generate calls."""
         raise NotImplementedError
 
     def quiet(self) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from expertsteer_lens.errors import ModelStateError
 
 from .parts import EditFn, TokenBatch
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 if TYPE_CHECKING:
     from .base import Host
@@ -216,15 +218,37 @@ def fingerprints_match(first: str, second: str) -> bool:
 
 @contextlib.contextmanager
 def hooks_suspended(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Take every forward hook off `modules` inside, and put back exactly what was there."""
+    """Inside, `modules` are run without their forward hooks, but for what is put on meanwhile; and
+    what was there is put back exactly. Other threads run with the hooks all the time."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    saved = [
-        (module, kind, module.__dict__[kind]) for module in dict.fromkeys(modules) for kind in kinds
-    ]
-    try:
-        for module, kind, hooks in saved:
-            module.__dict__[kind] = type(hooks)()
-        yield
-    finally:
-        for module, kind, hooks in saved:
-            module.__dict__[kind] = hooks
+    with CHANGING_HOOKS, scope_or_new(None) as here:
+        saved = [
+            (module, kind, module.__dict__[kind])
+            for module in dict.fromkeys(modules)
+            for kind in kinds
+        ]
+        try:
+            for module, kind, hooks in saved:
+                module.__dict__[kind] = _OwnHooks(here, hooks)
+            yield
+        finally:
+            for module, kind, hooks in saved:
+                module.__dict__[kind] = hooks
+
+
+class _OwnHooks(OrderedDict[int, Any]):
+    """The hooks of a module while it is measured: none but those put here, for whoever measures;
+    what was there before, for all others."""
+
+    def __init__(self, here: Scope, others: OrderedDict[int, Any]) -> None:
+        super().__init__()
+        self._here, self._others = here, others
+
+    def items(self) -> Any:
+        return super().items() if self._here() else self._others.items()
+
+    def values(self) -> Any:
+        return super().values() if self._here() else self._others.values()
+
+    def __bool__(self) -> bool:
+        return bool(self.items())
