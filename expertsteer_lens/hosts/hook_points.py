@@ -44,12 +44,13 @@ class HookPoints:
         # A Bridge builds its hook_dict anew each time it is asked, about a millisecond: not on
         # every pass.
         points = self.model.hook_dict if thorough else None
-        return [
-            name
-            for name, point, handle in self.entries
-            if not _is_there(point, handle)
-            or (points is not None and points.get(name) is not point)
-        ]
+        with CHANGING_HOOKS:  # other threads put theirs on and off the same points
+            return [
+                name
+                for name, point, handle in self.entries
+                if not _is_there(point, handle)
+                or (points is not None and points.get(name) is not point)
+            ]
 
 
 def _add_hook(point: Any, fn: Function, acts: Scope) -> Any:

@@ -121,7 +121,7 @@ class HuggingFaceHost(Host):
         block = self.model.get_submodule(self.blocks.layers[stop_at_layer])
         with scope_or_new(None) as here:
 
-            def leave(_: nn.Module, args: Any, kwargs: Any) -> None:
+            def leave(_: nn.Module, args: Any, kwargs: Any = None) -> None:
                 if here():
                     raise _Reached(first_argument(args, kwargs))
 
@@ -236,8 +236,9 @@ class TorchHooks:
     ) -> None:
         """Register at one module; the hook does nothing on copies of it."""
 
-        def before(m: nn.Module, args: Any, kwargs: Any) -> Any:
-            if not active() or is_copy(m, module):
+        def before(m: nn.Module, args: Any, kwargs: Any = None) -> Any:
+            # Without keywords: see `watch_causal_module`.
+            if kwargs is None or not active() or is_copy(m, module):
                 return None
             value = fn(first_argument(args, kwargs))
             return None if value is None else with_first_argument(args, kwargs, value)
@@ -353,8 +354,10 @@ def _measure_branches(host: HuggingFaceHost) -> bool:
     def keep(name: str) -> EditFn:
         return lambda x: seen.__setitem__(name, x.double())
 
-    with host.quiet(), scope_or_new(None) as here, host.torch_hooks(
-        {name: keep(name) for name in names}, active=here
+    with (
+        host.quiet(),
+        scope_or_new(None) as here,
+        host.torch_hooks({name: keep(name) for name in names}, active=here),
     ):
         host.forward(probe_batch(host), stop_at_layer=1)
     before, attention, mlp, after = (seen[name] for name in names)

@@ -52,13 +52,15 @@ def watch_causal_module(
     # sequence.
     now = _PerThread()
 
-    def enters_root(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+    # torch says that a hook takes keywords a moment after it is on, and takes that back a moment
+    # before it is off: a call without them is a pass of another thread that began meanwhile.
+    def enters_root(m: nn.Module, args: Any, kwargs: Any = None) -> None:
+        mask = None if kwargs is None else kwargs.get("attention_mask")
         now.root_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def enters(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enters(m: nn.Module, args: Any, kwargs: Any = None) -> None:
         now.pass_ = None
-        if is_measured(module) or is_copy(m, module):
+        if kwargs is None or is_measured(module) or is_copy(m, module):
             return
         if not scope():
             scope.n_elsewhere += 1
@@ -71,24 +73,29 @@ def watch_causal_module(
         info.fills_cache = info.past == 0 and (cache is not None or kwargs.get("use_cache") is True)
         total = info.past + info.n_new
         now.pass_ = (total, info.sequence)
-        if info.opaque_mask and now.root_mask is not None and now.root_mask.shape == (
-            info.batch,
-            total,
+        if (
+            info.opaque_mask
+            and now.root_mask is not None
+            and now.root_mask.shape
+            == (
+                info.batch,
+                total,
+            )
         ):
             info = info.with_mask(now.root_mask)
         observer.on_forward(info)
 
-    def leaves(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def leaves(m: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         # Noted at the end of the pass, so that two watchers of one pass read the same number at its
         # beginning and note the same number here.
-        if now.pass_ is None or is_measured(module) or is_copy(m, module):
+        if now.pass_ is None or output is None or is_measured(module) or is_copy(m, module):
             return
         total, sequence = now.pass_
         now.pass_ = None
         note_cached(names, args, kwargs, _CACHED_TOKENS, total)
         # A pass that was given no cache may have made one.
         made = next((getattr(output, n, None) for n in CACHE_NAMES if hasattr(output, n)), None)
-        if _is_followed(made) and made not in _SEQUENCES:
+        if sequence is not None and _is_followed(made) and made not in _SEQUENCES:
             _SEQUENCES[made] = sequence
 
     with ExitStack() as stack:
@@ -106,7 +113,7 @@ def watch_causal_module(
 
 class _PerThread(threading.local):
     root_mask: Tensor | None = None
-    pass_: tuple[int, SequenceToken] | None = None
+    pass_: tuple[int, SequenceToken | None] | None = None
 
 
 def remove_handle(handle: Any) -> None:

@@ -37,6 +37,7 @@ class Scope:
         self._number = next(_NUMBERS)
 
     def __call__(self) -> bool:
+        """Whether what runs now belongs to it."""
         return self.everywhere or self._number in _OPEN.get() or self._is_inherited()
 
     def _is_inherited(self) -> bool:
@@ -72,7 +73,7 @@ def scope_or_new(scope: Scope | None) -> Iterator[Scope]:
 
 
 def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 _n_noting = 0
@@ -88,14 +89,14 @@ def _noting_threads() -> Iterator[None]:
         if _n_noting == 0:
             original = threading.Thread.start
 
-            def start(thread: threading.Thread) -> None:
+            def start(self: threading.Thread) -> None:
                 found = (*_OPEN.get(), *_INHERITED.get(threading.current_thread(), ()))
                 if found:
-                    _INHERITED[thread] = found
-                original(thread)
+                    _INHERITED[self] = found
+                original(self)
 
-            start.__wrapped__ = original  # type: ignore[attr-defined]
-            _start = threading.Thread.start = start  # type: ignore[method-assign]
+            _start = start, original
+            threading.Thread.start = start  # type: ignore[method-assign]
         _n_noting += 1
     try:
         yield
@@ -103,5 +104,5 @@ def _noting_threads() -> Iterator[None]:
         with CHANGING_HOOKS:
             _n_noting -= 1
             # If somebody wrapped ours meanwhile, it stays inside theirs and does no harm.
-            if _n_noting == 0 and threading.Thread.start is _start:
-                threading.Thread.start = _start.__wrapped__  # type: ignore[method-assign]
+            if _n_noting == 0 and threading.Thread.start is _start[0]:
+                threading.Thread.start = _start[1]  # type: ignore[method-assign]

@@ -108,9 +108,7 @@ class TransformerLensHost(Host):
             acts = stack.enter_context(scope_or_new(scope))
             if inner is not None:
                 decoder = self._watched()
-                stack.enter_context(
-                    watch_causal_module(decoder, observer, root=inner, scope=acts)
-                )
+                stack.enter_context(watch_causal_module(decoder, observer, root=inner, scope=acts))
                 stack.enter_context(watch_generate([self.model, inner], observer, scope=acts))
             else:
                 stack.enter_context(_watch_blocks(self.model, observer, acts))

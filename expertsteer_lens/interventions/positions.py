@@ -403,7 +403,9 @@ class PositionClock:
             DataError: the attention mask does not cover the tokens.
         """
         if info.packed is not None:
-            return Step(info.packed, torch.zeros(1, dtype=torch.long), info.packed >= 0, packed=True)
+            return Step(
+                info.packed, torch.zeros(1, dtype=torch.long), info.packed >= 0, packed=True
+            )
         call = self._calls[-1] if self._calls else None
         begins_call = call is not None and call.is_fresh
         # 1. A generate call may be given new tokens only, to go on from a cache that was filled
@@ -441,9 +443,7 @@ class PositionClock:
         #    been cut into chunks, so the first pass did not show where it ends.
         adds_several = continues and info.past > 0 and info.n_new > 1
         guessed = adds_several and self._given_lengths is None and state.prompt is None
-        return Step(
-            index, lengths.to(real.device), real, continues, guessed, memory=state.memory
-        )
+        return Step(index, lengths.to(real.device), real, continues, guessed, memory=state.memory)
 
     def _keep(self, info: ForwardInfo, state: SequenceState, call: GenerateCall | None) -> None:
         self._latest = state
@@ -542,9 +542,7 @@ class PositionClock:
         new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device)
         return self._after_cached(info, before, new)
 
-    def _after_cached(
-        self, info: ForwardInfo, before: SequenceState | None, new: Tensor
-    ) -> Tensor:
+    def _after_cached(self, info: ForwardInfo, before: SequenceState | None, new: Tensor) -> Tensor:
         """The new tokens behind those in the cache, whose padding the passes before have shown."""
         if info.past == 0:
             return new

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, HookNameError, InterventionError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.interventions import edits
 from expertsteer_lens.hosts.scope import Scope
+from expertsteer_lens.interventions import edits
 from expertsteer_lens.interventions.positions import (
     ForwardInfo,
     PassTokens,
