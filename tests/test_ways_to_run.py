@@ -235,7 +235,8 @@ def packed(model: Any, plan: SteeringPlan) -> list[list[int]]:
     return [one.generated_tokens for one in found.values()]
 
 
-@pytest.mark.parametrize("rule", ["all", 2, slice(1, None, 2), [0, 3]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["all", [0, 3]], ids=str)
 def test_continuous_batching_is_exact_where_a_token_says_where_it_is(rule: Any) -> None:
     model, plan = llama(), plan_at(rule)
     assert packed(model, plan) == alone(model, plan)
