@@ -270,3 +270,25 @@ class TestTwoModelsTwoTemplates:
         assert back.test_behaviour == fit.test_behaviour
         assert isinstance(back.test_behaviour.prompts[0], Chat)
         assert back.calibration_texts == fit.calibration_texts
+
+
+def test_a_chat_template_gets_the_arguments_of_the_chat() -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if enable_thinking is defined and enable_thinking is false %} no thoughts{% endif %}"
+    )
+    chat = Chat.ask("Was it good?", template={"enable_thinking": False})
+    assert chat.render(tokenizer) == "Was it good? no thoughts"
+    assert Chat.ask("Was it good?").render(tokenizer) == "Was it good?"
+    assert (chat + " Yes.").template == ("Well, " + chat).template == chat.template
+    assert chat != Chat.ask("Was it good?")
+    assert chat.encode() != Chat.ask("Was it good?").encode()
+
+
+@pytest.mark.parametrize("bad", [3, {"a b": 1}, {"x": object()}])
+def test_template_arguments_are_checked(bad: object) -> None:
+    with pytest.raises(DataError, match="template must be a dict of JSON values"):
+        Chat((("user", "Hello"),), bad)
+    with pytest.raises(DataError, match="which a chat says itself"):
+        Chat.ask("Hello", template={"tokenize": True})

@@ -39,6 +39,9 @@ class Chat:
 
     messages: tuple[tuple[str, str], ...]
     """(role, content) of each message; roles are "system" (first only), "user" and "assistant"."""
+    template: tuple[tuple[str, Any], ...] = ()
+    """What else the chat template is told, as (name, value) or a dict, for instance
+    `{"enable_thinking": False}`. A template that does not know a name ignores it."""
 
     def __post_init__(self) -> None:
         given = check_list("messages", self.messages, of="messages")
@@ -52,12 +55,26 @@ class Chat:
                 f"{roles}."
             )
         object.__setattr__(self, "messages", messages)
+        object.__setattr__(self, "template", _check_template(self.template))
 
     @classmethod
-    def ask(cls, question: str, answer: str | None = None, *, system: str | None = None) -> Chat:
-        """A question, with the answer if one is given."""
+    def ask(
+        cls,
+        question: str,
+        answer: str | None = None,
+        *,
+        system: str | None = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> Chat:
+        """A question, with the answer if one is given.
+
+        Example:
+            >>> Chat.ask("Why?", template={"enable_thinking": False}).template
+            (('enable_thinking', False),)
+        """
         given = (("system", system), ("user", question), ("assistant", answer))
-        return cls(tuple((role, content) for role, content in given if content is not None))
+        messages = tuple((role, content) for role, content in given if content is not None)
+        return cls(messages, _check_template(template or ()))
 
     def render(self, tokenizer: Any) -> str:
         """The text that a model with this tokenizer is shown.
@@ -78,6 +95,7 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=not answering,
                 continue_final_message=answering,
+                **dict(self.template),
             )
         except (
             Exception
@@ -90,24 +108,24 @@ class Chat:
 
     def encode(self) -> bytes:
         """Bytes that are equal for equal chats, for hashes."""
-        return json.dumps(self.messages, ensure_ascii=False).encode()
+        said = [self.messages, self.template] if self.template else self.messages
+        return json.dumps(said, ensure_ascii=False).encode()
 
     def __add__(self, text: str) -> Chat:
         if not isinstance(text, str):
             return NotImplemented
         role, content = self.messages[-1]
         if role == "assistant":
-            return Chat((*self.messages[:-1], (role, content + text)))
-        return Chat(
-            (*self.messages, ("assistant", text.lstrip()))
-        )  # templates put their own space before a turn
+            return Chat((*self.messages[:-1], (role, content + text)), self.template)
+        # Templates put their own space before a turn.
+        return Chat((*self.messages, ("assistant", text.lstrip())), self.template)
 
     def __radd__(self, text: str) -> Chat:
         if not isinstance(text, str):
             return NotImplemented
         first = next(i for i, (role, _) in enumerate(self.messages) if role == "user")
         changed = ("user", text + self.messages[first][1])
-        return Chat((*self.messages[:first], changed, *self.messages[first + 1 :]))
+        return Chat((*self.messages[:first], changed, *self.messages[first + 1 :]), self.template)
 
     def __len__(self) -> int:
         return sum(len(content) for _, content in self.messages)
@@ -147,6 +165,26 @@ def check_texts(name: str, texts: Iterable[Any], *, chats: bool = True) -> list[
             )
         check_text(f"{name}[{i}]", text)
     return out
+
+
+_OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "conversation")
+
+
+def _check_template(given: Any) -> tuple[tuple[str, Any], ...]:
+    """Arguments of a chat template, in order of their names."""
+    try:
+        named = dict(given)
+        json.dumps(named)
+    except (TypeError, ValueError):
+        named = {"": None}
+    if not all(isinstance(name, str) and name.isidentifier() for name in named):
+        raise DataError(f"template must be a dict of JSON values by name, got {given!r}.")
+    if any(name in _OURS for name in named):
+        raise DataError(f"template may not say {', '.join(_OURS)}, which a chat says itself.")
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in sorted(named.items())
+    )
 
 
 def _check_message(message: Any, index: int) -> tuple[str, str]:

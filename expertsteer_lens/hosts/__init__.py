@@ -14,6 +14,7 @@ import torch
 from expertsteer_lens.errors import ArgumentError, HostError
 
 from .base import Host
+from .compiled import uncompiled
 from .facts import fingerprints_match
 from .hooked_module import capture_tensors
 from .parts import EditFn, Observer, Registration, TokenBatch
@@ -42,6 +43,12 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
     """
     if isinstance(model, Host):
         return model
+    model = uncompiled(model)
+    if any(base.__name__ == "RemoteBridge" for base in type(model).__mro__):
+        raise HostError(
+            f"a {type(model).__name__} runs its model elsewhere, where no function of this machine "
+            "can act; load the model here, or steer with the bridge's own `intervene=`."
+        )
     options = {
         name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value
     }

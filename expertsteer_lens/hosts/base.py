@@ -27,6 +27,7 @@ from expertsteer_lens.interventions.edits import centre
 from .facts import facts as facts_of
 from .facts import measure_basis, measure_fingerprint, training_noise
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
+from .scope import Scope
 
 if TYPE_CHECKING:
     from .resume import KeptStream
@@ -108,9 +109,12 @@ class Host:
         """
         raise HostError(f"{self.kind} cannot run a pass from a layer; run full passes.")
 
-    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[Registration]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> AbstractContextManager[Registration]:
         """Inside the block, each `fn(activation [batch, pos, d])` is called at its hook point on
-        every pass.
+        every pass of the scope; by default those of this thread (or task), and of threads that it
+        starts.
 
         A tensor returned replaces the activation (same shape, dtype and device, else
         `InterventionError`); None leaves it. Names are resolved before anything is registered, and
@@ -141,19 +145,21 @@ class Host:
         """
         rows: dict[str, Tensor] = {}
         mask = batch.attention_mask if tokens is None else tokens
+        # Measured by passes of its own, so not inside the hooks below; and asked for once, because
+        # the answer looks at every parameter.
+        centred = self.basis == "centred"
 
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
                 rows[name] = take_rows(activation.detach(), positions, mask)
                 if norms is not None:
-                    of_tokens = self._norms(activation.detach().float())
+                    of_tokens = self._norms(activation.detach().float(), centred)
                     seen = of_tokens[mask.bool().to(activation.device)]
                     norms.setdefault(name, []).append(seen.cpu())
 
             return fn
 
         stop = _layer_after(names)
-        _ = self.basis  # measured by passes of its own, so not inside the hooks below
         with self.intervene({name: reader(name) for name in names}):
             if stop is not None and stop < self.n_layers:
                 self.forward(batch, stop_at_layer=stop)
@@ -166,24 +172,25 @@ class Host:
             raise InterventionError(
                 f"hook points {missing} did not fire in a forward pass of {self.name!r}."
             )
-        return {name: self._in_basis(rows[name]).cpu() for name in names}
+        return {name: self._in_basis(rows[name], centred).cpu() for name in names}
 
-    def _norms(self, activation: Tensor) -> Tensor:
+    def _norms(self, activation: Tensor, centred: bool) -> Tensor:
         """The norm of each token, `[batch, pos]`, in the host's basis."""
         norms: Tensor = torch.linalg.vector_norm(activation, dim=-1)
-        if self.basis == "centred" and activation.shape[-1] == self.d_model:
+        if centred and activation.shape[-1] == self.d_model:
             # What centring takes off is orthogonal to what it leaves.
             taken = self.d_model * activation.mean(dim=-1).square()
             norms = (norms.square() - taken).clamp(min=0.0).sqrt()
         return norms
 
-    def _in_basis(self, rows: Tensor) -> Tensor:
-        centred = self.basis == "centred" and rows.shape[-1] == self.d_model
-        return centre(rows) if centred else rows
+    def _in_basis(self, rows: Tensor, centred: bool) -> Tensor:
+        return centre(rows) if centred and rows.shape[-1] == self.d_model else rows
 
-    def watch(self, observer: Observer) -> AbstractContextManager[None]:
-        """Inside the block, tell `observer` where each forward pass is in its sequence, and about
-        generate calls."""
+    def watch(
+        self, observer: Observer, *, scope: Scope | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside the block, tell `observer` where each forward pass of the scope is in its
+        sequence, and about generate calls."""
         raise NotImplementedError
 
     def quiet(self) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from expertsteer_lens.errors import ModelStateError
 
 from .parts import EditFn, TokenBatch
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 if TYPE_CHECKING:
     from .base import Host
@@ -26,17 +28,65 @@ _MEMORY: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = (
 
 
 def facts(weights: nn.Module) -> dict[str, str]:
-    """The measurements of these weights; emptied when a parameter is replaced, cast, moved or
-    written to."""
-    stamp = tuple(
-        (id(p), p.data_ptr() if p.device.type != "meta" else 0, p.dtype, _version(p))
-        for p in weights.parameters()
-    )
+    """The measurements of these weights; emptied when they change (see `_stamp`)."""
+    stamp = _stamp(weights)
     known = _MEMORY.get(weights)
     if known is None or known[0] != stamp:
         known = (stamp, {})
         _MEMORY[weights] = known
     return known[1]
+
+
+_N_SAMPLED = 16
+"""Values of each parameter that are looked at to see whether it was written to."""
+
+
+@torch.no_grad()
+def _stamp(weights: nn.Module) -> tuple[Any, ...]:
+    """Equal as long as the model computes the same: which parameters there are, where, how often
+    each was written to, a few of its values, and which adapters are at work.
+
+    Writes through `.data` (merged adapters, quantisers) count no version, so the values are looked
+    at: `_N_SAMPLED` of each, evenly spread. A change of a few other values is not seen."""
+    places, sampled = [], []
+    for p in weights.parameters():
+        is_here = p.device.type != "meta"
+        places.append((id(p), p.data_ptr() if is_here else 0, p.dtype, _version(p)))
+        if is_here and p.numel():
+            flat = p.detach().as_strided((p.numel(),), (1,)) if p.is_contiguous() else None
+            flat = p.detach().reshape(-1) if flat is None else flat
+            sampled.append(flat[:: max(1, flat.shape[0] // _N_SAMPLED)][: _N_SAMPLED + 1])
+    by_kind: dict[Any, list[Tensor]] = {}
+    for values in sampled:
+        by_kind.setdefault((values.device, values.dtype), []).append(values)
+    numbers = tuple(_digest(torch.cat(values)) for values in by_kind.values())
+    return (tuple(places), numbers, _adapters(weights))
+
+
+def _digest(values: Tensor) -> bytes:
+    """Of the very bits, so that NaN equals itself."""
+    plain = values.contiguous().view(torch.uint8).cpu()
+    return hashlib.sha256(plain.numpy().tobytes()).digest()
+
+
+def _adapters(weights: nn.Module) -> tuple[Any, ...]:
+    """Which adapters of PEFT are at work, merged or switched off, and how strongly, in each layer
+    that has some."""
+    found = []
+    for name, module in weights.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            names = module.active_adapters
+            scaling = getattr(module, "scaling", {})
+            found.append(
+                (
+                    name,
+                    bool(module.disable_adapters),
+                    tuple(names) if isinstance(names, list | tuple) else str(names),
+                    tuple(getattr(module, "merged_adapters", ())),
+                    tuple(scaling.items()) if isinstance(scaling, dict) else scaling,
+                )
+            )
+    return tuple(found)
 
 
 def _version(parameter: Tensor) -> int:
@@ -168,15 +218,37 @@ def fingerprints_match(first: str, second: str) -> bool:
 
 @contextlib.contextmanager
 def hooks_suspended(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Take every forward hook off `modules` inside, and put back exactly what was there."""
+    """Inside, `modules` are run without their forward hooks, but for what is put on meanwhile; and
+    what was there is put back exactly. Other threads run with the hooks all the time."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    saved = [
-        (module, kind, module.__dict__[kind]) for module in dict.fromkeys(modules) for kind in kinds
-    ]
-    try:
-        for module, kind, hooks in saved:
-            module.__dict__[kind] = type(hooks)()
-        yield
-    finally:
-        for module, kind, hooks in saved:
-            module.__dict__[kind] = hooks
+    with CHANGING_HOOKS, scope_or_new(None) as here:
+        saved = [
+            (module, kind, module.__dict__[kind])
+            for module in dict.fromkeys(modules)
+            for kind in kinds
+        ]
+        try:
+            for module, kind, hooks in saved:
+                module.__dict__[kind] = _OwnHooks(here, hooks)
+            yield
+        finally:
+            for module, kind, hooks in saved:
+                module.__dict__[kind] = hooks
+
+
+class _OwnHooks(OrderedDict[int, Any]):
+    """The hooks of a module while it is measured: none but those put here, for whoever measures;
+    what was there before, for all others."""
+
+    def __init__(self, here: Scope, others: OrderedDict[int, Any]) -> None:
+        super().__init__()
+        self._here, self._others = here, others
+
+    def items(self) -> Any:
+        return super().items() if self._here() else self._others.items()
+
+    def values(self) -> Any:
+        return super().values() if self._here() else self._others.values()
+
+    def __bool__(self) -> bool:
+        return bool(self.items())

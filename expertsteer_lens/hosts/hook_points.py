@@ -8,16 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
+from .compiled import eager_where_compiled
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
+
 Function = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def functions_at(model: Any, fns: Mapping[str, Function]) -> Iterator[HookPoints]:
-    """Put each function at its hook point of `model`, in order, until the end of the block."""
+def functions_at(
+    model: Any, fns: Mapping[str, Function], *, scope: Scope | None = None
+) -> Iterator[HookPoints]:
+    """Put each function at its hook point of `model`, in order, until the end of the block; they
+    are called in passes of the scope."""
     points, registered = model.hook_dict, HookPoints(model)
     with ExitStack() as stack:
+        stack.enter_context(eager_where_compiled(model))
+        acts = stack.enter_context(scope_or_new(scope))
         for name, fn in fns.items():
-            handle = _add_hook(points[name], fn)
+            handle = _add_hook(points[name], fn, acts)
             stack.callback(_remove_hook, points[name], handle)
             registered.entries.append((name, points[name], handle))
         yield registered
@@ -36,26 +44,29 @@ class HookPoints:
         # A Bridge builds its hook_dict anew each time it is asked, about a millisecond: not on
         # every pass.
         points = self.model.hook_dict if thorough else None
-        return [
-            name
-            for name, point, handle in self.entries
-            if not _is_there(point, handle)
-            or (points is not None and points.get(name) is not point)
-        ]
+        with CHANGING_HOOKS:  # other threads put theirs on and off the same points
+            return [
+                name
+                for name, point, handle in self.entries
+                if not _is_there(point, handle)
+                or (points is not None and points.get(name) is not point)
+            ]
 
 
-def _add_hook(point: Any, fn: Function) -> Any:
+def _add_hook(point: Any, fn: Function, acts: Scope) -> Any:
     """Register at the hook point and return its handle (`add_hook` returns None before
     TransformerLens 4.3)."""
-    before = {id(h) for h in point.fwd_hooks}
-    point.add_hook(lambda tensor, hook: fn(tensor), dir="fwd")
-    return next(h for h in point.fwd_hooks if id(h) not in before)
+    with CHANGING_HOOKS:
+        before = {id(h) for h in point.fwd_hooks}
+        point.add_hook(lambda tensor, hook: fn(tensor) if acts() else None, dir="fwd")
+        return next(h for h in point.fwd_hooks if id(h) not in before)
 
 
 def _remove_hook(point: Any, handle: Any) -> None:
     """Take off this handle and nothing else; harmless if somebody did already."""
-    handle.hook.remove()
-    point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
+    with CHANGING_HOOKS:
+        handle.hook.remove()
+        point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
 
 
 def _is_there(point: Any, handle: Any) -> bool:

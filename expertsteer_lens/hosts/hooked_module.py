@@ -23,6 +23,7 @@ from .base import Host
 from .facts import hooks_suspended
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
+from .scope import Scope
 
 
 class HookedModuleHost(Host):
@@ -83,11 +84,13 @@ class HookedModuleHost(Host):
             "inputs."
         )
 
-    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[HookPoints]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> AbstractContextManager[HookPoints]:
         """See `Host.intervene`."""
         self.check_hook_names(list(fns))
         checked = {name: self._report_passes(guarded(name, fn)) for name, fn in fns.items()}
-        return functions_at(self.model, checked)
+        return functions_at(self.model, checked, scope=scope)
 
     def _report_passes(self, fn: EditFn) -> EditFn:
         def at_point(x: Tensor) -> Tensor | None:
@@ -103,7 +106,7 @@ class HookedModuleHost(Host):
         return at_point
 
     @contextmanager
-    def watch(self, observer: Observer) -> Iterator[None]:
+    def watch(self, observer: Observer, *, scope: Scope | None = None) -> Iterator[None]:
         """Tell `observer` about a pass when it reaches the first hook point, and again where the
         axes change."""
         entry: tuple[Observer, list[Any]] = (observer, [])

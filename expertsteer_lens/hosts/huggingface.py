@@ -28,10 +28,18 @@ from .blocks import (
     with_first,
     with_first_argument,
 )
+from .compiled import eager_where_compiled
 from .facts import facts, hooks_suspended, probe_batch
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import watch_causal_module, watch_generate
+from .pass_tracking import (
+    is_copy,
+    measuring,
+    remove_handle,
+    watch_causal_module,
+    watch_generate,
+)
 from .resume import KeptStream, keep_stream, logits_only_at, skip_blocks
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 NO_TOKEN = 2**31 - 1
 """An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like
@@ -110,17 +118,21 @@ class HuggingFaceHost(Host):
         if stop_at_layer is None or stop_at_layer >= self.n_layers:
             return _logits_of(self.model(**options))
 
-        def leave(_: nn.Module, args: Any, kwargs: Any) -> None:
-            raise _Reached(first_argument(args, kwargs))
-
         block = self.model.get_submodule(self.blocks.layers[stop_at_layer])
-        handle = block.register_forward_pre_hook(leave, with_kwargs=True)
-        try:
-            return _logits_of(self.model(**options))
-        except _Reached as reached:
-            return reached.residual
-        finally:
-            handle.remove()
+        with scope_or_new(None) as here:
+
+            def leave(_: nn.Module, args: Any, kwargs: Any = None) -> None:
+                if here():
+                    raise _Reached(first_argument(args, kwargs))
+
+            with CHANGING_HOOKS:
+                handle = block.register_forward_pre_hook(leave, with_kwargs=True)
+            try:
+                return _logits_of(self.model(**options))
+            except _Reached as reached:
+                return reached.residual
+            finally:
+                remove_handle(handle)
 
     def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
         """See `Host.logits_at`; the output head is applied at these positions only."""
@@ -153,39 +165,50 @@ class HuggingFaceHost(Host):
         return known[name] == "exactly"
 
     @contextmanager
-    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[TorchHooks]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> Iterator[TorchHooks]:
         """Put each function at its module, in order; names are resolved before anything is
         registered."""
         self.check_hook_names(list(fns))
-        with self.torch_hooks({name: guarded(name, fn) for name, fn in fns.items()}) as registered:
+        checked = {name: guarded(name, fn) for name, fn in fns.items()}
+        with scope_or_new(scope) as acts, self.torch_hooks(checked, active=acts) as registered:
             yield registered
 
     @contextmanager
     def torch_hooks(
-        self, fns: Mapping[str, EditFn], *, active: Callable[[], bool] = lambda: True
+        self, fns: Mapping[str, EditFn], *, active: Callable[[], bool]
     ) -> Iterator[TorchHooks]:
         """Torch hooks that act while `active()` holds, on names already checked."""
         registered = TorchHooks()
         with ExitStack() as stack:
+            stack.enter_context(eager_where_compiled(self.model))
             for name, fn in fns.items():
                 place = self.blocks.places[name]
                 registered.add(name, self.model.get_submodule(place.path), place, fn, active)
-                stack.callback(registered.entries[-1][2].remove)
+                stack.callback(remove_handle, registered.entries[-1][2])
             yield registered
 
     @contextmanager
-    def watch(self, observer: Observer) -> Iterator[None]:
+    def watch(self, observer: Observer, *, scope: Scope | None = None) -> Iterator[None]:
         """Tell `observer` about every forward pass and every generate call, until the end of the
         block."""
         with ExitStack() as stack:
+            acts = stack.enter_context(scope_or_new(scope))
             base = self.model.get_submodule(self.blocks.base)
-            stack.enter_context(watch_causal_module(base, observer, root=self.model))
-            stack.enter_context(watch_generate([self.model], observer))
+            stack.enter_context(watch_causal_module(base, observer, root=self.model, scope=acts))
+            stack.enter_context(watch_generate([self.model], observer, scope=acts))
             yield
 
     def quiet(self) -> AbstractContextManager[None]:
         """See `Host.quiet`."""
-        return hooks_suspended(list(self.model.modules()))
+        return self._quiet()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        base = self.model.get_submodule(self.blocks.base)
+        with measuring(base), hooks_suspended(list(self.model.modules())):
+            yield
 
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
@@ -211,22 +234,28 @@ class TorchHooks:
     def add(
         self, name: str, module: nn.Module, place: Place, fn: EditFn, active: Callable[[], bool]
     ) -> None:
-        """Register at one module."""
+        """Register at one module; the hook does nothing on copies of it."""
 
-        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            value = fn(first_argument(args, kwargs)) if active() else None
+        def before(m: nn.Module, args: Any, kwargs: Any = None) -> Any:
+            # Without keywords: see `watch_causal_module`.
+            if kwargs is None or not active() or is_copy(m, module):
+                return None
+            value = fn(first_argument(args, kwargs))
             return None if value is None else with_first_argument(args, kwargs, value)
 
-        def after(_: nn.Module, __: Any, output: Any) -> Any:
-            value = fn(first_of(output)) if active() else None
+        def after(m: nn.Module, _: Any, output: Any) -> Any:
+            if not active() or is_copy(m, module):
+                return None
+            value = fn(first_of(output))
             return None if value is None else with_first(output, value)
 
-        if place.side == "input":
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-            self.entries.append((name, module._forward_pre_hooks, handle))
-        else:
-            handle = module.register_forward_hook(after)
-            self.entries.append((name, module._forward_hooks, handle))
+        with CHANGING_HOOKS:
+            if place.side == "input":
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                self.entries.append((name, module._forward_pre_hooks, handle))
+            else:
+                handle = module.register_forward_hook(after)
+                self.entries.append((name, module._forward_hooks, handle))
 
     def lost(self, *, thorough: bool = True) -> list[str]:
         """Hook names whose hook someone else removed."""
@@ -325,7 +354,11 @@ def _measure_branches(host: HuggingFaceHost) -> bool:
     def keep(name: str) -> EditFn:
         return lambda x: seen.__setitem__(name, x.double())
 
-    with host.quiet(), host.torch_hooks({name: keep(name) for name in names}):
+    with (
+        host.quiet(),
+        scope_or_new(None) as here,
+        host.torch_hooks({name: keep(name) for name in names}, active=here),
+    ):
         host.forward(probe_batch(host), stop_at_layer=1)
     before, attention, mlp, after = (seen[name] for name in names)
     error = (before + attention + mlp - after).norm() / after.norm()

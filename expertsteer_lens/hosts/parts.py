@@ -3,7 +3,7 @@ watches a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +29,10 @@ class Observer(Protocol):
     def on_generate(self, entering: bool, prompt: Tensor | None = None) -> None:
         """A `generate` call begins (True; `prompt` is the mask of its prompt `[rows, pos]`, if it
         says) or ends (False)."""
+
+    def on_packed(self, options: Mapping[str, Any]) -> None:
+        """A call with these keyword arguments is about to pack several requests into one row of
+        tokens (continuous batching)."""
 
 
 @runtime_checkable

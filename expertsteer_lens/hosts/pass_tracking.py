@@ -4,96 +4,164 @@ begins and ends."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
+import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from expertsteer_lens.errors import InterventionError
-from expertsteer_lens.interventions.positions import ForwardInfo
+from expertsteer_lens.interventions.positions import ForwardInfo, SequenceToken
 
 from .parts import Observer
+from .scope import CHANGING_HOOKS, Scope
 
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 """What decoders of transformers call their cache: it became `cache` in 5.24, and is `cache_params`
 in recurrent models."""
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
 
+PACKED_NAMES = ("generate_batch", "init_continuous_batching")
+
 _CACHED_TOKENS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """Tokens given so far to caches that do not count them (those of recurrent models), as seen by the
 watchers of this process."""
 
+_SEQUENCES: weakref.WeakKeyDictionary[Any, SequenceToken] = weakref.WeakKeyDictionary()
+"""By cache: the sequence that is in it."""
+
 
 @contextmanager
 def watch_causal_module(
-    module: nn.Module, observer: Observer, *, root: nn.Module
+    module: nn.Module, observer: Observer, *, root: nn.Module, scope: Scope
 ) -> Iterator[None]:
     """Report every call of a Hugging Face causal model's decoder to `observer`.
 
     Ids, mask and cache are read from the call's own arguments, so nothing has to be guessed: the
-    number of cached tokens is the cache's own. Where the decoder is given its mask in a form that
-    hides the padding, the mask is the one that the whole model, `root`, was given."""
+    number of cached tokens is the cache's own, and a pass on top of a cache belongs to the sequence
+    that is in it, whatever ran between. Where the decoder is given its mask in a form that hides
+    the padding, the mask is the one that the whole model, `root`, was given."""
     names = parameter_names(module)
-    root_mask: Tensor | None = None
-    total = 0
+    # Per thread, what is known of the pass that it runs: the mask of the root; the tokens and the
+    # sequence.
+    now = _PerThread()
 
-    def enters_root(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal root_mask
-        mask = kwargs.get("attention_mask")
-        root_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    # torch says that a hook takes keywords a moment after it is on, and takes that back a moment
+    # before it is off: a call without them is a pass of another thread that began meanwhile.
+    def enters_root(m: nn.Module, args: Any, kwargs: Any = None) -> None:
+        mask = None if kwargs is None else kwargs.get("attention_mask")
+        now.root_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def enters(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal total
-        if is_measured(module):
+    def enters(m: nn.Module, args: Any, kwargs: Any = None) -> None:
+        now.pass_ = None
+        if kwargs is None or is_measured(module) or is_copy(m, module):
+            return
+        if not scope():
+            scope.n_elsewhere += 1
             return
         info = describe_pass(names, args, kwargs, _CACHED_TOKENS)
         if info is None:
             return
+        cache = find_cache(names, args, kwargs)
+        info.sequence = _sequence_in(cache, info.past)
+        info.fills_cache = info.past == 0 and (cache is not None or kwargs.get("use_cache") is True)
         total = info.past + info.n_new
-        whole = (info.batch, total)
-        if info.opaque_mask and root_mask is not None and root_mask.shape == whole:
-            info = info.with_mask(root_mask)
+        now.pass_ = (total, info.sequence)
+        if (
+            info.opaque_mask
+            and now.root_mask is not None
+            and now.root_mask.shape
+            == (
+                info.batch,
+                total,
+            )
+        ):
+            info = info.with_mask(now.root_mask)
         observer.on_forward(info)
 
-    def leaves(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def leaves(m: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         # Noted at the end of the pass, so that two watchers of one pass read the same number at its
         # beginning and note the same number here.
-        if not is_measured(module):
-            note_cached(names, args, kwargs, _CACHED_TOKENS, total)
+        if now.pass_ is None or output is None or is_measured(module) or is_copy(m, module):
+            return
+        total, sequence = now.pass_
+        now.pass_ = None
+        note_cached(names, args, kwargs, _CACHED_TOKENS, total)
+        # A pass that was given no cache may have made one.
+        made = next((getattr(output, n, None) for n in CACHE_NAMES if hasattr(output, n)), None)
+        if sequence is not None and _is_followed(made) and made not in _SEQUENCES:
+            _SEQUENCES[made] = sequence
 
     with ExitStack() as stack:
-        if root is not module:
-            stack.callback(root.register_forward_pre_hook(enters_root, with_kwargs=True).remove)
-        stack.callback(module.register_forward_pre_hook(enters, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(leaves, with_kwargs=True).remove)
+        with CHANGING_HOOKS:
+            handles = [
+                module.register_forward_pre_hook(enters, with_kwargs=True),
+                module.register_forward_hook(leaves, with_kwargs=True),
+            ]
+            if root is not module:
+                handles.append(root.register_forward_pre_hook(enters_root, with_kwargs=True))
+        for handle in handles:
+            stack.callback(remove_handle, handle)
         yield
 
 
-_MEASURED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+class _PerThread(threading.local):
+    root_mask: Tensor | None = None
+    pass_: tuple[int, SequenceToken | None] | None = None
+
+
+def remove_handle(handle: Any) -> None:
+    """Take a torch hook off."""
+    with CHANGING_HOOKS:
+        handle.remove()
+
+
+def is_copy(module: nn.Module, original: nn.Module) -> bool:
+    """Whether a hook that was put on `original` is called on a copy of it (`copy.deepcopy`), which
+    is another model. The replicas of `nn.DataParallel` are not: they run its passes."""
+    return module is not original and not getattr(module, "_is_replica", False)
+
+
+def _is_followed(cache: Any) -> bool:
+    return hasattr(cache, "get_seq_length") and type(cache).__hash__ is not None
+
+
+def _sequence_in(cache: Any, past: int) -> SequenceToken | None:
+    """What stands for the sequence that is in the cache; None without one. An empty cache begins a
+    new one."""
+    if not _is_followed(cache):
+        return SequenceToken() if cache is None and past == 0 else None
+    try:
+        if past == 0 or cache not in _SEQUENCES:
+            _SEQUENCES[cache] = SequenceToken()
+        return _SEQUENCES[cache]
+    except TypeError:  # a cache that cannot be referred to weakly
+        return None
+
+
+_MEASURED: ContextVar[tuple[int, ...]] = ContextVar("expertsteer_measured", default=())
 
 
 @contextmanager
 def measuring(module: nn.Module) -> Iterator[None]:
-    """Inside the block, passes of the module are measurements of our own and no part of anybody's
-    sequence: no observer hears of them."""
-    if module in _MEASURED:
-        yield
-        return
-    _MEASURED.add(module)
+    """Inside the block, passes of the module in this thread are measurements of our own and no part
+    of anybody's sequence: no observer hears of them."""
+    token = _MEASURED.set((*_MEASURED.get(), id(module)))
     try:
         yield
     finally:
-        _MEASURED.discard(module)
+        _MEASURED.reset(token)
 
 
 def is_measured(module: nn.Module) -> bool:
     """Whether a pass of the module would be a measurement of our own; see `measuring`."""
-    return module in _MEASURED
+    return id(module) in _MEASURED.get()
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -127,6 +195,9 @@ def describe_pass(
         return None
     mask = given.get("attention_mask")
     is_plain = isinstance(mask, Tensor) and mask.ndim == 2
+    packed = None if is_plain else _packed_positions(given, tokens)
+    if packed is not None:
+        return ForwardInfo(tokens.shape[0], tokens.shape[1], packed=packed)
     return ForwardInfo(
         batch=tokens.shape[0],
         n_new=tokens.shape[1],
@@ -162,6 +233,22 @@ def read_pass(
     if info is not None:
         note_cached(names, args, kwargs, counts, info.past + info.n_new)
     return info
+
+
+def _packed_positions(given: Mapping[str, Any], tokens: Tensor) -> Tensor | None:
+    """Where each token is in its own sequence `[1, pos]`, if the row is made of several (continuous
+    batching, padding-free training); None for a row of one."""
+    index = given.get("position_ids")
+    if not isinstance(index, Tensor) or index.shape != tokens.shape[:2] or tokens.shape[0] != 1:
+        return None
+    if given.get("cu_seq_lens_q") is None and bool((index[:, 1:] == index[:, :-1] + 1).all()):
+        return None
+    return index
+
+
+def find_cache(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The cache among a decoder's arguments; None if there is none."""
+    return _find_cache({**dict(zip(names, args, strict=False)), **kwargs})
 
 
 def _find_cache(given: Mapping[str, Any]) -> Any:
@@ -224,7 +311,7 @@ def is_stand_in(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def watch_generate(objects: Sequence[Any], observer: Observer) -> Iterator[None]:
+def watch_generate(objects: Sequence[Any], observer: Observer, *, scope: Scope) -> Iterator[None]:
     """Report the beginning and end of every `generate` call on `objects` to `observer`.
 
     By their shapes, uncached generation and one-token prompts look like a series of unrelated
@@ -232,48 +319,85 @@ def watch_generate(objects: Sequence[Any], observer: Observer) -> Iterator[None]
     as somebody watches."""
     with ExitStack() as stack:
         for obj in objects:
-            for name in GENERATE_NAMES:
+            for name in (*GENERATE_NAMES, *PACKED_NAMES):
                 if callable(getattr(type(obj), name, None)):
-                    stack.enter_context(_observed_calls(obj, name, observer))
+                    stack.enter_context(_observed_calls(obj, name, observer, scope))
         yield
-
-
-_OBSERVERS = "_expertsteer_observers"
 
 
 @contextmanager
-def _observed_calls(obj: Any, name: str, observer: Observer) -> Iterator[None]:
-    current = obj.__dict__.get(name)
-    if current is None or not hasattr(current, _OBSERVERS):
-        wrapper = _wrap_calls(obj, name, current)
-        obj.__dict__[name] = wrapper
-        current = wrapper
-    observers: list[Observer] = getattr(current, _OBSERVERS)
-    observers.append(observer)
+def _observed_calls(obj: Any, name: str, observer: Observer, scope: Scope) -> Iterator[None]:
+    with CHANGING_HOOKS:
+        current = obj.__dict__.get(name)
+        if not isinstance(current, _ObservedCall):
+            current = _ObservedCall(obj, name, current)
+            obj.__dict__[name] = current
+        entry = (observer, scope)
+        current.observers.append(entry)
     try:
         yield
     finally:
-        observers[:] = [o for o in observers if o is not observer]
-        # If somebody wrapped ours meanwhile, it stays inside theirs and merely passes calls on.
-        if not observers and obj.__dict__.get(name) is current:
-            previous = current.__wrapped_instance_attribute__
-            if previous is None:
-                del obj.__dict__[name]
-            else:
-                obj.__dict__[name] = previous
+        with CHANGING_HOOKS:
+            current.observers[:] = [one for one in current.observers if one is not entry]
+            # If somebody wrapped ours meanwhile, it stays inside theirs and merely passes calls on.
+            if not current.observers and obj.__dict__.get(name) is current:
+                if current.previous is None:
+                    del obj.__dict__[name]
+                else:
+                    obj.__dict__[name] = current.previous
 
 
-def _wrap_calls(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any:
-    original = previous if previous is not None else getattr(type(obj), name).__get__(obj)
-    observers: list[Observer] = []
+class _ObservedCall:
+    """A method of one object, on that object, that tells observers when it is called and when that
+    ends."""
 
-    # Only transformers' own generate runs its prompt in chunks, or with an assistant's guesses.
-    reads_prompt = name == "generate" and hasattr(type(obj), "prepare_inputs_for_generation")
+    def __init__(self, obj: Any, name: str, previous: Callable[..., Any] | None) -> None:
+        self.previous = previous
+        self.observers: list[tuple[Observer, Scope]] = []
+        self._obj, self._name = obj, name
+        method = getattr(type(obj), name)
+        self.__wrapped__ = method if previous is None else previous
+        self.__doc__, self.__name__ = method.__doc__, name
+        self.__signature__ = inspect.signature(getattr(obj, name))
+        # Only transformers' own generate runs its prompt in chunks, or with an assistant's guesses.
+        self._reads_prompt = name == "generate" and hasattr(
+            type(obj), "prepare_inputs_for_generation"
+        )
+        self._yields = inspect.isgeneratorfunction(inspect.unwrap(self.__wrapped__))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        if self._yields:
+            return self._items(args, kwargs)
+        with self._noting(args, kwargs):
+            return self._call(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """On a copy of the object nothing is watched: there it is the copy's own method."""
+        copied = memo.get(id(self._obj))
+        if self.previous is not None or copied is None:
+            return self.previous
+        return types.MethodType(getattr(type(copied), self._name), copied)
+
+    def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return getattr(type(self._obj), self._name)(self._obj, *args, **kwargs)
+
+    def _items(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        with self._noting(args, kwargs):
+            yield from self._call(args, kwargs)
 
     @contextlib.contextmanager
-    def noting(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        watching = list(observers)  # those who were there when the call began hear of its end
-        prompt = prompt_mask(args, kwargs) if reads_prompt else None
+    def _noting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        # Those who were there when the call began hear of its end.
+        watching = [observer for observer, scope in self.observers if scope()]
+        if self._name in PACKED_NAMES:
+            for observer in watching:
+                observer.on_packed(kwargs)
+            yield
+            return
+        prompt = prompt_mask(args, kwargs) if self._reads_prompt else None
         for observer in watching:
             observer.on_generate(True, prompt)
         try:
@@ -281,20 +405,3 @@ def _wrap_calls(obj: Any, name: str, previous: Callable[..., Any] | None) -> Any
         finally:
             for observer in watching:
                 observer.on_generate(False)
-
-    if inspect.isgeneratorfunction(inspect.unwrap(original)):
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with noting(args, kwargs):
-                yield from original(*args, **kwargs)
-    else:
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with noting(args, kwargs):
-                return original(*args, **kwargs)
-
-    call.__dict__[_OBSERVERS] = observers
-    call.__dict__["__wrapped_instance_attribute__"] = previous
-    return call

@@ -20,6 +20,7 @@ from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import is_measured, measuring, watch_causal_module, watch_generate
+from .scope import Scope, scope_or_new
 
 
 class TransformerLensHost(Host):
@@ -89,24 +90,29 @@ class TransformerLensHost(Host):
         )
         return out
 
-    def intervene(self, fns: Mapping[str, EditFn]) -> AbstractContextManager[HookPoints]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> AbstractContextManager[HookPoints]:
         """Put each function at its hook point, in order; names are resolved before anything is
         registered."""
         self.check_hook_names(list(fns))
-        return functions_at(self.model, {name: guarded(name, fn) for name, fn in fns.items()})
+        checked = {name: guarded(name, fn) for name, fn in fns.items()}
+        return functions_at(self.model, checked, scope=scope)
 
     @contextmanager
-    def watch(self, observer: Observer) -> Iterator[None]:
+    def watch(self, observer: Observer, *, scope: Scope | None = None) -> Iterator[None]:
         """Tell `observer` about every forward pass and every generate call, until the end of the
         block."""
         inner = _underlying(self.model)
         with ExitStack() as stack:
+            acts = stack.enter_context(scope_or_new(scope))
             if inner is not None:
-                stack.enter_context(watch_causal_module(self._watched(), observer, root=inner))
-                stack.enter_context(watch_generate([self.model, inner], observer))
+                decoder = self._watched()
+                stack.enter_context(watch_causal_module(decoder, observer, root=inner, scope=acts))
+                stack.enter_context(watch_generate([self.model, inner], observer, scope=acts))
             else:
-                stack.enter_context(_watch_blocks(self.model, observer))
-                stack.enter_context(watch_generate([self.model], observer))
+                stack.enter_context(_watch_blocks(self.model, observer, acts))
+                stack.enter_context(watch_generate([self.model], observer, scope=acts))
             yield
 
     @contextmanager
@@ -150,7 +156,7 @@ def _underlying(model: Any) -> nn.Module | None:
 
 
 @contextmanager
-def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
+def _watch_blocks(model: Any, observer: Observer, scope: Scope) -> Iterator[None]:
     """HookedTransformer calls its own `forward` without hooks, so the pass is read off the calls of
     its blocks.
 
@@ -170,6 +176,9 @@ def _watch_blocks(model: Any, observer: Observer) -> Iterator[None]:
                 return
             starts, last = index <= last[0] or residual.shape != last[1], (index, residual.shape)
             if not starts or is_measured(model):
+                return
+            if not scope():
+                scope.n_elsewhere += 1
                 return
             entry = kwargs.get("past_kv_cache_entry")
             tokens = ids[0] if ids[0] is not None and ids[0].shape == residual.shape[:2] else None

@@ -7,7 +7,7 @@ whatever the padding side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -90,6 +90,10 @@ def positions_from_json(value: Any) -> Positions:
     return check_positions(value)
 
 
+class SequenceToken:
+    """Stands for one sequence of tokens: the one that is in a cache."""
+
+
 class ForwardInfo:
     """What a host knows about one forward pass before the first block runs.
 
@@ -105,6 +109,10 @@ class ForwardInfo:
         input_ids: `[batch, n_new]`, when the host can see them.
         opaque_mask: a mask was given, but in a form that does not say which tokens are padding
             (four axes, or one per kind of layer).
+        packed: where each token is in its own sequence `[1, n_new]`, where the row is made of
+            several sequences.
+        sequence: stands for the sequence in the cache of this pass; None where that is not known.
+        fills_cache: whether the pass begins a sequence in an empty cache.
     """
 
     def __init__(
@@ -115,6 +123,7 @@ class ForwardInfo:
         attention_mask: Tensor | None = None,
         input_ids: Int[Tensor, "batch new"] | None = None,
         opaque_mask: bool = False,
+        packed: Int[Tensor, "batch new"] | None = None,
     ) -> None:
         self.batch = batch
         self.n_new = n_new
@@ -122,10 +131,15 @@ class ForwardInfo:
         self.attention_mask = attention_mask
         self.input_ids = input_ids
         self.opaque_mask = opaque_mask
+        self.packed = packed
+        self.sequence: SequenceToken | None = None
+        self.fills_cache = False
 
     def with_mask(self, attention_mask: Tensor) -> ForwardInfo:
         """The same pass with a mask that does say which tokens are padding."""
-        return ForwardInfo(self.batch, self.n_new, self.past, attention_mask, self.input_ids)
+        same = ForwardInfo(self.batch, self.n_new, self.past, attention_mask, self.input_ids)
+        same.sequence, same.fills_cache = self.sequence, self.fills_cache
+        return same
 
 
 class Step:
@@ -141,6 +155,8 @@ class Step:
         guessed_prompt: whether this pass shows that the first pass of the generation need not have
             been the prompt: it adds several tokens to a cache, as a prompt run in chunks does, or
             decoding with an assistant, and nobody said how long the prompt is.
+        packed: whether the row is made of several sequences, whose prompts nobody knows.
+        memory: kept with the sequence from pass to pass, for whoever wants to.
     """
 
     def __init__(
@@ -150,7 +166,11 @@ class Step:
         real: Bool[Tensor, "batch total"],
         continues: bool = False,
         guessed_prompt: bool = False,
+        packed: bool = False,
+        memory: dict[Any, Any] | None = None,
     ) -> None:
+        self.packed = packed
+        self.memory: dict[Any, Any] = {} if memory is None else memory
         self.index = index
         self.prompt_lengths = prompt_lengths
         self.real = real
@@ -165,6 +185,8 @@ class Step:
             InterventionError: a callable returns a wrong shape, or is not causal while text is
                 generated; or the rule depends on where the prompt ends and that cannot be known.
         """
+        if self.packed and (callable(positions) or needs_prompt_length(positions)):
+            raise InterventionError(packed_refusal(positions))
         if self.guessed_prompt and needs_prompt_length(positions):
             raise InterventionError(
                 f"positions={positions!r} depends on where the prompt ends, and several tokens on "
@@ -251,6 +273,16 @@ class Step:
         return full[:, -self.index.shape[1] :]
 
 
+def packed_refusal(positions: Positions) -> str:
+    """Why this rule cannot be followed where several sequences stand in one row."""
+    return (
+        f"positions={positions!r} depends on the prompt or on the whole sequence, but the row is "
+        "made of several sequences (continuous batching, or padding-free packing), which does not "
+        "say where each prompt ends; use positions='all' or non-negative positions, or generate "
+        "with model.generate, whose batches are exact."
+    )
+
+
 def needs_prompt_length(positions: Positions) -> bool:
     """Whether the tokens a rule selects depend on where the prompt ends."""
     if isinstance(positions, str):
@@ -262,13 +294,46 @@ def needs_prompt_length(positions: Positions) -> bool:
     return any(p < 0 for p in ([positions] if isinstance(positions, int) else positions))
 
 
+class SequenceState:
+    """What is known of a sequence after its latest pass.
+
+    Attributes:
+        real: its real tokens `[batch, total]`.
+        lengths: of them, how many are prompt in each row.
+        ids: those of its first pass, `[batch, n]`; None where they cannot be seen.
+        prompt: the mask of that `[batch, pos]`; None where it did not.
+        memory: see `Step`.
+    """
+
+    def __init__(
+        self, real: Tensor, lengths: Tensor, ids: Tensor | None, prompt: Tensor | None
+    ) -> None:
+        self.real = real
+        self.lengths = lengths
+        self.ids = ids
+        self.prompt = prompt
+        self.memory: dict[Any, Any] = {}
+
+
+class GenerateCall:
+    """One generate call that is open: the mask of its prompt `[rows, pos]`, if it says; whether no
+    pass was seen since it began; and the sequences seen in it, the latest last."""
+
+    def __init__(self, prompt: Tensor | None) -> None:
+        self.prompt = None if prompt is None else prompt.bool()
+        self.is_fresh = True
+        self.seen: list[SequenceState] = []
+
+
 class PositionClock:
     """Places every forward pass in its sequence.
 
     What counts as the prompt, in this order: `prompt_lengths` if given; inside a `generate` call
     the tokens that the call was given, if it can be seen, else those of its first pass; otherwise
     every token of a pass that starts a sequence. A pass on top of a cache belongs to the sequence
-    before it: one new token counts as generated, several as more prompt.
+    in that cache, where the host says which; else to the one before it. One new token counts as
+    generated, several as more prompt. Several sequences may take turns, in one generate call too
+    (guidance runs a second one, whose prompt is the negative one).
 
     Example:
         >>> clock = PositionClock()
@@ -279,7 +344,18 @@ class PositionClock:
         (tensor([[3]]), tensor([[True]]), tensor([[False]]))
     """
 
-    def __init__(self, prompt_lengths: int | Sequence[int] | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        sequences: MutableMapping[SequenceToken, SequenceState] | None = None,
+    ) -> None:
+        """Start with nothing known.
+
+        Args:
+            prompt_lengths: see above.
+            sequences: where sequences are kept by what stands for them, if several clocks share
+                them (one for each thread).
+        """
         self._given_lengths = (
             None if prompt_lengths is None else torch.as_tensor(prompt_lengths, dtype=torch.long)
         )
@@ -289,21 +365,20 @@ class PositionClock:
             raise ArgumentError(
                 f"prompt_lengths must be a positive int or one per row, got {prompt_lengths!r}."
             )
-        # How many generate calls are open, one inside the other.
-        self._depth = 0
-        # Of the generate call that is open: the mask of the prompt it was given `[rows, pos]`; None
-        # where it does not say, and outside of generate calls.
-        self._call_prompt: Tensor | None = None
-        # Whether no pass was seen since the generate call began (or ended): the next one starts a
-        # sequence.
-        self._is_fresh = True
-        # Of the last pass: the real tokens `[batch, total]`, and the prompt's length in each row.
-        self._real: Tensor | None = None
-        self._lengths: Tensor | None = None
+        # Generate calls that are open, the innermost last.
+        self._calls: list[GenerateCall] = []
+        self._sequences = {} if sequences is None else sequences
+        # The sequence of the latest pass.
+        self._latest: SequenceState | None = None
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether a generate call is open."""
+        return bool(self._calls)
 
     def generation(self, entering: bool, prompt: Tensor | None = None) -> None:
         """Note that a `generate` call begins or ends; calls may nest (a host's own generate may
-        call another's).
+        call another's, an assistant's stands inside).
 
         Args:
             entering: begins, or ends.
@@ -311,13 +386,14 @@ class PositionClock:
                 pass need not be the prompt: it may be a chunk of it, or hold an assistant's guesses
                 too. Rows may be repeated (beams).
         """
-        if self._depth == 0:
-            self._is_fresh, self._call_prompt = True, None
-        if entering and self._is_fresh and prompt is not None:
-            self._call_prompt = prompt.bool()  # the innermost call knows best what is run
-        self._depth = max(0, self._depth + (1 if entering else -1))
-        if self._depth == 0:
-            self._call_prompt = None
+        if entering:
+            self._calls.append(GenerateCall(prompt))
+        elif self._calls:
+            ended = self._calls.pop()
+            outer = self._calls[-1] if self._calls else None
+            if outer is not None and outer.prompt is None and outer.is_fresh:
+                # It only passed its own text on: what is known of that is known of it.
+                outer.prompt, outer.is_fresh, outer.seen = ended.prompt, ended.is_fresh, ended.seen
 
     def observe(self, info: ForwardInfo) -> Step:
         """Place one forward pass.
@@ -326,28 +402,39 @@ class PositionClock:
             ArgumentError: `prompt_lengths` has another number of rows than the batch.
             DataError: the attention mask does not cover the tokens.
         """
+        if info.packed is not None:
+            return Step(
+                info.packed, torch.zeros(1, dtype=torch.long), info.packed >= 0, packed=True
+            )
+        call = self._calls[-1] if self._calls else None
+        begins_call = call is not None and call.is_fresh
         # 1. A generate call may be given new tokens only, to go on from a cache that was filled
         #    before. What it was given is then not the whole prompt: forget it, and count instead.
-        prompt = self._call_prompt
-        if self._is_fresh and prompt is not None and info.past > 0:
-            covers_everything = prompt.shape[1] >= info.past + info.n_new
-            self._call_prompt = prompt if covers_everything else None
+        if call is not None and begins_call and call.prompt is not None and info.past > 0:
+            covers_everything = call.prompt.shape[1] >= info.past + info.n_new
+            call.prompt = call.prompt if covers_everything else None
 
-        # 2. Which tokens are real: in this pass, and in everything that is cached.
-        real = self._real_tokens(info)
+        # 2. Which sequence is it? And does the pass go on with it, or start it anew?
+        before = self._sequence_of(info)
+        prompt = self.prompt_rows(info.batch) if begins_call else None
+        if before is not None and not begins_call:
+            prompt = before.prompt
+
+        # 3. Which tokens are real: in this pass, and in everything that is cached.
+        real = self._real_tokens(info, before, prompt)
         totals = real.sum(1)
-
-        # 3. Does the pass go on with the sequence of the pass before it, or start a new one?
-        continues = self._continues(info, totals)
+        continues = before is not None and self._continues(info, before, totals)
 
         # 4. The pass that starts a sequence says where its prompt ends; later ones keep to that.
-        if not continues:
-            self._lengths = self._prompt_tokens(info, real)
-        self._is_fresh = False
-        self._real = real
-        lengths = totals if self._lengths is None else self._lengths
-        if self._given_lengths is not None:
-            lengths = self._given_for(info.batch)
+        if before is not None and continues:
+            state = before
+            state.real = real
+        else:
+            prompt = prompt if begins_call else None
+            lengths = totals if prompt is None else _tokens_of_prompt(prompt, real)
+            state = SequenceState(real, lengths, info.input_ids if info.past == 0 else None, prompt)
+        self._keep(info, state, call)
+        lengths = state.lengths if self._given_lengths is None else self._given_for(info.batch)
 
         # 5. Real tokens are numbered along the whole sequence; this pass is its last columns.
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
@@ -355,43 +442,64 @@ class PositionClock:
         # 6. Several tokens on top of a cache, in the middle of a generation: the prompt may have
         #    been cut into chunks, so the first pass did not show where it ends.
         adds_several = continues and info.past > 0 and info.n_new > 1
-        guessed = adds_several and self._given_lengths is None and self._call_prompt is None
-        return Step(index, lengths.to(real.device), real, continues, guessed)
+        guessed = adds_several and self._given_lengths is None and state.prompt is None
+        return Step(index, lengths.to(real.device), real, continues, guessed, memory=state.memory)
 
-    def _continues(self, info: ForwardInfo, totals: Tensor) -> bool:
-        """Whether a pass goes on with the sequence of the pass before it."""
-        # Another number of rows is another batch.
-        if self._lengths is None or self._lengths.shape[0] != info.batch:
-            return False
-        if not self._depth:
+    def _keep(self, info: ForwardInfo, state: SequenceState, call: GenerateCall | None) -> None:
+        self._latest = state
+        if info.sequence is not None:
+            self._sequences[info.sequence] = state
+        if call is not None:
+            call.is_fresh = False
+            call.seen = [one for one in call.seen if one is not state] + [state]
+
+    def _sequence_of(self, info: ForwardInfo) -> SequenceState | None:
+        """The sequence that the pass may go on with."""
+        if info.sequence is not None and info.sequence in self._sequences:
+            found = self._sequences[info.sequence]
+            return found if found.real.shape[0] == info.batch else None
+        if info.fills_cache:
+            return None
+        call = self._calls[-1] if self._calls else None
+        if call is None:
+            latest = self._latest
+            known = latest is not None and latest.real.shape[0] == info.batch
+            return latest if known and info.past > 0 else None
+        here = [one for one in reversed(call.seen) if one.real.shape[0] == info.batch]
+        if call.is_fresh:
+            here = [] if self._latest is None or info.past == 0 else [self._latest]
+            return next((one for one in here if one.real.shape[0] == info.batch), None)
+        if info.past > 0:
+            exact = [one for one in here if one.real.shape[1] == info.past]
+            return next(iter(exact or here), None)
+        # Without a cache the whole sequence is run anew at each step: one that begins with the same
+        # prompt. Of several, the one that has grown by a token, and waited longest.
+        same = [one for one in here if _begins_alike(one.ids, info.input_ids)]
+        grown = [one for one in same if one.real.shape[1] + 1 == info.n_new]
+        return next(reversed(grown), next(iter(same), None))
+
+    def _continues(self, info: ForwardInfo, before: SequenceState, totals: Tensor) -> bool:
+        """Whether a pass goes on with its sequence, rather than starting it anew."""
+        if not self._calls:
             # Outside of generate calls only the cache can tell. One token on top of it is a decode
             # step; several are taken as more of a prompt, so the prompt ends behind them.
             return info.past > 0 and info.n_new == 1
-        if self._is_fresh:
+        if self._calls[-1].is_fresh:
             return False
-        # Inside of a generate call every pass goes on with it, also without a cache, where the
-        # whole sequence is run anew at each step. The exception: a sequence without a cache that
-        # is shorter than the prompt was cannot be a later step; somebody ran another text.
+        # Inside of a generate call every pass goes on with it, also without a cache. The exception:
+        # a sequence without a cache that is shorter than the prompt was cannot be a later step;
+        # somebody ran another text.
         if info.past > 0:
             return True
-        return not bool((totals < self._lengths.to(totals.device)).any())
-
-    def _prompt_tokens(self, info: ForwardInfo, real: Tensor) -> Tensor:
-        """Real tokens of each row's prompt, in a pass that starts a sequence."""
-        prompt = self.prompt_rows(info.batch)
-        if prompt is None:
-            return real.sum(1)
-        # The pass may be shorter than the prompt (a chunk of it) or longer (an assistant's guesses
-        # behind it): count what it shows of the prompt, and the part of the prompt still to come.
-        seen = min(real.shape[1], prompt.shape[1])
-        return real[:, :seen].sum(1) + prompt[:, seen:].to(real.device).sum(1)
+        return not bool((totals < before.lengths.to(totals.device)).any())
 
     def prompt_rows(self, batch: int) -> Tensor | None:
         """The mask of the prompt that the open generate call was given, a row for each row of the
         batch (beams repeat the rows of their prompt); None if it does not say."""
-        if self._call_prompt is None or batch % self._call_prompt.shape[0]:
+        prompt = self._calls[-1].prompt if self._calls else None
+        if prompt is None or batch % prompt.shape[0]:
             return None
-        return self._call_prompt.repeat_interleave(batch // self._call_prompt.shape[0], dim=0)
+        return prompt.repeat_interleave(batch // prompt.shape[0], dim=0)
 
     def _given_for(self, batch: int) -> Tensor:
         lengths = self._given_lengths
@@ -402,15 +510,17 @@ class PositionClock:
             )
         return lengths.expand(batch)
 
-    def _real_tokens(self, info: ForwardInfo) -> Tensor:
+    def _real_tokens(
+        self, info: ForwardInfo, before: SequenceState | None, prompt: Tensor | None
+    ) -> Tensor:
         """Which tokens of the whole sequence so far are no padding, `[batch, past + n_new]`."""
         total = info.past + info.n_new
         mask = info.attention_mask
         if mask is not None and mask.ndim == 2:
             if mask.shape == (info.batch, total):
                 return mask.bool()  # the usual case: the mask covers the cached tokens too
-            if mask.shape == (info.batch, info.n_new):
-                return self._after_cached(info, mask.bool())  # it covers the new tokens only
+            if mask.shape == (info.batch, info.n_new):  # it covers the new tokens only
+                return self._after_cached(info, before, mask.bool())
         if mask is not None:
             cache_lost = mask.ndim == 2 and info.past == 0 and mask.shape[1] > total
             hint = (
@@ -423,26 +533,41 @@ class PositionClock:
                 f"attention_mask must have shape {(info.batch, total)} (cached tokens included), "
                 f"got {tuple(mask.shape)}{hint}."
             )
-        prompt = self.prompt_rows(info.batch)
-        if (
-            prompt is not None
-        ):  # the generate call knows the padding of its prompt; all else is text
+        if prompt is not None:
+            # The generate call knows the padding of its prompt; all else is text.
             n_rest = max(0, total - prompt.shape[1])
             rest = torch.ones(info.batch, n_rest, dtype=torch.bool, device=prompt.device)
             return torch.cat([prompt[:, :total], rest], dim=1)
         device = None if info.input_ids is None else info.input_ids.device
         new = torch.ones(info.batch, info.n_new, dtype=torch.bool, device=device)
-        return self._after_cached(info, new)
+        return self._after_cached(info, before, new)
 
-    def _after_cached(self, info: ForwardInfo, new: Tensor) -> Tensor:
-        """The new tokens behind those in the cache, whose padding the pass before it has shown."""
+    def _after_cached(self, info: ForwardInfo, before: SequenceState | None, new: Tensor) -> Tensor:
+        """The new tokens behind those in the cache, whose padding the passes before have shown."""
         if info.past == 0:
             return new
-        shape = (info.batch, info.past)
-        before = self._real if self._real is not None and self._real.shape == shape else None
-        if before is None:
-            before = torch.ones(shape, dtype=torch.bool)
-        return torch.cat([before.to(new.device), new], dim=1)
+        if before is not None and before.real.shape[1] >= info.past:
+            cached = before.real[:, : info.past]  # a cache may have been cut back
+        else:
+            cached = torch.ones((info.batch, info.past), dtype=torch.bool)
+        return torch.cat([cached.to(new.device), new], dim=1)
+
+
+def _tokens_of_prompt(prompt: Tensor, real: Tensor) -> Tensor:
+    """Real tokens of each row's prompt. The pass that starts a sequence may be shorter than the
+    prompt (a chunk of it) or longer (an assistant's guesses behind it): count what it shows of the
+    prompt, and the part of the prompt still to come."""
+    seen = min(real.shape[1], prompt.shape[1])
+    return real[:, :seen].sum(1) + prompt[:, seen:].to(real.device).sum(1)
+
+
+def _begins_alike(first: Tensor | None, ids: Tensor | None) -> bool:
+    """Whether a sequence without a cache can be a later step of the one that began with `first`;
+    True where ids cannot be seen."""
+    if first is None or ids is None:
+        return True
+    n = first.shape[1]
+    return ids.shape[1] >= n and bool((ids[:, :n] == first.to(ids.device)).all())
 
 
 class PassTokens:

@@ -142,9 +142,32 @@ def check_present(lost: list[str]) -> None:
         )
 
 
-def check_outcome(report: RunReport, lost: list[str], *, model: str, positions: Positions) -> None:
+def check_overflow(hook_name: str, before: Tensor, after: Tensor) -> None:
+    """Raise `InterventionError` if an edit made float16 activations infinite (above 65504) that
+    were not so before; the tokens after that would be NaN."""
+    if bool((before.isfinite() & ~after.isfinite()).any()):
+        raise InterventionError(
+            f"steering at {hook_name!r} takes float16 activations above 65504, the largest number "
+            "that float16 holds; use a smaller coefficient, or run the model in bfloat16."
+        )
+
+
+def check_outcome(
+    report: RunReport,
+    lost: list[str],
+    *,
+    model: str,
+    positions: Positions,
+    n_elsewhere: int = 0,
+) -> None:
     """Raise `InterventionError` if steering did not happen where it should have."""
     check_present(lost)
+    if report.n_forwards == 0 and not any(report.n_fired.values()) and n_elsewhere:
+        raise InterventionError(
+            f"the model {model!r} was run {n_elsewhere} times inside the block, but by threads or "
+            "tasks that were not started in it, which are not steered; open the block where the "
+            "model is run, or use plan.attach(model), which steers every thread."
+        )
     if report.n_forwards == 0 and not any(report.n_fired.values()):
         raise InterventionError(
             f"the model {model!r} was not run inside the block, so nothing was steered; run the "

@@ -423,6 +423,9 @@ class SteeringPlan:
     ) -> AbstractContextManager[RunReport]:
         """Steer `model` inside the block: every forward pass and every generate call, on any host.
 
+        The block belongs to the thread (or asyncio task) that opens it, and to threads started in
+        it. Other threads run the model unsteered meanwhile, or with plans of their own.
+
         Args:
             model: the target, any model `as_host` accepts.
             allow_mismatch: use the plan on a model other than the one it was made for.
@@ -445,15 +448,16 @@ class SteeringPlan:
         return self._start(model, allow_mismatch, prompt_lengths, row_coefficients).run()
 
     def attach(self, model: Any, *, allow_mismatch: bool = False) -> SteeringHandle:
-        """Steer `model` until `.remove()` is called on the handle returned. Nothing is checked at
-        the end.
+        """Steer `model`, in every thread, until `.remove()` is called on the handle returned.
+        Nothing is checked at the end. Where some requests of a server are steered and others not,
+        open `hooks` in the thread of each steered request instead.
 
         The model owns the steering, as it owns torch hooks: it goes on if the handle is dropped,
         until `expertsteer_lens.steer.detach(model)`, and is gone with the model.
 
         If somebody removes the hooks meanwhile (`reset_hooks`), the next pass of the model is an
         `InterventionError`, before its first block, until `.remove()`."""
-        return SteeringHandle(self._start(model, allow_mismatch))
+        return SteeringHandle(self._start(model, allow_mismatch, everywhere=True))
 
     def fwd_hooks(
         self,
@@ -548,6 +552,7 @@ class SteeringPlan:
         allow_mismatch: bool,
         prompt_lengths: int | Sequence[int] | Tensor | None = None,
         row_coefficients: Sequence[float] | Tensor | None = None,
+        everywhere: bool = False,
     ) -> PlanRun:
         return PlanRun(
             self,
@@ -555,6 +560,7 @@ class SteeringPlan:
             allow_mismatch=allow_mismatch,
             prompt_lengths=prompt_lengths,
             row_coefficients=row_coefficients,
+            everywhere=everywhere,
         )
 
     @property

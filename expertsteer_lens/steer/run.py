@@ -3,8 +3,9 @@ happened."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,19 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, HookNameError, InterventionError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.scope import Scope
 from expertsteer_lens.interventions import edits
-from expertsteer_lens.interventions.positions import ForwardInfo, PassTokens, PositionClock
+from expertsteer_lens.interventions.positions import (
+    ForwardInfo,
+    PassTokens,
+    PositionClock,
+    SequenceState,
+    SequenceToken,
+    needs_prompt_length,
+    packed_refusal,
+)
 
-from .checks import check_model, check_outcome, check_padding, check_present
+from .checks import check_model, check_outcome, check_overflow, check_padding, check_present
 from .report import RunReport
 
 if TYPE_CHECKING:
@@ -41,10 +51,12 @@ class PlanRun:
         allow_mismatch: bool = False,
         prompt_lengths: int | Sequence[int] | Tensor | None = None,
         row_coefficients: Sequence[float] | Tensor | None = None,
+        everywhere: bool = False,
     ) -> None:
         self.plan = plan
         self.host = host
         self.report = RunReport()
+        self.scope = Scope(everywhere=everywhere)
         self._prompt_lengths = prompt_lengths
         self._row_coefficients = _check_rows(row_coefficients)
         host.check_ready()
@@ -56,13 +68,14 @@ class PlanRun:
         self._edits_everything = plan.positions == "all" and all(
             vector.gate is None for vector in plan.vectors
         )
-        # A bare list of functions has a clock per hook point (by its name); otherwise the passes
-        # of the model move one clock (None).
-        self._clocks: dict[str | None, PositionClock] = {}
-        # The pass that is running; None before the first.
-        self._pass: PassTokens | None = None
-        # What each gate lets through of it, `[batch, pos]` or `[batch, 1]`, by number of vector.
-        self._open_gates: dict[int, Tensor] = {}
+        # What was seen of each sequence, by what stands for it: a cache may go from one thread to
+        # another.
+        self._sequences: weakref.WeakKeyDictionary[SequenceToken, SequenceState] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._here = _Here()
+        # Several threads may count at once.
+        self._counting = threading.Lock()
         # The hooks, while they are on, and the handle that takes them off (see `SteeringHandle`).
         self._registration: Registration | None = None
         self.handle: SteeringHandle | None = None
@@ -76,14 +89,21 @@ class PlanRun:
         with self.installed() as registration:
             yield self.report
             lost = registration.lost()
-        check_outcome(self.report, lost, model=self.host.name, positions=self.plan.positions)
+        check_outcome(
+            self.report,
+            lost,
+            model=self.host.name,
+            positions=self.plan.positions,
+            n_elsewhere=self.scope.n_elsewhere,
+        )
 
     @contextmanager
     def installed(self) -> Iterator[Registration]:
         """Steer inside the block, without a check at its end."""
         with ExitStack() as stack:
-            registration = stack.enter_context(self.host.intervene(self.functions()))
-            stack.enter_context(self.host.watch(self))
+            scope = stack.enter_context(self.scope.opened())
+            registration = stack.enter_context(self.host.intervene(self.functions(), scope=scope))
+            stack.enter_context(self.host.watch(self, scope=scope))
             self._registration = registration
             stack.callback(setattr, self, "_registration", None)
             yield registration
@@ -98,11 +118,29 @@ class PlanRun:
         """See `Observer`."""
         self._clock(None).generation(entering, prompt)
 
+    def on_packed(self, options: Mapping[str, Any]) -> None:
+        """See `Observer`."""
+        rule = self.plan.positions
+        if callable(rule) or needs_prompt_length(rule):
+            raise InterventionError(packed_refusal(rule))
+        if any(v.gate is not None and v.gate.per == "row" for v in self.plan.vectors):
+            raise InterventionError(
+                "a gate per row decides at the last prompt token, which a row of several requests "
+                "does not show (continuous batching); gate per token, or use model.generate."
+            )
+        config = options.get("continuous_batching_config")
+        if self.host.device.type == "cuda" and getattr(config, "use_cuda_graph", None) is not False:
+            raise InterventionError(
+                "continuous batching on CUDA records graphs, which would run on without the hooks; "
+                "pass continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False)."
+            )
+
     def on_forward(self, info: ForwardInfo) -> None:
         """See `Observer`."""
         if self._registration is not None:  # before the first block: nothing runs half steered
             check_present(self._registration.lost(thorough=False))
-        self.report.n_forwards += 1
+        with self._counting:
+            self.report.n_forwards += 1
         if self.plan.positions != "all":
             check_padding(
                 info,
@@ -114,7 +152,12 @@ class PlanRun:
         self._place(info)
 
     def _clock(self, hook_name: str | None) -> PositionClock:
-        return self._clocks.setdefault(hook_name, PositionClock(self._prompt_lengths))
+        clocks = self._here.clocks
+        if hook_name not in clocks:
+            # The hook points of a bare list share no sequences: each sees every pass.
+            shared = self._sequences if hook_name is None else None
+            clocks[hook_name] = PositionClock(self._prompt_lengths, shared)
+        return clocks[hook_name]
 
     def _place(self, info: ForwardInfo, hook_name: str | None = None) -> PassTokens:
         """Work out which tokens of the pass are edited; `hook_name` in a bare list of functions,
@@ -123,9 +166,9 @@ class PlanRun:
         is_whole = given is None or given.shape == (info.batch, info.past + info.n_new)
         if self._edits_everything and is_whole and hook_name is None:
             mask = None if given is None else given[:, info.past :].bool()
-            self._pass = PassTokens(shape, mask)
-            return self._pass
+            return self._now(PassTokens(shape, mask))
         step = self._clock(hook_name).observe(info)
+        gates = self._here.gates if hook_name is not None else step.memory
         for i, vector in enumerate(self.plan.vectors):
             gate = vector.gate
             if gate is None or hook_name not in (None, gate.hook_name or vector.hook_name):
@@ -133,11 +176,15 @@ class PlanRun:
             # A decision of an earlier pass must not be taken for one of this pass; a decision per
             # row holds as long as its sequence.
             if gate.per == "token" or not step.continues:
-                self._open_gates.pop(i, None)
+                gates.pop(i, None)
+        self._here.gates = gates
         selects_all = self.plan.positions == "all" and given is None
         mask = None if selects_all else step.mask(self.plan.positions)
-        self._pass = PassTokens(shape, mask, step)
-        return self._pass
+        return self._now(PassTokens(shape, mask, step))
+
+    def _now(self, tokens: PassTokens) -> PassTokens:
+        self._here.tokens = tokens
+        return tokens
 
     # -- the functions at the hook points ---------------------------------------------------------
 
@@ -173,25 +220,28 @@ class PlanRun:
         adding = [self._edits[i] for i in acting if self.plan.vectors[i].coefficient != 0]
         if not only_adds or not adding:
             return general
-        fired = self.report.n_fired
+        fired, here, counting = self.report.n_fired, self._here, self._counting
         selected, edited = self.report._selected[name], self.report._edited[name]
-        dtype: torch.dtype | None = None
-        device: torch.device | None = None
-        deltas: tuple[Tensor, ...] = ()
+        ready: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
         def fn(x: Tensor) -> Tensor | None:
-            nonlocal dtype, device, deltas
-            shape, tokens = x.shape, self._pass
+            shape, tokens = x.shape, here.tokens
             if tokens is None or tokens.mask is not None or shape[:2] != tokens.shape:
                 return general(x)
-            if x.dtype is not dtype or x.device != device:
-                dtype, device, deltas = x.dtype, x.device, tuple(one.delta(x) for one in adding)
-            fired[name] += 1
+            dtype = x.dtype
+            deltas = ready.get((dtype, x.device))
+            if deltas is None:
+                deltas = ready[dtype, x.device] = tuple(one.delta(x) for one in adding)
             n = shape[0] * shape[1]
-            selected[0] += n
-            edited[0] += n * len(deltas)
+            with counting:
+                fired[name] += 1
+                selected[0] += n
+                edited[0] += n * len(deltas)
+            before = x
             for delta in deltas:
                 x = x + delta
+            if dtype is torch.float16:
+                check_overflow(name, before, x)
             return x
 
         return fn
@@ -206,31 +256,35 @@ class PlanRun:
                 self._read_gate(i, x, tokens)
             if not acting:
                 return None
-            self.report.n_fired[name] += 1
             tokens.mask_on(x.device)
-            _count(self.report._selected[name], tokens.n_selected(), x)
+            with self._counting:
+                self.report.n_fired[name] += 1
+                _count(self.report._selected[name], tokens.n_selected(), x)
             out = x
             for i in acting:
                 gate = self.plan.vectors[i].gate
                 if gate is not None and gate.hook_name in (None, name):
                     self._read_gate(i, out, tokens)
                 out = self._apply_vector(i, out, tokens)
+            if x.dtype is torch.float16 and out is not x:
+                check_overflow(name, x, out)
             return None if out is x else out
 
         return fn
 
     def _check_pass(self, name: str, x: Tensor) -> PassTokens:
-        if self._pass is None:
+        tokens = self._here.tokens
+        if tokens is None:
             raise InterventionError(
                 f"hook {name!r} fired in no pass of {self.host.name!r} that could be followed, so "
                 "the tokens cannot be told; run the whole model, not a part of it."
             )
-        if self._pass.shape != tuple(x.shape[:2]):
+        if tokens.shape != tuple(x.shape[:2]):
             raise InterventionError(
                 f"hook {name!r} carries {tuple(x.shape[:2])} tokens, but the pass has "
-                f"{self._pass.shape}; steer at a hook point that sees every token of the pass."
+                f"{tokens.shape}; steer at a hook point that sees every token of the pass."
             )
-        return self._pass
+        return tokens
 
     def _read_gate(self, i: int, x: Tensor, tokens: PassTokens) -> None:
         """Note which tokens gate `i` lets through, `[batch, pos]`; a decision per row is kept for
@@ -238,7 +292,8 @@ class PlanRun:
         gate, step = self.plan.vectors[i].gate, tokens.step
         assert gate is not None
         assert step is not None  # a plan with gates does not edit everything
-        if gate.per == "row" and step.continues and i in self._open_gates:
+        gates = self._here.gates
+        if gate.per == "row" and step.continues and i in gates:
             return
         opened = gate.is_open(edits.centre(edits.wide(x)) if self._centred else x)
         if gate.per == "row":
@@ -249,7 +304,7 @@ class PlanRun:
                     "start steering before the prompt is run."
                 )
             opened = (opened & deciding).any(dim=1, keepdim=True)
-        self._open_gates[i] = opened
+        gates[i] = opened
 
     def _apply_vector(self, i: int, x: Tensor, tokens: PassTokens) -> Tensor:
         vector, mask = self.plan.vectors[i], tokens.mask
@@ -257,14 +312,14 @@ class PlanRun:
             return x
         rows = self._rows_of(x)
         if vector.gate is not None:
-            if i not in self._open_gates:
+            if i not in self._here.gates:
                 raise InterventionError(
                     f"the gate of {vector.hook_name!r} was not reached in this pass "
                     f"({vector.gate}); run the model from its first layer, or gate at the vector's "
                     "own hook point."
                 )
             # The gate may have been read on another device.
-            opened = self._open_gates[i].to(x.device).expand(x.shape[:2])
+            opened = self._here.gates[i].to(x.device).expand(x.shape[:2])
             mask = opened if mask is None else mask & opened
         if rows is not None:
             on = (rows != 0)[:, None].expand(x.shape[:2])
@@ -277,7 +332,8 @@ class PlanRun:
             assert mask is not None
             n_edited = mask.sum()
         out = self._edits[i](x, mask, rows)
-        _count(self.report._edited[vector.hook_name], n_edited, x)
+        with self._counting:
+            _count(self.report._edited[vector.hook_name], n_edited, x)
         return out
 
     def _rows_of(self, x: Tensor) -> Tensor | None:
@@ -310,8 +366,7 @@ class PlanRun:
 
         def place(batch: int, n_new: int) -> PassTokens:
             if edits_everything:
-                self._pass = PassTokens((batch, n_new))
-                return self._pass
+                return self._now(PassTokens((batch, n_new)))
             cached = 0
             if n_new == 1 and last is not None and last.step is not None:
                 known = last.step.real
@@ -331,6 +386,19 @@ class PlanRun:
             return out
 
         return hook_fn
+
+
+class _Here(threading.local):
+    """Of each thread that runs the model: its clocks, the pass that is running, and what each gate
+    lets through of it, `[batch, pos]` or `[batch, 1]`, by number of vector.
+
+    A bare list of functions has a clock per hook point (by its name); otherwise the passes of the
+    model move one clock (None)."""
+
+    def __init__(self) -> None:
+        self.clocks: dict[str | None, PositionClock] = {}
+        self.tokens: PassTokens | None = None
+        self.gates: dict[Any, Any] = {}
 
 
 Steering = PlanRun

@@ -28,6 +28,7 @@ from expertsteer_lens.hosts.huggingface import (
 )
 from expertsteer_lens.hosts.parts import EditFn, Observer, TokenBatch, guarded
 from expertsteer_lens.hosts.pass_tracking import is_stand_in, parameter_names, read_pass
+from expertsteer_lens.hosts.scope import Scope, scope_or_new
 from expertsteer_lens.interventions.positions import ForwardInfo
 
 from . import remote as remotely
@@ -175,7 +176,8 @@ class NNsightHost(Host):
         rows = remotely.rows(
             self.model, options, places, positions, tokens=tokens, remote=self.remote
         )
-        return {name: self._in_basis(rows[name]) for name in names}
+        centred = self.basis == "centred"
+        return {name: self._in_basis(rows[name], centred) for name in names}
 
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
@@ -197,7 +199,9 @@ class NNsightHost(Host):
     # -- interventions ----------------------------------------------------------------------------
 
     @contextmanager
-    def intervene(self, fns: Mapping[str, EditFn]) -> Iterator[_Registered]:
+    def intervene(
+        self, fns: Mapping[str, EditFn], *, scope: Scope | None = None
+    ) -> Iterator[_Registered]:
         """An edit per hook point for traces, a torch hook for calls outside of them; removed
         exactly.
 
@@ -213,11 +217,12 @@ class NNsightHost(Host):
         workers = [
             runs.HookWorker(self.model, runs.one_call(*call)) for call in self._calls_at(checked)
         ]
-        outside = self._local().torch_hooks(
-            checked, active=lambda: not runs.run_in_progress(self.model)
-        )
-        with self._edited(workers) as edits, outside as hooks:
-            yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
+        with scope_or_new(scope) as acts:
+            outside = self._local().torch_hooks(
+                checked, active=lambda: acts() and not runs.run_in_progress(self.model)
+            )
+            with self._edited(workers) as edits, outside as hooks:
+                yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
 
     @staticmethod
     def _checked(fns: Mapping[str, EditFn]) -> dict[str, EditFn]:
@@ -241,14 +246,16 @@ class NNsightHost(Host):
                 stack.callback(discard_edit, self.model, edit)
             yield edits
 
-    def watch(self, observer: Observer) -> AbstractContextManager[None]:
+    def watch(
+        self, observer: Observer, *, scope: Scope | None = None
+    ) -> AbstractContextManager[None]:
         """See `Host.watch`: hooks on the wrapped module, which runs inside traces and outside."""
         if self.remote:
             raise HostError(
                 "a remote model cannot be watched from here; steer it with `handle = "
                 "plan.edit(model)`."
             )
-        return self._local().watch(observer)
+        return self._local().watch(observer, scope=scope)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
