@@ -1,0 +1,24 @@
+"""Executed notebooks without what changes at every run: `python tools/site/tidy_notebooks.py`."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def tidy(path: pathlib.Path) -> None:
+    """Drop the times of cells and of the kernel from one notebook."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        cell["metadata"].pop("execution", None)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        tidy(path)
