@@ -68,8 +68,7 @@ notebooks: $(VENV)/.done ## execute the notebooks
 
 notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs, figures as pictures (needs Chrome)
 	$(BIN)/pip install -q --disable-pip-version-check kaleido
-	PLOTLY_RENDERER=png TQDM_DISABLE=1 PYTHONWARNINGS="ignore:IProgress" \
-		$(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=600 notebooks
+	PLOTLY_RENDERER=png TQDM_DISABLE=1 $(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=600 notebooks
 	$(BIN)/python tools/site/tidy_notebooks.py
 
 site: $(VENV)/.done ## build the site into build/site; warnings are errors, every internal link is followed

@@ -18,7 +18,7 @@ def with_headings(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-class Examples(griffe.Extension):
+class Examples(griffe.Extension):  # type: ignore[misc]
     """Rewrites docstrings before they are parsed."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:

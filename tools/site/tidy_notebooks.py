@@ -1,4 +1,4 @@
-"""Executed notebooks without what changes at every run: `python tools/site/tidy_notebooks.py`."""
+"""Executed notebooks without what changes with the run and the machine: `python tools/site/tidy_notebooks.py`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def tidy(path: pathlib.Path) -> None:
-    """Drop the times of cells and of the kernel from one notebook."""
+    """Drop times, the kernel's version and a warning on progress bars from one notebook."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         cell["metadata"].pop("execution", None)
+        if cell["cell_type"] == "code":
+            kept = [o for o in cell["outputs"] if "TqdmWarning" not in "".join(o.get("text", ""))]
+            cell["outputs"] = kept  # a word on how bars are drawn, with the path of this machine
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook["metadata"] = {"kernelspec": kernel, "language_info": {"name": "python"}}
     text = json.dumps(notebook, indent=1, ensure_ascii=False)
