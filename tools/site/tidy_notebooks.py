@@ -1,4 +1,4 @@
-"""Executed notebooks without what changes with the run and the machine: `python tools/site/tidy_notebooks.py`."""
+"""Executed notebooks without what the run and the machine add: `tidy_notebooks.py`, no arguments."""
 
 from __future__ import annotations
 
