@@ -1,4 +1,4 @@
-"""Executed notebooks without what the run and the machine add: `tidy_notebooks.py`, no arguments."""
+"""Executed notebooks without what the run and the machine add; takes no arguments."""
 
 from __future__ import annotations
 
