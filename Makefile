@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest coverage test-tl3 check sdist notebooks notebooks-stored bench sizes clean
+.PHONY: help demo test doctest coverage test-tl3 check sdist notebooks notebooks-stored site bench sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,12 @@ notebooks: $(VENV)/.done ## execute the notebooks
 notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs, figures as pictures (needs Chrome)
 	$(BIN)/pip install -q --disable-pip-version-check kaleido
 	PLOTLY_RENDERER=png TQDM_DISABLE=1 $(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=600 notebooks
+	$(BIN)/python tools/site/tidy_notebooks.py
+
+site: $(VENV)/.done ## build the site into build/site; warnings are errors, every internal link is followed
+	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	$(BIN)/python tools/site/check_links.py build/site
 
 bench: $(VENV)/.done ## the offline benchmark and the speed benchmarks (installs xrfm)
 	$(BIN)/expertsteer-lens bench

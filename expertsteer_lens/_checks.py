@@ -166,3 +166,15 @@ def unknown_hook(hook_name: str, known: Collection[str], model: str) -> HookName
     near = difflib.get_close_matches(str(hook_name), list(known), n=1, cutoff=0.3)
     hint = f"; closest: {near[0]!r}" if near else ""
     return HookNameError(f"hook {hook_name!r} is not on this model ({model}){hint}.")
+
+
+WHY_NOTHING_HAPPENS = "docs/why_nothing_happens.md"
+
+
+def explained_at(heading: str) -> str:
+    """The end of a message about steering without effect: where that case is explained.
+
+    Args:
+        heading: anchor of a heading of the page `why_nothing_happens`.
+    """
+    return f" Explained in {WHY_NOTHING_HAPPENS}#{heading}."

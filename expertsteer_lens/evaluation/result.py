@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._checks import explained_at
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
@@ -183,12 +184,13 @@ class Evaluation:
                 f"The target cannot express this: its own direction reaches {ceiling.effect:+.2f} "
                 f"nats, no better than random directions ({mean:+.2f} ± {sd:.2f}, {n_floor} "
                 f"seeds); the plan's {plan.effect:+.2f} means nothing."
+                + explained_at("the-target-cannot")
             )
         measured = f"{plan.effect:+.2f} nats [{plan.low:+.2f}, {plan.high:+.2f}]"
         if above < 2 or plan.low <= mean:
             return (
                 f"Not distinguishable from chance: {measured} against {floor} ({above:.1f} sd); "
-                f"{cost}."
+                f"{cost}." + explained_at("no-better-than-chance")
             )
         share = ""
         if ceiling is not None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from expertsteer_lens._checks import explained_at
 from expertsteer_lens.data.activations import layer_of
 from expertsteer_lens.errors import (
     ArgumentError,
@@ -138,7 +139,7 @@ def check_present(lost: list[str]) -> None:
             f"steering at {lost} was removed while it was on (reset_hooks, clear_edits, or an SAE "
             "put on the hook point?); "
             "what runs since then is not steered. Install steering after that, or leave the hooks "
-            "alone until the block ends."
+            "alone until the block ends." + explained_at("hooks-removed")
         )
 
 
@@ -172,19 +173,19 @@ def check_outcome(
         raise InterventionError(
             f"the model {model!r} was not run inside the block, so nothing was steered; run the "
             "object given to hooks(), "
-            "or use plan.attach(model) for an open end."
+            "or use plan.attach(model) for an open end." + explained_at("not-run")
         )
     silent = [hook for hook, count in report.n_fired.items() if count == 0]
     if silent:
         raise InterventionError(
             f"steering at {silent} never fired in {report.n_forwards} forward passes of {model!r}; "
             "did every pass stop "
-            "before that layer (stop_at_layer)?"
+            "before that layer (stop_at_layer)?" + explained_at("never-fired")
         )
     untouched = [hook for hook, count in report.n_selected.items() if count == 0]
     if untouched:
         raise InterventionError(
             f"positions={positions!r} selected no token at {untouched} in {report.n_forwards} "
             "forward passes; positions "
-            "are absolute token positions, BOS included."
+            "are absolute token positions, BOS included." + explained_at("no-token-selected")
         )
