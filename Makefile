@@ -64,7 +64,7 @@ check: $(VENV)/.done ## lint, formatting and types
 	$(BIN)/mypy
 
 notebooks: $(VENV)/.done ## execute the notebooks
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load --nbmake --nbmake-timeout=900 notebooks
 
 notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs, figures as pictures (needs Chrome)
 	$(BIN)/pip install -q --disable-pip-version-check kaleido

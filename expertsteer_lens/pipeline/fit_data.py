@@ -170,8 +170,9 @@ def divide_texts(
         )
     if len(pairs) < 2:
         raise DataError(
-            f"pairs must hold at least 2 pairs, to learn a direction and check it, got {len(pairs)}; "
-            "give more, or have a model label unlabelled texts with what you have (label_texts)."
+            f"pairs must hold at least 2 pairs, to learn a direction and check it, got "
+            f"{len(pairs)}; give more, or have a model label unlabelled texts with what you have "
+            "(label_texts)."
         )
     if test_behaviour is not None and behaviour is None:
         raise ArgumentError(

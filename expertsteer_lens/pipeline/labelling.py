@@ -276,6 +276,7 @@ def _flattened(rows: Tensor, direction: Tensor, n_axes: int) -> tuple[Tensor, Te
     axes, shrink = axes[:n_axes], sizes[n_axes - 1] / sizes[:n_axes] - 1
 
     def shrunk(x: Tensor) -> Tensor:
-        return x + (x @ axes.T * shrink) @ axes
+        along: Tensor = (x @ axes.T * shrink) @ axes
+        return x + along
 
     return shrunk(rows), shrunk(direction)
