@@ -732,3 +732,20 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "expertsteer_lens", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"expertsteer-lens {esl.__version__}\n"
+
+
+def test_a_model_labels_a_file_of_texts(tmp_path):
+    pairs = esl.zoo.contrast_pairs()
+    few = {"positive": pairs.positive[0], "negative": pairs.negative[0]}
+    (tmp_path / "few.jsonl").write_text(json.dumps(few) + "\n", encoding="utf-8")
+    heap = pairs.texts[2:42]
+    (tmp_path / "heap.txt").write_text("\n".join(heap) + "\n", encoding="utf-8")
+    options = ("--pairs", tmp_path / "few.jsonl", "--texts", tmp_path / "heap.txt")
+    result = run("label", "--model", EXPERT, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "LabelledTexts(40 texts" in result.output
+    found = esl.ContrastPairs.from_jsonl(tmp_path / "out" / "pairs.jsonl")
+    good, bad = set(pairs.positive), set(pairs.negative)
+    right = [(p in good) + (n in bad) for p, n in zip(found.positive, found.negative, strict=True)]
+    assert sum(right) >= 0.9 * 2 * len(found)
+    assert len((tmp_path / "out" / "scores.csv").read_text("utf-8").splitlines()) == 41

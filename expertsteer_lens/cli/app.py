@@ -25,6 +25,7 @@ app = typer.Typer(
 for _command in (
     commands_fit.demo,
     commands_fit.capture,
+    commands_fit.label,
     commands_fit.fit,
     commands_plan.show,
     commands_plan.steer,

@@ -1,4 +1,4 @@
-"""Commands that fit: `demo`, `capture`, `fit`."""
+"""Commands that fit: `demo`, `capture`, `label`, `fit`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .io import (
     say,
     steered_texts,
     texts_to_fit,
+    write_pairs,
     write_results,
 )
 from .options import (
@@ -124,6 +125,38 @@ def capture(
     )
     say(repr(states))
     say(str(save(states, out).resolve()))
+
+
+def label(
+    model: Annotated[str, typer.Option(help="folder or hub id of the model that labels")],
+    pairs: Annotated[
+        Path, typer.Option(help="a few labelled pairs: JSON lines as for `fit --pairs`")
+    ],
+    texts: Annotated[
+        Path,
+        typer.Option(help="unlabelled texts, one a line (.jsonl: texts or lists of messages)"),
+    ],
+    models: ModelOptions,
+    flatten: Annotated[
+        int, typer.Option(help="leading axes of variation to shrink, see esl.label_texts")
+    ] = 1,
+    n_rounds: Annotated[int, typer.Option(help="rounds of self-training")] = 4,
+    out: Out = Path("labelled-texts"),
+) -> None:
+    """Have a model label unlabelled texts from a few labelled pairs: OUT/pairs.jsonl is for
+    `fit --pairs`, OUT/scores.csv holds every text with its score."""
+    from expertsteer_lens.data.contrast import ContrastPairs
+    from expertsteer_lens.pipeline import label_texts
+
+    few, heap = ContrastPairs.from_jsonl(pairs), read_texts(texts)
+    labelled = label_texts(
+        models.load(model), few, heap, n_rounds=n_rounds, flatten=flatten, progress=True
+    )
+    found = labelled.pairs()
+    out.mkdir(parents=True, exist_ok=True)
+    labelled.to_pandas().to_csv(out / "scores.csv", index=False)
+    write_pairs(out / "pairs.jsonl", found)
+    say(f"{labelled!r}\n{found!r}\n{out.resolve()}")
 
 
 def fit(

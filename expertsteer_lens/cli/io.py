@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from expertsteer_lens.data.chat import check_texts
+from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 
 if TYPE_CHECKING:
+    from expertsteer_lens.data.contrast import ContrastPairs
+
     from .options import ModelOptions, TextOptions
 
 console = Console(highlight=False)
@@ -110,6 +112,22 @@ def texts_to_fit(texts: TextOptions, seed: int) -> tuple[Any, Any]:
         raise DataError(
             f"{texts.pairs} is not UTF-8 text ({error.reason} at byte {error.start})."
         ) from error
+
+
+def write_pairs(path: Path, pairs: ContrastPairs) -> None:
+    """Contrast pairs as the JSON lines that `fit --pairs` reads."""
+    import pandas as pd
+
+    def plain(text: Text) -> Any:
+        if not isinstance(text, Chat):
+            return text
+        return [{"role": role, "content": said} for role, said in text.messages]
+
+    rows = [
+        {"positive": plain(p), "negative": plain(n)}
+        for p, n in zip(pairs.positive, pairs.negative, strict=True)
+    ]
+    pd.DataFrame(rows).to_json(path, orient="records", lines=True, force_ascii=False)
 
 
 def read_behaviour(path: Path) -> Any:
