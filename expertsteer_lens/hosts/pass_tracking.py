@@ -48,6 +48,7 @@ def watch_causal_module(
     that is in it, whatever ran between. Where the decoder is given its mask in a form that hides
     the padding, the mask is the one that the whole model, `root`, was given."""
     names = parameter_names(module)
+    measured_before = n_measuring(module)
     # Per thread, what is known of the pass that it runs: the mask of the root; the tokens and the
     # sequence.
     now = _PerThread()
@@ -60,7 +61,7 @@ def watch_causal_module(
 
     def enters(m: nn.Module, args: Any, kwargs: Any = None) -> None:
         now.pass_ = None
-        if kwargs is None or is_measured(module) or is_copy(m, module):
+        if kwargs is None or n_measuring(module) > measured_before or is_copy(m, module):
             return
         if not scope():
             scope.n_elsewhere += 1
@@ -88,7 +89,7 @@ def watch_causal_module(
     def leaves(m: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         # Noted at the end of the pass, so that two watchers of one pass read the same number at its
         # beginning and note the same number here.
-        if now.pass_ is None or output is None or is_measured(module) or is_copy(m, module):
+        if now.pass_ is None or output is None or n_measuring(module) > measured_before or is_copy(m, module):
             return
         total, sequence = now.pass_
         now.pass_ = None
@@ -159,9 +160,10 @@ def measuring(module: nn.Module) -> Iterator[None]:
         _MEASURED.reset(token)
 
 
-def is_measured(module: nn.Module) -> bool:
-    """Whether a pass of the module would be a measurement of our own; see `measuring`."""
-    return id(module) in _MEASURED.get()
+def n_measuring(module: nn.Module) -> int:
+    """How many `measuring` blocks of the module this thread is in. An observer takes no part in
+    passes of blocks that were opened after it; one that a measurement itself has put on does."""
+    return _MEASURED.get().count(id(module))
 
 
 def parameter_names(module: nn.Module) -> list[str]:

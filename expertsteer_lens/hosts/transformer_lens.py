@@ -19,7 +19,7 @@ from .base import Host
 from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import is_measured, measuring, watch_causal_module, watch_generate
+from .pass_tracking import measuring, n_measuring, watch_causal_module, watch_generate
 from .scope import Scope, scope_or_new
 
 
@@ -162,6 +162,7 @@ def _watch_blocks(model: Any, observer: Observer, scope: Scope) -> Iterator[None
 
     A pass is reported at the first block that runs: a block index that does not grow, or another
     shape, begins a new pass, so runs that start or stop at a layer are seen too."""
+    measured_before = n_measuring(model)
     last: tuple[int, Any] = (len(model.blocks), None)
     ids: list[Tensor | None] = [None]
 
@@ -175,7 +176,7 @@ def _watch_blocks(model: Any, observer: Observer, scope: Scope) -> Iterator[None
             if not isinstance(residual, Tensor):
                 return
             starts, last = index <= last[0] or residual.shape != last[1], (index, residual.shape)
-            if not starts or is_measured(model):
+            if not starts or n_measuring(model) > measured_before:
                 return
             if not scope():
                 scope.n_elsewhere += 1
