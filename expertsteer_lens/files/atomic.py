@@ -73,7 +73,10 @@ def write_folder(
                 with suppress(OSError):  # then `readable` finds it, and the next writer recovers it
                     os.rename(old, real)
             raise
-        _retire(old, real, ours)
+        with _named(path, _WRITTEN):
+            _sync_folder(real.parent)
+            if old.exists():
+                _retire(old, real, ours)
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -107,7 +110,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         finally:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-    with _named(path, kept="the new content is there, but the disk does not confirm it"):
+    with _named(path, _WRITTEN):
         _sync_folder(real.parent)
 
 
@@ -116,12 +119,17 @@ def write_text(path: str | Path, text: str) -> None:
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def readable(path: Path) -> Path:
+def readable(path: Path) -> Path | None:
     """Where the complete folder lies: at `path`, or beside it if a writer is between its two
-    renames or died there."""
+    renames or died there; None if there is nothing."""
     real = Path(os.path.realpath(path))
     old = _beside(real, "old")
-    return old if _absent(real) and old.is_dir() else path
+    for _ in range(20):  # while one place is looked at, a writer may come to use the other
+        if not _absent(real):
+            return path
+        if old.is_dir():
+            return old
+    return path if path.exists() else None
 
 
 def _beside(real: Path, what: str) -> Path:
@@ -129,7 +137,13 @@ def _beside(real: Path, what: str) -> Path:
 
 
 def _absent(real: Path) -> bool:
-    return not real.exists() or (real.is_dir() and not any(real.iterdir()))
+    """Whether nothing, or an empty folder, is there."""
+    try:
+        return not any(real.iterdir())
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
 
 
 def _recover(real: Path, ours: Collection[str]) -> None:
@@ -141,49 +155,46 @@ def _recover(real: Path, ours: Collection[str]) -> None:
         if real.exists():
             os.rmdir(real)
         os.rename(old, real)
-    else:
+    elif old.exists():
         _retire(old, real, ours)
 
 
 def _retire(old: Path, real: Path, ours: Collection[str]) -> None:
-    """Delete a folder that was replaced, if there is one, once that is on the disk; what is not
-    ours in it moves to the new one."""
-    try:
-        _sync_folder(real.parent)
-        if not old.exists():
-            return
-        for entry in sorted(old.iterdir()):
-            if entry.name in ours and (entry.is_symlink() or not entry.is_dir()):
-                entry.unlink()
-                continue
-            there = real / entry.name
-            while os.path.lexists(there):
-                there = there.with_name(f"{there.name}.old")
-            os.rename(entry, there)
-        old.rmdir()
-    except OSError as error:
-        raise ArtifactError(
-            f"{real} was saved, but the disk does not confirm it, or what was there before cannot "
-            f"be cleared out of {old} ({error}); the next save tries again."
-        ) from error
+    """Delete a folder that was replaced; what is not ours in it moves to the new one."""
+    for entry in sorted(old.iterdir()):
+        if entry.name in ours and (entry.is_symlink() or not entry.is_dir()):
+            entry.unlink()
+            continue
+        there = real / entry.name
+        while os.path.lexists(there):
+            there = there.with_name(f"{there.name}.old")
+        os.rename(entry, there)
+    old.rmdir()
+
+
+_NOT_WRITTEN = (
+    "could not be written; what was there before is as it was. Make room on the disk, or choose a "
+    "place that you may write to"
+)
+_WRITTEN = (
+    "was written, but the disk does not confirm it, or what was there before could not be cleared "
+    "away; writing it again tries again"
+)
 
 
 @contextmanager
-def _named(path: str | Path, kept: str = "what was there before is as it was") -> Iterator[None]:
-    """Errors of the operating system as ours."""
+def _named(path: str | Path, state: str = _NOT_WRITTEN) -> Iterator[None]:
+    """Errors of the operating system as ours, which say the state that they leave."""
     try:
-        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise ArtifactError(
-            f"{path} could not be written ({error}); {kept}. Make room on the disk, or choose a "
-            "place that you may write to."
-        ) from error
+        raise ArtifactError(f"{path} {state} ({error}).") from error
 
 
 @contextmanager
 def _turn(real: Path) -> Iterator[None]:
     """Wait until no other process or thread writes to this path."""
+    real.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return

@@ -112,14 +112,16 @@ def load(
         ArgumentError: `target` for something that is no fit.
     """
     for attempt in range(20):
-        folder = readable(Path(path))
-        if not folder.exists():
+        found = readable(Path(path))
+        if found is None:
             break
-        before = _identity(folder)
+        before = _identity(found)
         try:
-            return _load_folder(folder, target, allow_mismatch)
+            return _load_folder(found, target, allow_mismatch)
         except (ArtifactError, OSError):
-            if attempt == 19 or before == _identity(readable(Path(path))):
+            now = readable(Path(path))
+            unchanged = before is not None and now is not None and before == _identity(now)
+            if unchanged or attempt == 19:
                 raise  # else `save` replaced the folder while it was read
     files = ["config.json", "README.md", *_tensor_files()]
     folder = download(
@@ -228,7 +230,7 @@ def _tensor_files() -> list[str]:
 def kind_of_saved(folder: Path) -> str | None:
     """The class of what `save` wrote there; None if it wrote nothing there."""
     try:
-        return str(upgrade(_read_config(readable(folder))).get("kind"))
+        return str(upgrade(_read_config(readable(folder) or folder)).get("kind"))
     except (ArtifactError, *_NOT_OURS):
         return None
 
