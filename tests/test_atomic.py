@@ -253,3 +253,41 @@ def test_a_file_is_the_old_or_the_new_whatever_call_fails(tmp_path):
         write_file(file, half)
     assert file.read_text() == "next"
     assert [p.name for p in file.parent.iterdir()] == ["table.csv"]
+
+
+def test_reports_figures_and_tables_of_a_run_that_fails_are_the_old_ones(tmp_path, monkeypatch):
+    import plotly.graph_objects
+    import results
+
+    from expertsteer_lens.cli.io import write_evaluation, write_pairs
+
+    def contents() -> dict[str, bytes]:
+        # a figure has another random id each time
+        return {p.name: p.read_bytes()[-200:] for p in tmp_path.iterdir()}
+
+    def half(self, file, *args, **kwargs):
+        with open(file, "w") as stream:
+            stream.write("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    measured = results.evaluation()
+    write_evaluation(tmp_path, measured)
+    before = contents()
+    assert set(before) == {"comparison.csv", "comparison.html", "evaluation.json", "plotly.min.js"}
+    frame = type(measured.to_pandas())
+    for kind, name in (
+        (plotly.graph_objects.Figure, "write_html"),
+        (frame, "to_csv"),
+        (Path, "write_text"),
+    ):
+        with monkeypatch.context() as patch:
+            wrong = half if kind is not Path else lambda file, *_, **__: half(None, file)
+            patch.setattr(kind, name, wrong)
+            with pytest.raises(ArtifactError, match="No space left"):
+                write_evaluation(tmp_path, measured)
+        assert contents() == before, name
+    with monkeypatch.context() as patch:
+        patch.setattr(frame, "to_json", half)
+        with pytest.raises(ArtifactError, match="No space left"):
+            write_pairs(tmp_path / "pairs.jsonl", esl.zoo.contrast_pairs(n=2))
+    assert contents() == before

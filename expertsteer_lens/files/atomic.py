@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from expertsteer_lens.errors import ArtifactError
 
@@ -117,6 +118,18 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_file` of a text in UTF-8."""
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """`write_file` of a plotly figure as HTML that opens offline."""
+    from plotly.offline import get_plotlyjs
+
+    # The figures of a folder share one plotly.min.js beside them, and plotly takes one that is
+    # there for complete.
+    script = path.with_name("plotly.min.js")
+    if not script.exists():
+        write_text(script, get_plotlyjs())
+    write_file(path, lambda file: figure.write_html(file, include_plotlyjs="directory"))
 
 
 def readable(path: Path) -> Path | None:
