@@ -297,6 +297,34 @@ class TestShow:
         result = run("show", esl.save(strange, tmp_path / "p"))
         assert "[/b] [red]model" in result.output
 
+    @pytest.mark.parametrize("as_json", [False, True])
+    def test_control_characters_in_names_are_shown_and_never_sent(self, tmp_path, as_json):
+        name = "\x1b]0;title\x07\x1b[2J\x9b2J\x7f\u202egpj é"
+        plan = esl.SteeringPlan.from_vectors(
+            {"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit"
+        )
+        strange = esl.SteeringPlan(
+            vectors=plan.vectors, target={"name": name}, provenance={"expert": {"name": name}}
+        )
+        folder = esl.save(strange, tmp_path / "p")
+        output = run("show", folder, *(["--json"] if as_json else [])).output
+        assert "\\u001b]0;title" in output
+        assert "\\u202egpj é" in output
+        assert [c for c in output if c in name and not c.isprintable()] == []
+        if as_json:
+            assert json.loads(output)["provenance"]["expert"]["name"] == name
+
+    def test_tables_and_texts_show_control_characters(self, capsys):
+        from pandas import DataFrame
+
+        _cli_io.print_frame(DataFrame({"a\x1b[2J": ["b\x9b2J"]}), "c\x1b[2J")
+        _cli_io.print_texts([SteeredText("p\x1b[2J", {0.0: "t\u202et"})])
+        output = capsys.readouterr().out
+        assert "\x1b[2J" not in output
+        assert not set("\x9b\u202e") & set(output)
+        for text in ("a\\u001b", "b\\u009b", "c\\u001b", "p\\u001b", "t\\u202et"):
+            assert text in output
+
 
 class TestSteer:
     def test_three_coefficients_stand_side_by_side(self, fitted):
@@ -462,6 +490,11 @@ class TestBadInput:
         assert "is neither a folder nor a hub id" in refused(
             capsys, "show", tmp_path / "no/plan/here"
         )
+
+    def test_control_characters_in_an_error_are_shown(self, capsys, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps({"format_version": "\x1b[2J\u202e"}))
+        line = refused(capsys, "show", tmp_path)
+        assert "format_version \\u001b[2J\\u202e" in line
 
     def test_a_model_that_is_not_there(self, capsys, files, tmp_path):
         assert "no-model" in refused(

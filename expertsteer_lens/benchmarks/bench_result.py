@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.evaluation.result import Evaluation, Role
+from expertsteer_lens.files.atomic import write_figure, write_file, write_text
 
 from . import bench_tables
 
@@ -140,14 +141,14 @@ class Bench:
         (needs plotly)."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(
-            json.dumps(self.to_dict(), indent=1, default=str) + "\n", encoding="utf-8"
+        write_text(out / "bench.json", json.dumps(self.to_dict(), indent=1, default=str) + "\n")
+        write_text(out / "bench.md", self.to_markdown())
+        write_text(out / "summary.md", self.summary())
+        write_file(out / "bench.csv", lambda file: self.to_pandas().to_csv(file, index=False))
+        write_file(
+            out / "studies.csv", lambda file: self.studies_to_pandas().to_csv(file, index=False)
         )
-        (out / "bench.md").write_text(self.to_markdown(), encoding="utf-8")
-        (out / "summary.md").write_text(self.summary(), encoding="utf-8")
-        self.to_pandas().to_csv(out / "bench.csv", index=False)
-        self.studies_to_pandas().to_csv(out / "studies.csv", index=False)
-        self.plot().write_html(out / "bench.html", include_plotlyjs="directory")
+        write_figure(out / "bench.html", self.plot())
         return out
 
     _repr_html_ = repr_html

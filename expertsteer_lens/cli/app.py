@@ -12,6 +12,7 @@ import typer
 from expertsteer_lens.errors import ExpertSteerError
 
 from . import commands_fit, commands_plan, commands_sets
+from .io import visible
 from .options import with_options
 
 app = typer.Typer(
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(None if arguments is None else list(arguments), prog_name="expertsteer-lens")
     except (ExpertSteerError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{type(error).__name__}: {text}", file=sys.stderr)
+        print(visible(f"{type(error).__name__}: {text}"), file=sys.stderr)
         raise SystemExit(1) from None
 
 

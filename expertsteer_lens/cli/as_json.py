@@ -26,7 +26,8 @@ def tables_as_json(wanted: bool) -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """One JSON object; numbers that JSON does not know are null."""
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False, default=str))
+    # Control characters stand inside of JSON's texts only, where their escapes mean the same.
+    typer.echo(io.visible(json.dumps(_plain(value), ensure_ascii=False, default=str)))
 
 
 def rows_of(frame: Any) -> list[dict[str, Any]]:

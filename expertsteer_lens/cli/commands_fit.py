@@ -24,6 +24,7 @@ from .io import (
     texts_to_fit,
     write_pairs,
     write_results,
+    write_table,
 )
 from .options import (
     AsJson,
@@ -154,7 +155,7 @@ def label(
     )
     found = labelled.pairs()
     out.mkdir(parents=True, exist_ok=True)
-    labelled.to_pandas().to_csv(out / "scores.csv", index=False)
+    write_table(out / "scores.csv", labelled.to_pandas())
     write_pairs(out / "pairs.jsonl", found)
     say(f"{labelled!r}\n{found!r}\n{out.resolve()}")
 

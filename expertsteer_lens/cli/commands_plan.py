@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from expertsteer_lens.errors import ArgumentError, DataError
 
 from .as_json import print_json, rows_of
 from .io import (
-    console,
     load_saved,
     print_evaluation,
     print_frame,
@@ -22,6 +20,7 @@ from .io import (
     read_behaviour,
     read_texts,
     say,
+    say_json,
     steered_texts,
     write_evaluation,
 )
@@ -85,7 +84,7 @@ def _show_plan(plan: Any) -> None:
     print_frame(plan.to_pandas(), "vectors")
     names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
     facts = {k: v for k, v in plan.provenance.items() if k in names}
-    console.print_json(json.dumps(facts, default=str))
+    say_json(facts)
 
 
 def steer(

@@ -4,17 +4,20 @@ and plain text."""
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
+from rich.highlighter import JSONHighlighter
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
+from expertsteer_lens.files.atomic import write_figure, write_file, write_text
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.contrast import ContrastPairs
@@ -127,7 +130,11 @@ def write_pairs(path: Path, pairs: ContrastPairs) -> None:
         {"positive": plain(p), "negative": plain(n)}
         for p, n in zip(pairs.positive, pairs.negative, strict=True)
     ]
-    pd.DataFrame(rows).to_json(path, orient="records", lines=True, force_ascii=False)
+    frame = pd.DataFrame(rows)
+    write_file(
+        path,
+        lambda file: frame.to_json(file, orient="records", lines=True, force_ascii=False),
+    )
 
 
 def read_behaviour(path: Path) -> Any:
@@ -231,9 +238,9 @@ def write_results(
         "dose_response": plot_dose_response(curve),
     }
     for name, figure in figures.items():
-        _write_figure(figure, out / f"{name}.html")
+        write_figure(out / f"{name}.html", figure)
     write_evaluation(out, result)
-    fit.to_pandas().to_csv(out / "layer_pairs.csv", index=False)
+    write_table(out / "layer_pairs.csv", fit.to_pandas())
     save(plan, out / "plan")
     write_report(out / "report.html", fit, result, curve, texts)
 
@@ -242,16 +249,14 @@ def write_evaluation(out: Path, result: Any) -> None:
     """Figure, table and JSON of an evaluation."""
     from expertsteer_lens.show.plots import plot_evaluation
 
-    _write_figure(plot_evaluation(result), out / "comparison.html")
-    result.to_pandas(collapse=False).to_csv(out / "comparison.csv", index=False)
-    (out / "evaluation.json").write_text(
-        json.dumps(result.to_dict(), indent=1, default=str), encoding="utf-8"
-    )
+    write_figure(out / "comparison.html", plot_evaluation(result))
+    write_table(out / "comparison.csv", result.to_pandas(collapse=False))
+    write_text(out / "evaluation.json", json.dumps(result.to_dict(), indent=1, default=str))
 
 
-def _write_figure(figure: Any, path: Path) -> None:
-    # "directory": the figures of a folder share one plotly.min.js beside them and open offline
-    figure.write_html(path, include_plotlyjs="directory")
+def write_table(path: Path, frame: Any) -> None:
+    """A table as CSV."""
+    write_file(path, lambda file: frame.to_csv(file, index=False))
 
 
 def describe(model: Any) -> str:
@@ -262,9 +267,43 @@ def describe(model: Any) -> str:
     return f"{host.name} (d={host.d_model}, {host.n_layers} layers)"
 
 
+_TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+"""Characters that reorder the text after them, by their bidirectional class."""
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, but for line ends and tabs, are written as in JSON: files of
+    others must not move the cursor, clear the screen or reorder what is read.
+
+    >>> print(visible("a\x1b[2Jb"))
+    a\\u001b[2Jb
+    """
+    return "".join(f"\\u{ord(c):04x}" if _controls(c) else c for c in text)
+
+
+def _controls(c: str) -> bool:
+    if c in "\n\t":
+        return False
+    return (
+        unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(c) in _TURNS
+    )
+
+
+def escape(text: str) -> str:
+    """Text of a table or a title: neither styles nor control characters."""
+    return escape_markup(visible(text))
+
+
 def say(text: str, *, style: str | None = None) -> None:
-    """Print text as it is: brackets in it are not styles."""
-    console.print(text, markup=False, soft_wrap=True, style=style)
+    """Print text as it is: brackets in it are not styles, and control characters are shown."""
+    console.print(visible(text), markup=False, soft_wrap=True, style=style)
+
+
+def say_json(value: Any) -> None:
+    """Print a value as JSON for people."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    console.print(JSONHighlighter()(visible(text)), soft_wrap=True)
 
 
 def print_step(step: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
+from .atomic import readable, write_folder
 from .card import plan_card
 from .hub import download, upload
 from .kinds import KINDS, Kind, SavedContent, kind_of
@@ -32,7 +33,9 @@ _NOT_OURS = (KeyError, TypeError, AttributeError, RecursionError)
 
 def save(thing: Any, path: str | Path) -> Path:
     """Write a plan or a result to a folder, replacing one of its kind that is there only once the
-    new one is complete.
+    new one is complete: whenever the process dies, `load` finds the one or the other.
+
+    A second writer to the same folder waits for the first. Files of others in the folder stay.
 
     Args:
         thing: a `SteeringPlan`; or an `ExpertSteering` (all of a fit: states, maps, RFMs, scores,
@@ -43,7 +46,8 @@ def save(thing: Any, path: str | Path) -> Path:
     Raises:
         ArgumentError: something else, or it holds a function (positions, the score of a gate),
             which a file cannot.
-        ArtifactError: the folder exists and holds something else.
+        ArtifactError: the folder exists and holds something else, or it cannot be written (no
+            room, no permission); what was there before is as it was.
 
     >>> import tempfile
     >>> from expertsteer_lens import ActivationStore
@@ -54,22 +58,22 @@ def save(thing: Any, path: str | Path) -> Path:
     [[1.0, 0.0], [0.0, 1.0]]
     """
     path, kind = Path(path), kind_of(thing)
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and kind_of_saved(path) != kind.name:
-        raise ArtifactError(
-            f"{path} exists and is not a saved plan or result of this kind; choose another folder "
-            "or remove it yourself."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        _write(thing, kind, work)
-        path.mkdir(exist_ok=True)
-        # Each is replaced atomically; config.json last, since it vouches for the others.
-        for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(path / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+    def check(there: Path) -> None:
+        occupied = there.exists() and (not there.is_dir() or any(there.iterdir()))
+        if occupied and kind_of_saved(there) != kind.name:
+            raise ArtifactError(
+                f"{path} exists and is not a saved plan or result of this kind; choose another "
+                "folder or remove it yourself."
+            )
+
+    check(path)
+    write_folder(
+        path,
+        lambda folder: _write(thing, kind, folder),
+        ours=("config.json", "README.md", kind.tensor_file),
+        check=check,
+    )
     return path
 
 
@@ -107,17 +111,40 @@ def load(
             newer than this package, or `target` is another model.
         ArgumentError: `target` for something that is no fit.
     """
-    folder = Path(path)
-    if not folder.exists():
-        files = ["config.json", "README.md", *_tensor_files()]
-        folder = download(
-            path,
-            files,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+    for attempt in range(20):
+        found = readable(Path(path))
+        if found is None:
+            break
+        before = _identity(found)
+        try:
+            return _load_folder(found, target, allow_mismatch)
+        except (ArtifactError, OSError):
+            now = readable(Path(path))
+            unchanged = before is not None and now is not None and before == _identity(now)
+            if unchanged or attempt == 19:
+                raise  # else `save` replaced the folder while it was read
+    files = ["config.json", "README.md", *_tensor_files()]
+    folder = download(
+        path,
+        files,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return _load_folder(folder, target, allow_mismatch)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that takes its name."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load_folder(folder: Path, target: Any, allow_mismatch: bool) -> Any:
     config, file = _read_config(folder), folder / "config.json"
     _check_version(config, folder)
     _check_content(config, file)
@@ -203,7 +230,7 @@ def _tensor_files() -> list[str]:
 def kind_of_saved(folder: Path) -> str | None:
     """The class of what `save` wrote there; None if it wrote nothing there."""
     try:
-        return str(upgrade(_read_config(folder)).get("kind"))
+        return str(upgrade(_read_config(readable(folder) or folder)).get("kind"))
     except (ArtifactError, *_NOT_OURS):
         return None
 
@@ -212,13 +239,17 @@ def kind_of_saved(folder: Path) -> str | None:
 
 
 def _write(thing: Any, kind: Kind, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from expertsteer_lens import __version__
 
     saved, file = kind.write(thing), folder / kind.tensor_file
     header = {"format": "expertsteer_lens", "format_version": str(FORMAT_VERSION)}
-    save_file(saved.tensors, file, header)
+    try:
+        save_file(saved.tensors, file, header)
+    except SafetensorError as error:  # its name for a full disk
+        raise OSError(str(error)) from error
     config = {
         "format_version": FORMAT_VERSION,
         "kind": kind.name,
@@ -307,14 +338,15 @@ def _check_content(config: dict[str, Any], file: Path) -> None:
 
 def _read_tensors(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load as parse
 
     if not file.is_file():
         raise ArtifactError(f"{file.parent} is incomplete: {file.name} is missing.")
-    if _digest_file(file) != config.get(_digest_key(file.name)):
+    data = file.read_bytes()  # once: what is checked is what is parsed
+    if hashlib.sha256(data).hexdigest() != config.get(_digest_key(file.name)):
         raise ArtifactError(f"{file} is damaged: its checksum differs from the one in config.json.")
     try:
-        tensors: dict[str, torch.Tensor] = load_file(file)
+        tensors: dict[str, torch.Tensor] = parse(data)
     except SafetensorError as error:
         raise ArtifactError(f"{file} is no safetensors file: {error}.") from error
     return tensors

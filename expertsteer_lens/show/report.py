@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.errors import DataError
+from expertsteer_lens.files.atomic import write_text
 
 from .tokens import TokenView, visible
 
@@ -183,10 +184,8 @@ def write_report(
     page += "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     page += f"<style>{STYLE}</style></head><body>{''.join(body)}"
     page += f"<script>{SCRIPT}</script></body></html>"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    write_text(path, page)
+    return Path(path)
 
 
 def next_step(evaluation: Evaluation, calibration: Calibration | None = None) -> str:

@@ -1,0 +1,255 @@
+"""Writing that a kill, a full disk or a second writer cannot leave half done.
+
+Beside `name` lie, while it is written, `.name.expertsteer-new` (what is being made),
+`.name.expertsteer-old` (the folder before it, from the moment the name is given up until the new
+one is in place) and `.name.expertsteer-lock` (whose turn it is; the operating system frees the lock
+of a writer that dies). A new or old folder found by the one whose turn it is belongs to a dead one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from expertsteer_lens.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows: writers do not wait for one another there
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_folder(
+    path: Path,
+    write: Callable[[Path], object],
+    *,
+    ours: Collection[str],
+    check: Callable[[Path], object],
+) -> None:
+    """Have `write` fill a new folder, and put it at `path` once it is complete and on the disk.
+
+    Whenever the process dies, `readable(path)` is the folder before or the new one. Files that are
+    not ours move from the one to the other, after the switch; none is deleted.
+
+    Args:
+        path: of the folder; a link is followed.
+        write: is given an empty folder.
+        ours: names of the files that may be deleted with the folder before.
+        check: is given `path` before anything is written, and raises if it must not be replaced.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there before is as it was.
+    """
+    real = Path(os.path.realpath(path))
+    new, old = _beside(real, "new"), _beside(real, "old")
+    with _named(path), _turn(real):
+        _recover(real, ours)
+        check(real)
+        if real == Path.cwd() or os.path.ismount(real):
+            raise ArtifactError(
+                f"{path} is the working folder or the root of a file system, which cannot be "
+                "replaced by a rename; give a folder inside it."
+            )
+        try:
+            new.mkdir()
+            write(new)
+            if real.is_dir():
+                shutil.copymode(real, new)
+            for file in new.iterdir():
+                _sync(file)
+            _sync_folder(new)
+            if not _absent(real):
+                os.rename(real, old)
+            elif real.exists():
+                os.rmdir(real)
+            os.rename(new, real)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            if _absent(real) and old.exists():
+                with suppress(OSError):  # then `readable` finds it, and the next writer recovers it
+                    os.rename(old, real)
+            raise
+        with _named(path, _WRITTEN):
+            _sync_folder(real.parent)
+            if old.exists():
+                _retire(old, real, ours)
+
+
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `path`, and put it there once it is complete and on the disk:
+    at any moment there is the file before or the new one. What is no file (a pipe, a device) is
+    written to as it is.
+
+    Raises:
+        ArtifactError: it cannot be written; what was there before is as it was.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_file(folder + "/a.txt", lambda file: file.write_text("b"))
+    ...     (Path(folder) / "a.txt").read_text()
+    'b'
+    """
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file() and not real.is_dir():
+        write(real)
+        return
+    # The ending stays last: some writers go by it.
+    new = real.with_name(f".{real.stem}.expertsteer-new{real.suffix}")
+    with _named(path), _turn(real):
+        try:
+            new.unlink(missing_ok=True)
+            write(new)
+            if real.is_file():
+                shutil.copymode(real, new)
+            _sync(new)
+            os.replace(new, real)
+        finally:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+    with _named(path, _WRITTEN):
+        _sync_folder(real.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_file` of a text in UTF-8."""
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """`write_file` of a plotly figure as HTML that opens offline."""
+    from plotly.offline import get_plotlyjs
+
+    # The figures of a folder share one plotly.min.js beside them, and plotly takes one that is
+    # there for complete.
+    script = path.with_name("plotly.min.js")
+    if not script.exists():
+        write_text(script, get_plotlyjs())
+    write_file(path, lambda file: figure.write_html(file, include_plotlyjs="directory"))
+
+
+def readable(path: Path) -> Path | None:
+    """Where the complete folder lies: at `path`, or beside it if a writer is between its two
+    renames or died there; None if there is nothing."""
+    real = Path(os.path.realpath(path))
+    old = _beside(real, "old")
+    for _ in range(20):  # while one place is looked at, a writer may come to use the other
+        if not _absent(real):
+            return path
+        if old.is_dir():
+            return old
+    return path if path.exists() else None
+
+
+def _beside(real: Path, what: str) -> Path:
+    return real.with_name(f".{real.name}.expertsteer-{what}")
+
+
+def _absent(real: Path) -> bool:
+    """Whether nothing, or an empty folder, is there."""
+    try:
+        return not any(real.iterdir())
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+
+
+def _recover(real: Path, ours: Collection[str]) -> None:
+    """Clear away what dead writers left."""
+    new, old = _beside(real, "new"), _beside(real, "old")
+    if new.exists():
+        shutil.rmtree(new)
+    if old.exists() and _absent(real):
+        if real.exists():
+            os.rmdir(real)
+        os.rename(old, real)
+    elif old.exists():
+        _retire(old, real, ours)
+
+
+def _retire(old: Path, real: Path, ours: Collection[str]) -> None:
+    """Delete a folder that was replaced; what is not ours in it moves to the new one."""
+    for entry in sorted(old.iterdir()):
+        if entry.name in ours and (entry.is_symlink() or not entry.is_dir()):
+            entry.unlink()
+            continue
+        there = real / entry.name
+        while os.path.lexists(there):
+            there = there.with_name(f"{there.name}.old")
+        os.rename(entry, there)
+    old.rmdir()
+
+
+_NOT_WRITTEN = (
+    "could not be written; what was there before is as it was. Make room on the disk, or choose a "
+    "place that you may write to"
+)
+_WRITTEN = (
+    "was written, but the disk does not confirm it, or what was there before could not be cleared "
+    "away; writing it again tries again"
+)
+
+
+@contextmanager
+def _named(path: str | Path, state: str = _NOT_WRITTEN) -> Iterator[None]:
+    """Errors of the operating system as ours, which say the state that they leave."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{path} {state} ({error}).") from error
+
+
+@contextmanager
+def _turn(real: Path) -> Iterator[None]:
+    """Wait until no other process or thread writes to this path."""
+    real.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    lock = _beside(real, "lock")
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            # The writer before us removes the file, and what we waited for may be no longer there.
+            if not _same(handle, lock):
+                continue
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # a lock file that nobody holds is in nobody's way
+                    lock.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(handle)
+
+
+def _same(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # unknown to some file systems
+            raise
+    finally:
+        os.close(handle)
