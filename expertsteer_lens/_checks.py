@@ -98,6 +98,24 @@ def check_labels(name: str, labels: Any, n: int) -> Tensor:
     return (values > 0).to(torch.float64)
 
 
+def check_groups(name: str, groups: Any, n: int) -> Tensor:
+    """Return the group of each of `n` rows as an integer tensor `[n]` on the CPU.
+
+    Raises:
+        DataError: not one integer per row.
+    """
+    try:
+        given = torch.as_tensor(groups).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} must hold one integer per row ({error}).") from error
+    if given.shape != (n,) or given.is_floating_point() or given.dtype == torch.bool:
+        raise DataError(
+            f"{name} must hold one integer per row, shape ({n},), got {given.dtype} of shape "
+            f"{tuple(given.shape)}."
+        )
+    return given
+
+
 def check_list(name: str, value: Iterable[Any], of: str = "texts") -> list[Any]:
     """Return the items of `value` as a list.
 

@@ -591,7 +591,7 @@ class TestBadInput:
             "--neutral",
             tmp_path / "n.txt",
         )
-        assert "holds 1 texts; give at least 2" in line
+        assert "holds 1 text (equal ones count once); give at least 2" in line
 
     def test_what_is_no_plan_is_refused_by_commands_that_take_one(self, capsys, found, states):
         for saved, kind in ((found / "fit", "ExpertSteering"), (states, "ActivationStore")):

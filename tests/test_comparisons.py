@@ -118,6 +118,30 @@ class TestWhatCouldNotBeMeasured:
             wrong_layer_plan(fit, replace(plan, vectors=(elsewhere,)))
 
 
+def test_prompts_and_texts_that_the_fit_chose_by_are_named_in_the_verdict(fit, zoo, tmp_path):
+    plan = fit.plan(coefficient=0.1)
+    given = {"fit": fit, "n_random": 2, "n_shuffles": 0}
+    result = esl.evaluate(
+        plan,
+        zoo["target"],
+        behaviour=fit.validation_behaviour,
+        neutral=fit.calibration_texts,
+        **given,
+    )
+    n, m = len(fit.validation_behaviour), len(fit.calibration_texts)
+    assert result.not_held_out == [
+        f"{m} of {m} neutral test texts are among the calibration texts",
+        f"{n} of {n} test prompts are among the validation prompts of the fit",
+    ]
+    assert f"too good: {m} of {m} neutral test texts are among the" in result.verdict
+    loaded = esl.load(esl.save(result, tmp_path / "evaluation"))
+    assert loaded.verdict == result.verdict
+    again = esl.load(esl.save(fit, tmp_path / "fit"), target=zoo["target"])
+    assert again.data.text_hashes == fit.data.text_hashes
+    assert len(fit.data.text_hashes["pairs"]) == 2 * len(zoo["pairs"])
+    assert fit.data.pair_groups == list(range(2 * len(zoo["pairs"])))
+
+
 class TestAControlOfTheUser:
     @pytest.mark.usefixtures("registered")
     def test_it_becomes_a_row_and_its_role_may_be_new(self, fit, zoo):

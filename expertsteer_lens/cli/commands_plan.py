@@ -165,6 +165,7 @@ def evaluate(
 ) -> None:
     """A saved plan against random directions; with `--fit` also against shuffled labels and the
     native ceiling."""
+    from expertsteer_lens.data.parts import halves
     from expertsteer_lens.evaluation.run import evaluate as run
 
     if fit is None and (behaviour is None or neutral is None):
@@ -172,10 +173,11 @@ def evaluate(
     loaded = load_saved(plan, "SteeringPlan")
     prompts = None if behaviour is None else read_behaviour(behaviour)
     texts = None if neutral is None else read_texts(neutral)
-    if texts is not None and len(texts) < 2:
+    calibrates, tests = halves(texts or [])
+    if texts is not None and not tests:
         raise DataError(
-            f"{neutral} holds {len(texts)} texts; give at least 2, half to calibrate and half to "
-            "test."
+            f"{neutral} holds 1 text (equal ones count once); give at least 2, half to calibrate "
+            "and half to test."
         )
     model = models.load(target)
     result = run(
@@ -183,8 +185,8 @@ def evaluate(
         model,
         fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
         behaviour=prompts,
-        neutral=None if texts is None else texts[1::2],
-        calibration_texts=None if texts is None else texts[::2],
+        neutral=None if texts is None else tests,
+        calibration_texts=None if texts is None else calibrates,
         n_random=n_random,
         seed=seed,
         progress=True,

@@ -18,6 +18,7 @@ from expertsteer_lens.errors import ArgumentError, DataError
 from .chat import Chat, Text, check_texts
 from .multiple_choice import multiple_choice_item as multiple_choice_item
 from .multiple_choice import multiple_choice_items
+from .parts import groups_of, rows_of
 from .spans import Span, differing_spans
 from .texts import lines_of, parse_json, read_file
 from .texts import text_hash as text_hash
@@ -189,10 +190,25 @@ class ContrastPairs:
         return text_hash(self.texts)
 
     def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple[ContrastPairs, ContrastPairs]:
-        """Two disjoint parts; the first holds `fraction` of the pairs. Pairs are never torn
-        apart."""
-        first, second = _split(len(self), fraction, seed, "pairs", least=2)
+        """Two parts that share no text; the first holds `fraction` of the pairs. Pairs are never
+        torn apart, and pairs with a text in common stay together (they count as one).
+
+        Raises:
+            ArgumentError: a part would hold fewer than 2 pairs without a text in common.
+        """
+        first, second = _split(self._groups(), fraction, seed, "pairs", least=2)
         return self._take(first), self._take(second)
+
+    def _groups(self) -> list[int]:
+        """The group of each pair; pairs that are linked by texts in common share one."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        texts = groups_of(self.texts)
+        n = max(texts) + 1
+        links = coo_array(([1] * len(self), (texts[::2], texts[1::2])), shape=(n, n))
+        _, part = connected_components(links, directed=False)
+        return [int(part[i]) for i in texts[::2]]
 
     def _take(self, rows: Sequence[int]) -> ContrastPairs:
         return ContrastPairs(
@@ -339,8 +355,13 @@ class Behaviour:
         )
 
     def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple[Behaviour, Behaviour]:
-        """Disjoint (validation, test) parts; the first holds `fraction` of the prompts."""
-        first, second = _split(len(self), fraction, seed, "prompts", least=1)
+        """(validation, test) parts that share no prompt; the first holds `fraction` of the distinct
+        prompts. A prompt that comes twice is in one part, with all its completions.
+
+        Raises:
+            ArgumentError: a part would hold no prompt.
+        """
+        first, second = _split(groups_of(self.prompts), fraction, seed, "prompts", least=1)
         return self.select(first), self.select(second)
 
     def select(self, rows: Sequence[int]) -> Behaviour:
@@ -394,17 +415,20 @@ def _check_completions(positive: tuple[str, ...], negative: tuple[str, ...], whe
 
 
 def _split(
-    n: int, fraction: float, seed: int, what: str, least: int
+    groups: Sequence[int], fraction: float, seed: int, what: str, least: int
 ) -> tuple[list[int], list[int]]:
+    """Rows of the two parts; a group (numbered from 0) is never divided."""
     check_number("fraction", fraction, low=0.0, high=1.0)
+    n = max(groups) + 1
+    what = what if n == len(groups) else f"distinct {what} ({len(groups)} in all)"
     cut = round(n * fraction)
     if cut < least or n - cut < least:
         raise ArgumentError(
             f"fraction={fraction} of {n} {what} leaves a part with fewer than {least}; give more "
-            f"{what}."
+            f"{what.split(' (')[0]}."
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[:cut]), sorted(order[cut:])
+    return sorted(rows_of(groups, order[:cut])), sorted(rows_of(groups, order[cut:]))
 
 
 def _short(text: Text, width: int = 40) -> str:

@@ -63,8 +63,15 @@ def with_gradients(fit: ExpertSteering) -> ExpertSteering:
 def learner(name: str, fit: ExpertSteering) -> Learner:
     """A way to learn a direction from labelled states: "RFM", "mean difference", "PCA" or "logistic
     probe"."""
-    known = {"RFM": "rfm", "PCA": "pca"}
+    known = {"PCA": "pca"}
+    if name == "RFM":
+        return partial(_learn_rfm, fit=fit)
     return partial(learn_direction, known.get(name, name), config=fit.config.rfm, seed=fit.seed)
+
+
+def _learn_rfm(rows: Tensor, labels: Tensor, *, fit: ExpertSteering) -> Tensor:
+    config, groups = fit.config.rfm, fit.data.pair_groups
+    return fit_rfm(rows, labels, config, seed=fit.seed, groups=groups).direction
 
 
 def native_plan(fit: ExpertSteering, plan: SteeringPlan, learn: Learner) -> SteeringPlan:
@@ -157,7 +164,9 @@ def shuffled_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> Steerin
         if key not in fit.aligners:
             raise NotMeasured("the plan does not come from this fit")
         mapped = fit.aligners[key].encode(states[key[0]])
-        directions[key] = fit_rfm(mapped, permuted, fit.config.rfm, seed=seed).direction
+        directions[key] = fit_rfm(
+            mapped, permuted, fit.config.rfm, seed=seed, groups=fit.data.pair_groups
+        ).direction
     return _redirect(fit, plan, directions)
 
 

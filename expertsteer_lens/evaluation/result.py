@@ -164,13 +164,23 @@ class Evaluation:
         return {r.method: r.note for r in self.rows if r.note is not None}
 
     @property
+    def not_held_out(self) -> list[str]:
+        """What was tested on although the fit chose by it or was fitted on it, in words; empty if
+        all was held out, or if nothing is known of the fit."""
+        return list(self.provenance.get("not_held_out", ()))
+
+    @property
     def verdict(self) -> str:
-        """The outcome in one sentence; a second one names controls that could not be measured."""
+        """The outcome in one sentence; further ones name what was not held out, and controls that
+        could not be measured."""
         missing = {r.method: r.note for r in self.rows if not r.measured and r.role != "baseline"}
-        if not missing:
-            return self._outcome()
-        listed = "; ".join(f"{method} ({note})" for method, note in missing.items())
-        return f"{self._outcome()} Not measured: {listed}."
+        said = [self._outcome()]
+        if self.not_held_out:
+            said.append(f"Not held out, so likely too good: {'; '.join(self.not_held_out)}.")
+        if missing:
+            listed = "; ".join(f"{method} ({note})" for method, note in missing.items())
+            said.append(f"Not measured: {listed}.")
+        return " ".join(said)
 
     def _outcome(self) -> str:
         mean, sd = self.floor

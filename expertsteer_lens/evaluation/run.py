@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
+from expertsteer_lens.data.parts import hashes_of, shared
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.measure.calibration import BudgetUnit, calibrate
@@ -66,14 +67,16 @@ def evaluate(
     Every method has the same choices: layers by predicted effect on the validation prompts,
     coefficient on the calibration texts. Test prompts and test texts are read here and nowhere
     else. What could not be measured is a row that says why; `register_control` adds a control of
-    yours.
+    yours. Prompts or texts given here that the fit chose or was fitted on are measured all the
+    same, and the verdict says how many are not held out.
 
     Args:
         plan: the plan under test.
         model: the target.
         fit: the fit it came from; gives test prompts, held-out texts, the label-shuffled control,
             the native ceiling and the baselines.
-        behaviour: test prompts; default: those the fit kept for test.
+        behaviour: test prompts, none of which the fit chose by; default: those the fit kept for
+            test.
         neutral: texts on which steering should change nothing, for the side effects that are
             reported; default: those the fit kept for test.
         calibration_texts: other such texts, on which every row is calibrated; default: the fit's.
@@ -195,6 +198,36 @@ class Generation:
         return out
 
 
+def _not_held_out(
+    fit: ExpertSteering | None,
+    prompts: Sequence[Text],
+    neutral: Sequence[Text],
+    calibration: Sequence[Text],
+) -> list[str]:
+    """What is tested on although it was fitted or chosen on, in words.
+
+    Where the texts of the pairs stand in for anchors, neutral texts are among them by design."""
+    test, chosen = "neutral test texts", "calibration texts"
+    parts = {"test prompts": prompts, test: neutral, chosen: calibration}
+    keys = {name: hashes_of(those) for name, those in parts.items()}
+    disjoint = [(test, chosen)]
+    if fit is not None:
+        data = fit.data
+        if data.validation_behaviour is not None:
+            keys["validation prompts of the fit"] = hashes_of(data.validation_behaviour.prompts)
+        keys["calibration texts of the fit"] = hashes_of(data.calibration_texts)
+        keys["texts of its pairs"] = data.text_hashes.get("pairs", ())
+        keys["anchors it was fitted on"] = data.text_hashes.get("anchors", ())
+        disjoint += [("test prompts", "validation prompts of the fit")]
+        disjoint += [("test prompts", "texts of its pairs")]
+        disjoint += [(part, "anchors it was fitted on") for part in (test, chosen)]
+        if data.provenance.get("anchors", {}).get("given", True):
+            disjoint += [(part, "texts of its pairs") for part in (test, chosen)]
+        if keys["calibration texts of the fit"] != keys[chosen]:
+            disjoint += [(test, "calibration texts of the fit")]
+    return [str(both) for both in shared(keys, disjoint)]
+
+
 class _Run:
     """What all rows of one evaluation share."""
 
@@ -224,6 +257,7 @@ class _Run:
                 "neutral and calibration_texts are missing: pass both, or a fit, which holds some "
                 "out."
             )
+        self.not_held_out = _not_held_out(fit, behaviour.prompts, texts, calibration)
         self.host, self.behaviour, self.seed, self.generation = host, behaviour, seed, generation
         self.neutral = NeutralTexts(host, check_texts("neutral", texts))
         self.calibration = NeutralTexts(host, check_texts("calibration_texts", calibration))
@@ -313,5 +347,6 @@ class _Run:
             "calibration_hash": text_hash(self.calibration.texts),
             "target": dict(plan.target),
             "plan": dict(plan.provenance),
+            "not_held_out": self.not_held_out,
             "not_measured": {r.method: r.note for r in rows if not r.measured},
         }

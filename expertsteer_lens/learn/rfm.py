@@ -14,6 +14,7 @@ turned out not to be positive definite at ridge 1e-3."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from expertsteer_lens._checks import check_labels, check_matrix, check_number
+from expertsteer_lens._checks import check_groups, check_labels, check_matrix, check_number
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.linalg.row_space import row_space, top_eigenpair
@@ -146,6 +147,7 @@ def fit_rfm(
     *,
     seed: int = 0,
     validation: tuple[Tensor, Tensor] | None = None,
+    groups: Sequence[int] | Tensor | None = None,
 ) -> RFM:
     """Fit a Recursive Feature Machine and return the direction that separates label 1 from label 0.
 
@@ -163,13 +165,16 @@ def fit_rfm(
         seed: of the validation split and of the eigenvector iteration's start.
         validation: `(activations, labels)` of further rows for choosing settings; they are never
             fitted.
+        groups: integer per row, `[n]`: rows of one group (one text) are never on both sides of the
+            validation split, or its AUC would be of rows that were fitted. Default: equal rows are
+            a group.
 
     Cost: O(n^2 d) once, O(n^3) a round and setting; memory O(n d + n^2). With d <= n: O(n^3 + n^2
     d) a round.
 
     Raises:
-        DataError: not finite, unequal lengths, one class, too few rows for the split, all rows
-            equal.
+        DataError: not finite, unequal lengths, one class, too few rows or groups for the split,
+            all rows equal, groups that are not one integer a row.
         ArgumentError: a search asked for without validation rows; a seed outside [0, 2^32).
         WidthError: validation rows of another width.
         SolveError: the kernel system is singular at this ridge, or the gradients vanish at this
@@ -200,7 +205,8 @@ def fit_rfm(
         held = torch.arange(n, rows.shape[0], device=rows.device)
         chosen = search_settings(geometry.fold(everything, held), target, config, history)
     elif config.validation_fraction > 0.0:
-        train, held = split_rows(target, config.validation_fraction, seed)
+        own = _equal_rows(rows) if groups is None else check_groups("groups", groups, n)
+        train, held = split_rows(target, config.validation_fraction, seed, own)
         labels_in_order = target[torch.cat([train, held])]
         chosen = search_settings(geometry.fold(train, held), labels_in_order, config, history)
     elif len(settings) > 1:
@@ -280,6 +286,13 @@ def _displacement(vector: Tensor, scale: Tensor, class_difference: Tensor) -> Te
     sign = 1.0 if float(moved @ class_difference) >= 0.0 else -1.0
     unit: Tensor = sign * moved / moved.norm()
     return unit.to(torch.float32)
+
+
+def _equal_rows(rows: Tensor) -> Tensor:
+    """A group for each row, the same for equal ones."""
+    number: dict[bytes, int] = {}
+    each = rows.cpu().numpy()
+    return torch.tensor([number.setdefault(row.tobytes(), len(number)) for row in each])
 
 
 def _stack_rows(

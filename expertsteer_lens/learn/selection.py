@@ -28,24 +28,39 @@ def label_offset(config: RFMConfig, target: Tensor) -> float:
     return float(target.mean()) if config.targets == "centred" else 0.0
 
 
-def split_rows(target: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Row indices to train and to validate on, stratified by label."""
+def split_rows(target: Tensor, fraction: float, seed: int, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Row indices to train and to validate on, stratified by label; a group is never divided.
+
+    Args:
+        target: 0/1 labels, `[n]`.
+        fraction: share of the groups to validate on.
+        seed: of the division.
+        groups: the group of each row, `[n]`, in integers of any order.
+
+    Raises:
+        DataError: a part would lack a class.
+    """
     from sklearn.model_selection import train_test_split
 
-    counts = [int((target == c).sum()) for c in (0.0, 1.0)]
-    n_held = math.ceil(fraction * len(target))
+    member: dict[int, list[int]] = {}
+    for row, group in enumerate(groups.tolist()):
+        member.setdefault(group, []).append(row)
+    rows = list(member.values())
+    # One label a group: of most of its rows, since one text may be on both sides of several pairs.
+    label = [int(float(target[of].mean()) >= 0.5) for of in rows]
+    counts = [label.count(c) for c in (0, 1)]
+    n_held = math.ceil(fraction * len(rows))
     parts: list[list[int]] = []
     if n_held >= 2 and min(counts) >= 2:
-        parts = train_test_split(
-            list(range(len(target))),
-            test_size=n_held,
-            stratify=target.cpu().numpy(),
-            random_state=seed,
+        split = train_test_split(
+            list(range(len(rows))), test_size=n_held, stratify=label, random_state=seed
         )
+        parts = [[row for group in part for row in rows[group]] for part in split]
     if not parts or any(len(set(target[part].tolist())) < 2 for part in parts):
+        kind = "rows" if len(rows) == len(target) else "distinct rows (or groups)"
         raise DataError(
             f"activations are too few for validation_fraction={fraction:g}: {counts[0]} negative "
-            f"and {counts[1]} positive rows do not give both parts both classes; pass "
+            f"and {counts[1]} positive {kind} do not give both parts both classes; pass "
             "validation=(rows, labels), raise the fraction, or set it to 0 and give single values."
         )
     train, held = (torch.tensor(sorted(part), device=target.device) for part in parts)

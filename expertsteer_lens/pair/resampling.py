@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertsteer_lens._checks import check_groups as one_integer_per_row
 from expertsteer_lens.errors import DataError
 
 from .config import MIConfig
@@ -44,15 +45,7 @@ def check_groups(groups: Tensor | Sequence[int] | None, n: int, config: MIConfig
     """
     if groups is None:
         return torch.arange(n)
-    try:
-        given = torch.as_tensor(groups).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"groups must hold one integer per row ({error}).") from error
-    if given.shape != (n,) or given.is_floating_point() or given.dtype == torch.bool:
-        raise DataError(
-            f"groups must hold one integer per row, shape ({n},), got {given.dtype} of shape "
-            f"{tuple(given.shape)}."
-        )
+    given = one_integer_per_row("groups", groups, n)
     found, least = len(torch.unique(given)), 2 * (config.n_folds or 1)
     if found < least:
         raise DataError(

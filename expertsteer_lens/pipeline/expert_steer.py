@@ -11,6 +11,7 @@ from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.parts import groups_of
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture
 
@@ -104,14 +105,16 @@ class ExpertSteer:
                 let them end where the pairs end (the same kind of last token), since the map is
                 fitted on the states that are read.
             behaviour: prompts with completions. Half is used to choose layers and coefficient, half
-                kept for `evaluate`. Without it, layers are chosen by a read-out of the target
-                (weaker evidence; see `readout_gradient`).
+                kept for `evaluate` (equal prompts in one half). Without it, layers are chosen by a
+                read-out of the target (weaker evidence; see `readout_gradient`).
             test_behaviour: prompts kept for `evaluate`; given, all of `behaviour` is used for
-                choices.
+                choices, with which it shares no prompt.
             neutral: texts on which steering should change nothing, which measure its damage: every
                 other one calibrates the coefficient (from the first on), the rest is kept for
-                `evaluate`; given, all anchors are used for fitting. Default: `config.held_out` of
-                the anchors.
+                `evaluate`; given, all anchors are used for fitting, and it may share no text with
+                them or with `pairs`. Default: `config.held_out` of the anchors, of those that are
+                no texts of `pairs`; where the texts of `pairs` stand in for anchors, of these: the
+                map is not fitted on what is held out then, but the direction is learnt from it.
             expert_hook_names: expert hook points; default: the residual after every block.
             target_hook_names: target hook points; default: the residual after every block.
             progress: show progress bars; default: where standard error is a terminal.
@@ -217,10 +220,11 @@ class ExpertSteer:
         moments = None
         if reason is None:
             unlabelled = list(texts.fit_texts)
-            groups = list(range(len(unlabelled)))
+            groups = groups_of(unlabelled)
             if config.align_on_pairs and texts.anchors is not None:
                 # The two texts of a pair are alike, and so one group.
-                groups += [len(unlabelled) + i // 2 for i in range(len(texts.pairs.texts))]
+                first = max(groups) + 1
+                groups += [first + i // 2 for i in range(len(texts.pairs.texts))]
                 unlabelled += texts.pairs.texts
             candidates = candidate_pairs(config, data, gradients)
             moments = pair_tokens(

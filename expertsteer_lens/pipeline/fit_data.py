@@ -16,6 +16,7 @@ from expertsteer_lens.align import PairedMoments
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.parts import check_disjoint, groups_of, halves, hashes_of, rows_of
 from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -66,6 +67,9 @@ class FitData:
     """Prompts that only `evaluate` reads."""
     provenance: dict[str, Any]
     """Names, fingerprints and hashes of what went in."""
+    text_hashes: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    """Digests of every text of "pairs" and "anchors" that was fitted on, in the order of the rows,
+    by which `evaluate` knows them; empty in what an earlier version saved."""
     maps_on: Literal["texts", "tokens"] = "texts"
     """Whether the maps were fitted on one state a text or on token pairs."""
     token_moments: PairedMoments | None = field(default=None, repr=False)
@@ -97,6 +101,12 @@ class FitData:
                     f"(they were read under {read[name]!r}); run ExpertSteer(...).fit again, or "
                     "leave it as it was."
                 )
+
+    @property
+    def pair_groups(self) -> list[int] | None:
+        """The group of each row of the pair states, equal for equal texts; None if unknown."""
+        keys, number = self.text_hashes.get("pairs"), dict[str, int]()
+        return None if keys is None else [number.setdefault(k, len(number)) for k in keys]
 
     def to_fields(self) -> dict[str, Any]:
         """What a file holds of it."""
@@ -161,7 +171,8 @@ def divide_texts(
 
     Raises:
         ArgumentError: `test_behaviour` without `behaviour`.
-        DataError: pairs of another type, or too few texts to divide.
+        DataError: pairs of another type, too few texts to divide, `test_behaviour` with prompts of
+            `behaviour`, or `neutral` with texts of the anchors or pairs.
     """
     if not isinstance(pairs, ContrastPairs):
         raise DataError(
@@ -180,15 +191,31 @@ def divide_texts(
         )
     texts = pairs.texts if anchors is None else check_texts("anchors", anchors)
     if neutral is None:
-        fit_texts, calibration_texts, test_texts = split_anchors(texts, config.held_out, seed)
+        fitted = [] if anchors is None else pairs.texts
+        fit_texts, calibration_texts, test_texts = split_anchors(
+            texts, config.held_out, seed, fitted=fitted
+        )
     else:
         fit_texts, kept = texts, check_texts("neutral", neutral)
-        if len(kept) < 2:
+        calibration_texts, test_texts = halves(kept)
+        if not test_texts:
             raise DataError(
-                "neutral holds 1 text, but one half calibrates and the other tests; give more."
+                "neutral holds 1 text (equal ones count once), but one half calibrates and the "
+                "other tests; give more."
             )
-        calibration_texts, test_texts = kept[::2], kept[1::2]
+        others = {"the texts of pairs": pairs.texts, "anchors": [] if anchors is None else texts}
+        for name, those in others.items():
+            remedy = f"leave these out of neutral or of {name}"
+            check_disjoint("neutral", kept, name, those, remedy=remedy)
     validation, test = behaviour, test_behaviour
+    if behaviour is not None and test_behaviour is not None:
+        check_disjoint(
+            "test_behaviour",
+            test_behaviour.prompts,
+            "behaviour",
+            behaviour.prompts,
+            remedy="give other prompts, or leave test_behaviour out, and behaviour is divided",
+        )
     if behaviour is not None and test_behaviour is None:
         validation, test = behaviour.split(config.validation, seed=seed)
     return FitTexts(
@@ -274,6 +301,7 @@ def read_models(
             "reading": reading,
             **texts.facts,
         },
+        text_hashes={"pairs": hashes_of(pairs.texts), "anchors": hashes_of(texts.fit_texts)},
     )
 
 
@@ -292,22 +320,36 @@ def spans_to_read(pairs: ContrastPairs, anchors: Sequence[Text] | None) -> list[
 
 
 def split_anchors(
-    texts: Sequence[Text], held_out: float, seed: int
+    texts: Sequence[Text], held_out: float, seed: int, *, fitted: Sequence[Text] = ()
 ) -> tuple[list[Text], list[Text], list[Text]]:
-    """Disjoint (fit, calibration, test) parts; `held_out` is split evenly between the last two.
+    """(fit, calibration, test) parts that share no text; `held_out` of the distinct texts is split
+    evenly between the last two.
+
+    Args:
+        texts: what to divide.
+        held_out: share of the distinct texts.
+        seed: of the division.
+        fitted: texts that are fitted on anyway; those among `texts` are not held out.
 
     Raises:
         DataError: too few texts for three parts.
     """
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    kept = max(1, round(len(texts) * held_out / 2))
-    if len(texts) - 2 * kept < 2:
+    groups = groups_of(texts)
+    n, taken = max(groups) + 1, set(hashes_of(fitted))
+    keys = dict(zip(groups, hashes_of(texts), strict=True))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    # Stable: without such texts the order is the drawn one.
+    order.sort(key=lambda group: keys[group] in taken)
+    free = sum(key not in taken for key in keys.values())
+    kept = max(1, round(n * held_out / 2))
+    if n - 2 * kept < 2 or free < 2 * kept:
+        also = "" if free == n else f" ({n - free} are texts of pairs, which are fitted on)"
         raise DataError(
-            f"anchors: {len(texts)} texts are too few to fit on and hold out {held_out:.0%}; give "
-            "more anchors."
+            f"anchors: {n} distinct texts{also} are too few to fit on and hold out "
+            f"{held_out:.0%}; give more anchors."
         )
     parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
-    fit, calibration, test = ([texts[i] for i in part] for part in parts)
+    fit, calibration, test = ([texts[i] for i in rows_of(groups, part)] for part in parts)
     return fit, calibration, test
 
 

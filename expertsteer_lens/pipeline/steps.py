@@ -299,10 +299,10 @@ def _learn(
         held_out_r2=shown,
     )
     states = data.expert_pair_states
-    rfms = {}
+    groups, rfms = data.pair_groups, {}
     for key, aligner in progress_bar(list(aligners.items()), "rfm", progress=progress):
         mapped = aligner.encode(states[key[0]])
-        rfms[key] = fit_rfm(mapped, labels_of(states), config.rfm, seed=seed)
+        rfms[key] = fit_rfm(mapped, labels_of(states), config.rfm, seed=seed, groups=groups)
     auc = [r.validation_auc for r in rfms.values() if r.validation_auc is not None]
     log.done(
         "learn",
