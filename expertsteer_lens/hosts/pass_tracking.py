@@ -89,7 +89,12 @@ def watch_causal_module(
     def leaves(m: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         # Noted at the end of the pass, so that two watchers of one pass read the same number at its
         # beginning and note the same number here.
-        if now.pass_ is None or output is None or n_measuring(module) > measured_before or is_copy(m, module):
+        if (
+            now.pass_ is None
+            or output is None
+            or n_measuring(module) > measured_before
+            or is_copy(m, module)
+        ):
             return
         total, sequence = now.pass_
         now.pass_ = None
