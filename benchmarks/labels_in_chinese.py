@@ -193,13 +193,16 @@ def run(expert: str, target: str, args, data: dict, states: dict, models: dict) 
     for n in args.pairs:
         for draw in range(args.draws):
             g = torch.Generator().manual_seed(1000 * n + draw)
-            pairs = torch.randperm(POOL, generator=g)[:n]
+            # Of single pairs there are no more than the pool holds: each once.
+            pairs = torch.tensor([draw]) if n == 1 else torch.randperm(POOL, generator=g)[:n]
             for method, (zh, en) in {
                 "expert as labeller": (chinese_e, english_e),
                 "self as labeller": (chinese_t, english_t),
             }.items():
                 labels = label(zh, en, pairs)
                 add(method, n, draw, mean_difference(own, labels), labels)
+            if draw >= args.native_draws:
+                continue
             both = torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
             signs = torch.tensor([1, 0]).repeat(n)
             add("native, Chinese pairs", n, draw, mean_difference(chinese_t[hook][both], signs))
@@ -224,7 +227,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     ):
         table = part.pivot(index="draw", columns="method", values="effect")
         for other in ("self as labeller", "native, Chinese pairs"):
-            difference = table["expert as labeller"] - table[other]
+            difference = (table["expert as labeller"] - table[other]).dropna()
             low, high = interval(difference)
             out.append(
                 {
@@ -246,8 +249,9 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("real-models"))
     parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--draws", type=int, default=20)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--draws", type=int, default=POOL)
+    parser.add_argument("--native-draws", type=int, default=20, help="each is a new direction")
     parser.add_argument("--random", type=int, default=20)
     parser.add_argument("--dtype", default="float32", help="of the models; bfloat16 is faster")
     parser.add_argument("--transfers", nargs="+", default=["qwen:smollm2"])
