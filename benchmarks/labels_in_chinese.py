@@ -244,6 +244,31 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def markdown(table: pd.DataFrame, command: str) -> str:
+    """The table as it stands in the docs."""
+    lines = [
+        "| Chinese pairs | direction (draws) | effect, nats per token | labels right | warm answer "
+        "likelier | neutral NLL |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def shown(value: float, form: str) -> str:
+        return "" if pd.isna(value) else format(value, form)
+
+    for row in table.itertuples():
+        interval = f" [{row.low:+.3f}, {row.high:+.3f}]" if row.draws > 1 else ""
+        cells = [
+            str(row.n_pairs) if row.n_pairs else "",
+            f"{row.method} ({row.draws})",
+            f"{row.effect:+.3f}{interval}",
+            shown(row.label_agreement, ".0%"),
+            shown(row.accuracy, ".0%"),
+            shown(row.nll_rise, "+.3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("real-models"))
@@ -272,6 +297,8 @@ def main() -> None:
     table = summarise(pd.DataFrame(rows))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(args.out, index=False)
+    command = f"python benchmarks/labels_in_chinese.py --dtype {args.dtype} --out {args.out}"
+    args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
     print(table.round(3).to_string(index=False))
 
 
