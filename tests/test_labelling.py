@@ -123,8 +123,33 @@ def test_bad_input_is_named():
         esl.label_texts(expert, pairs, pairs.texts, n_rounds=-1)
     with pytest.raises(ArgumentError, match="flatten"):
         esl.label_texts(expert, pairs, pairs.texts, flatten=0)
+    with pytest.raises(DataError, match="pairs must be ContrastPairs, got list"):
+        esl.label_texts(expert, [("a", "b")], pairs.texts)
+    with pytest.raises(ArgumentError, match="config must be an ExpertSteerConfig"):
+        esl.label_texts(expert, pairs, pairs.texts, config={"reading": "last"})
 
 
-def test_agreement_wants_one_label_a_text(labelled):
-    with pytest.raises(ArgumentError, match="one label for each"):
+def test_known_labels_are_checked(labelled):
+    known = zoo.contrast_pairs().labels
+    assert labelled.agreement(2 * known - 1) == labelled.agreement(known)
+    with pytest.raises(DataError, match="one label per row"):
         labelled.agreement([1, 0])
+    with pytest.raises(DataError, match="NaN"):
+        labelled.agreement([float("nan")] * len(known))
+
+
+def test_shuffled_labels_of_the_pairs_label_at_random():
+    heap, labels = states()
+    found = []
+    for seed in range(40):
+        rows, signs = few(4, seed=seed + 10)
+        order = torch.randperm(len(signs), generator=torch.Generator().manual_seed(seed))
+        found.append(accuracy(score_states([rows], signs[order], [heap]), labels))
+    assert 0.25 < sum(found) / len(found) < 0.75
+
+
+def test_texts_that_nothing_divides_are_labelled_at_random():
+    g = torch.Generator().manual_seed(3)
+    heap = torch.randn(200, 30, generator=g, dtype=torch.float64)
+    labels = (torch.arange(200) < 100).double()
+    assert abs(accuracy(score_states([few(4)[0]], few(4)[1], [heap]), labels) - 0.5) < 0.12

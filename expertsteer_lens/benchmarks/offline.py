@@ -37,6 +37,9 @@ __all__ = ["Bench", "BenchRow", "StudyRow", "run_bench"]
 
 BUDGET = 0.10
 """Mean KL to the unsteered target on lists of questions, nats per token."""
+READING: dict[str, Any] = {"reading": "last", "pair_tokens": False, "align_on_pairs": False}
+"""The pairs end at a further question whose answer is still to come, so the last token is where
+carefulness shows; the mean over the answer, right where an answer is a text, dilutes it."""
 WIDTHS = {32: "medicine-32", 64: "medicine", 128: "medicine-128"}
 """Experts of the size study, by width."""
 N_BOOTSTRAP = 1000
@@ -59,7 +62,7 @@ def run_bench(
     Args:
         domains: which of `zoo.domains.DOMAINS`.
         config: settings of the fits; default: the preset "anchored" with a budget of `BUDGET` nats
-            of KL.
+            of KL, read as `READING` says.
         n_random: random directions per domain.
         n_shuffles: label-shuffled fits per domain.
         studies: also measure the width and the domain of the expert.
@@ -87,7 +90,7 @@ def run_bench(
         "seed": seed,
         "host": host,
     }
-    config = config or ExpertSteerConfig(budget=BUDGET, budget_unit="kl")
+    config = config or ExpertSteerConfig(budget=BUDGET, budget_unit="kl", **READING)
     say = on_progress or (lambda _: None)
     started = time.perf_counter()
     controls = {"n_random": n_random, "n_shuffles": n_shuffles}
@@ -124,7 +127,7 @@ def run_bench(
 
 def plan_name(config: ExpertSteerConfig) -> str:
     """What the method under test is called: the preset's name if its settings are those of one,
-    whatever the budget.
+    whatever the budget, and read as it does or as this benchmark does.
 
     Example:
         >>> plan_name(ExpertSteerConfig(budget_unit="kl"))
@@ -133,8 +136,10 @@ def plan_name(config: ExpertSteerConfig) -> str:
         'ExpertSteer (own settings)'
     """
     for name in PRESETS:
-        preset = ExpertSteerConfig.preset(name)
-        if replace(preset, budget=config.budget, budget_unit=config.budget_unit) == config:
+        preset = ExpertSteerConfig.preset(name).changed(
+            {"budget": config.budget, "budget_unit": config.budget_unit}
+        )
+        if config in (preset, preset.changed(READING)):
             return f"ExpertSteer ({name})"
     return "ExpertSteer (own settings)"
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number
+from expertsteer_lens._checks import check_classes, check_number
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs
@@ -77,18 +77,13 @@ class LabelledTexts:
         """Share of texts, in [0, 1], on which these labels agree with known ones.
 
         Args:
-            labels: one per text, 1 = positive.
+            labels: one per text, 1 = positive; bool, 0/1 or -1/+1.
 
         Raises:
-            ArgumentError: another number of labels than of texts.
+            DataError: another number of labels than of texts, NaN, or labels of another kind.
         """
-        known = torch.as_tensor(labels)
-        if known.shape != self.scores.shape:
-            raise ArgumentError(
-                f"labels must hold one label for each of {len(self.texts)} texts, got shape "
-                f"{tuple(known.shape)}."
-            )
-        return float((known.long() == self.labels).float().mean())
+        known = check_classes("labels", labels, len(self.texts)) > 0
+        return float((known == (self.labels > 0)).float().mean())
 
     def to_pandas(self) -> pandas.DataFrame:
         """One row per text, in the order given: text, score, label."""
@@ -149,8 +144,9 @@ def label_texts(
         The texts with scores and labels; `.pairs()` are contrast pairs for `ExpertSteer.fit`.
 
     Raises:
-        DataError: fewer than 4 texts, or texts whose states are all alike.
+        DataError: pairs of another type, fewer than 4 texts, or texts whose states are all alike.
         ArgumentError: a setting out of range.
+        HookNameError: a hook name that the model lacks.
 
     Example:
         >>> from expertsteer_lens import zoo
@@ -164,6 +160,16 @@ def label_texts(
     check_number("n_rounds", n_rounds, low=0, integer=True)
     check_number("flatten", flatten, low=1, integer=True)
     config = ExpertSteerConfig() if config is None else config
+    if not isinstance(config, ExpertSteerConfig):
+        raise ArgumentError(
+            f"config must be an ExpertSteerConfig, got {config!r}; ExpertSteerConfig.from_dict "
+            "makes one of a dict."
+        )
+    if not isinstance(pairs, ContrastPairs):
+        raise DataError(
+            f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
+            "ContrastPairs.from_lists(...)."
+        )
     heap = check_texts("texts", texts)
     if len(heap) < 4:
         raise DataError(f"texts holds {len(heap)} texts; give at least 4, of both classes.")
