@@ -149,9 +149,9 @@ def label(
     from expertsteer_lens.data.contrast import ContrastPairs
     from expertsteer_lens.pipeline import label_texts
 
-    few, heap = ContrastPairs.from_jsonl(pairs), read_texts(texts)
+    few, unlabelled = ContrastPairs.from_jsonl(pairs), read_texts(texts)
     labelled = label_texts(
-        models.load(model), few, heap, n_rounds=n_rounds, flatten=flatten, progress=True
+        models.load(model), few, unlabelled, n_rounds=n_rounds, flatten=flatten, progress=True
     )
     found = labelled.pairs()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Labels for unlabelled texts, from a model that understands a few labelled ones.
 
 A model that knows what is meant can label texts for one that does not: with one or a few labelled
-pairs, the expert labels a heap of unlabelled texts, and the target's own direction is then learnt
-from those (`ExpertSteer().fit(target, target, labelled.pairs(), ...)`). No map between the two
+pairs, the expert labels unlabelled texts, and the target's own direction is then learnt from
+those (`ExpertSteer().fit(target, target, labelled.pairs(), ...)`). No map between the two
 models is needed. The target as its own labeller is the control that says what the expert adds.
 """
 
@@ -170,13 +170,13 @@ def label_texts(
             f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
             "ContrastPairs.from_lists(...)."
         )
-    heap = check_texts("texts", texts)
-    if len(heap) < 4:
-        raise DataError(f"texts holds {len(heap)} texts; give at least 4, of both classes.")
+    given = check_texts("texts", texts)
+    if len(given) < 4:
+        raise DataError(f"texts holds {len(given)} texts; give at least 4, of both classes.")
     host = as_host(model)
     names = list(hook_names) if hook_names is not None else (host.hook_names()[1:-1] or None)
     reading = reading_of(config, host)
-    spans = [answer_span(text) for text in heap]
+    spans = [answer_span(text) for text in given]
 
     def read(of: Sequence[Text], where: Sequence[Span]) -> ActivationStore:
         return capture(
@@ -189,7 +189,7 @@ def label_texts(
             progress=progress,
         )
 
-    labelled, unlabelled = read(pairs.texts, pairs.answer_spans), read(heap, spans)
+    labelled, unlabelled = read(pairs.texts, pairs.answer_spans), read(given, spans)
     scores = score_states(
         [labelled[name] for name in labelled],
         pairs.labels,
@@ -198,7 +198,7 @@ def label_texts(
         flatten=flatten,
     )
     return LabelledTexts(
-        texts=tuple(heap),
+        texts=tuple(given),
         scores=scores,
         threshold=best_cut(scores),
         spans=tuple(spans),
