@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .asking import ask_about
 from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
@@ -13,5 +14,6 @@ __all__ = [
     "ExpertSteerConfig",
     "ExpertSteering",
     "LabelledTexts",
+    "ask_about",
     "label_texts",
 ]
