@@ -185,7 +185,8 @@ class Maps:
 def _coordinates(x: Tensor) -> Tensor:
     """Rows in the basis of their own principal axes, the largest first."""
     u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
-    return u * s
+    coordinates: Tensor = u * s
+    return coordinates
 
 
 def _shrunk(coordinates: Tensor, n_axes: int) -> Tensor:

@@ -121,7 +121,8 @@ class TransferBench:
                 for n, part in both.groupby("n_pairs"):
                     gain = part.effect - part.effect_other
                     low, high = _interval(gain)
-                    line = {"expert": expert, "target": target, "difference": f"{a} - {b}"}
+                    line: dict[str, Any] = {"expert": expert, "target": target}
+                    line["difference"] = f"{a} - {b}"
                     line |= {"n_pairs": n, "tasks": len(part), "effect": gain.mean()}
                     lines.append(line | {"low": low, "high": high, "won": (gain > 0).mean()})
         return pd.DataFrame(lines)
