@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from expertsteer_lens.interventions.positions import ForwardInfo
 
 from .base import Host
+from .cache_names import agree_on_cache_name
 from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
@@ -30,7 +31,10 @@ class TransformerLensHost(Host):
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        self.is_bridge = _underlying(model) is not None
+        inner = _underlying(model)
+        self.is_bridge = inner is not None
+        if inner is not None:
+            agree_on_cache_name(model, inner)
         super().__init__(
             model,
             parameters=model,
