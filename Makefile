@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored site bench sizes clean
+.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored site bench architectures sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,7 +63,11 @@ NEWEST_TESTS = test_cache_names test_architectures
 test-newest: $(VENV)/.done ## the cache and every architecture with the newest transformers that is allowed
 	rm -rf build/newest
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest 'transformers<6'
-	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(NEWEST_TESTS:%=tests/%.py)
+	ALL_HOSTS=1 PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%.py)
+
+architectures: $(VENV)/.done ## every architecture on every host, and the table of them in the docs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py
+	$(BIN)/python benchmarks/fill_readme.py
 
 check: $(VENV)/.done ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -49,6 +49,7 @@ DEEPSEEK = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
     "first_k_dense_replace": 1,
+    "num_key_value_heads": 2,
     "moe_intermediate_size": 16,
 }
 GPT_NEO = {"attention_types": [[["global", "local"], 1], [["global"], 1]]}
@@ -143,8 +144,11 @@ def config_of(family: str) -> Any:
     return made
 
 
-def built(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A fresh random model with weights large enough to matter; the same at every call."""
+def built(
+    family: str, dtype: torch.dtype = torch.float32, *, size: float = 0.25, **options: Any
+) -> nn.Module:
+    """A fresh random model, the same at every call; `size` is the standard deviation of what is
+    added to its matrices, so that they are large enough to matter."""
     import transformers as tf
 
     config = config_of(family)
@@ -154,8 +158,8 @@ def built(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn
         torch.manual_seed(0)
         model = kind.from_config(config, **options)
         for parameter in model.parameters():
-            size = 0.25 if parameter.ndim > 1 else 0.1
-            parameter.data += size * torch.randn_like(parameter)
+            scale = size if parameter.ndim > 1 else 0.1
+            parameter.data += scale * torch.randn_like(parameter)
     model.config.architectures = [type(model).__name__]  # as in every saved configuration
     return model.to(dtype).eval()
 

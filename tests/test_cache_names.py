@@ -76,7 +76,7 @@ def encoder_decoder() -> nn.Module:
 def sparse_attention() -> nn.Module:
     options = {**architectures.DEEPSEEK, **architectures.WIDE, **architectures.TOKENS}
     config = transformers.GlmMoeDsaConfig(
-        num_key_value_heads=2, n_shared_experts=1, index_n_heads=2, index_head_dim=16, index_topk=4,
+        n_shared_experts=1, index_n_heads=2, index_head_dim=16, index_topk=4,
         **options,
     )  # fmt: skip
     config.architectures = ["GlmMoeDsaForCausalLM"]
