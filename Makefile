@@ -63,7 +63,7 @@ NEWEST_TESTS = test_cache_names test_architectures
 test-newest: $(VENV)/.done ## the cache and every architecture with the newest transformers that is allowed
 	rm -rf build/newest
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest 'transformers<6'
-	ALL_HOSTS=1 PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%.py)
+	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%.py)
 
 architectures: $(VENV)/.done ## every architecture on every host, and the table of them in the docs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py

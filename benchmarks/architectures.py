@@ -15,8 +15,8 @@ from importlib.metadata import version
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import architectures
-import conformance
+import architectures  # noqa: E402
+import conformance  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "nnsight")
 HEAD = ("architecture", "class", "Hugging Face", "TransformerBridge", "nnsight", "moved by")
