@@ -49,7 +49,7 @@ def test_weights_that_are_nowhere_are_refused() -> None:
     with torch.device("meta"):
         model = models.hf("llama")
     model.tokenizer = models.tokenizer()
-    with pytest.raises(esl.errors.ModelStateError, match="weights of .* are not loaded"):
+    with pytest.raises(esl.errors.ModelStateError, match=r"weights of .* are not loaded"):
         esl.capture(model, TEXTS)
-    with pytest.raises(esl.errors.ModelStateError, match="weights of .* are not loaded"):
+    with pytest.raises(esl.errors.ModelStateError, match=r"weights of .* are not loaded"):
         plan_at().attach(model)

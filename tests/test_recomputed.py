@@ -123,13 +123,19 @@ def test_a_backward_pass_after_the_block_is_right_without_checkpointing() -> Non
 def test_checkpoints_that_cannot_be_followed_are_refused_before_the_first_token(
     whole: bool,
 ) -> None:
-    plan, model = plan_at(), models.hf("llama")
-    model = model if whole else checkpointing(model, use_reentrant=True)
-    with pytest.raises(InterventionError, match="use_reentrant=False"), plan.hooks(model):
-        if not whole:
+    model = models.hf("llama") if whole else checkpointing(models.hf("llama"), use_reentrant=True)
+    anchor = torch.zeros((), requires_grad=True)
+
+    def run() -> None:
+        if whole:
+            checkpoint(lambda _: loss(model, SHORT), anchor, use_reentrant=True)
+        else:
             loss(model, SHORT)
-        anchor = torch.zeros((), requires_grad=True)
-        checkpoint(lambda _: loss(model, SHORT), anchor, use_reentrant=True)
+
+    handle = plan_at().attach(model)
+    with pytest.raises(InterventionError, match="use_reentrant=False"):
+        run()
+    handle.remove()
 
 
 def test_a_checkpoint_around_the_whole_model_is_followed() -> None:

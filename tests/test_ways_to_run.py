@@ -202,12 +202,16 @@ def test_a_model_is_measured_without_taking_the_hooks_off_for_other_threads() ->
 
 @rules
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("negative", [[1, 30, 31], [1, 30, 31, 32, 33], [1, 5, 6, 7, 8, 9, 9]])
+@pytest.mark.parametrize(
+    "negative",
+    # Shorter, as long, longer, and as long as the prompt will be a step later.
+    [[1, 30, 31], [1, 30, 31, 32, 33], [1, 5, 6, 7, 8, 9, 9], [1, 5, 6, 7, 8, 9]],
+)
 def test_guidance_runs_two_sequences_that_are_each_followed(
     rule: Any, cached: bool, negative: list[int]
 ) -> None:
     """The reference is the same guidance by hand, over passes of each sequence alone."""
-    model, plan, scale = llama(), plan_at(rule), 1.5
+    model, plan, scale = llama(), plan_at(rule), 5.0
 
     def scores(prompt: list[int], rest: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + rest])

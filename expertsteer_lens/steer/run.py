@@ -121,6 +121,10 @@ class PlanRun:
         """See `Observer`."""
         self._clock(None).generation(entering, prompt)
 
+    def on_prepare(self) -> None:
+        """See `Observer`."""
+        self._clock(None).prepare()
+
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
         rule = self.plan.positions
