@@ -99,7 +99,7 @@ def test_a_method_taken_from_the_model_before_the_block(rule: Any, cached: bool)
     want, generate = alone(model, plan)[0], model.generate
     options = {"attention_mask": torch.ones_like(ROW), "use_cache": cached, **GREEDY}
     if not cached and isinstance(rule, str) and rule != "all":
-        with pytest.raises(InterventionError, match="call model.generate inside the block"):
+        with pytest.raises(InterventionError, match=r"call model\.generate inside the block"):
             with plan.hooks(model):
                 generate(ROW, **options)
         return
