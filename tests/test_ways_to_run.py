@@ -308,17 +308,24 @@ def test_a_static_cache_that_compiled_its_step_by_itself_is_steered() -> None:
 # -- copies, half precision, models elsewhere -----------------------------------------------------
 
 
-def test_a_deep_copy_made_inside_the_block_is_another_model() -> None:
-    model, plan = llama(), plan_at()
-    plain = run(model, PROMPTS[0])
+@pytest.mark.parametrize("kind", ["huggingface", "bridge"])
+def test_a_deep_copy_made_inside_the_block_is_another_model(kind: str) -> None:
+    model, plan = llama() if kind == "huggingface" else models.bridge("llama"), plan_at()
+
+    def inside(one: Any) -> Any:
+        return one if kind == "huggingface" else one.original_model
+
+    plain = run(inside(model), PROMPTS[0])
     with plan.hooks(model) as report:
-        steered = run(model, PROMPTS[0])
+        steered = run(inside(model), PROMPTS[0])
         copied, seen = copy.deepcopy(model), report.n_forwards
-        assert run(copied, PROMPTS[0]) == plain != steered
+        assert run(inside(copied), PROMPTS[0]) == plain != steered
         assert report.n_forwards == seen
-        assert run(model, PROMPTS[0]) == steered
-    assert run(copied, PROMPTS[0]) == plain
-    assert copied.generate.__self__ is copied
+        assert run(inside(model), PROMPTS[0]) == steered
+    assert run(inside(copied), PROMPTS[0]) == plain
+    assert inside(copied).generate.__self__ is inside(copied)
+    with plan.hooks(copied):
+        assert run(inside(copied), PROMPTS[0]) == steered
 
 
 @rules
