@@ -228,8 +228,9 @@ class Host:
     @property
     def device(self) -> torch.device:
         """Where inputs are put: where the first parameter lives, or is brought for its pass if it
-        is offloaded."""
-        found = next(iter(self._weights.parameters())).device
+        is offloaded; the CPU for a network without any."""
+        first = next(iter(self._weights.parameters()), None)
+        found = torch.device("cpu") if first is None else first.device
         return found if found.type != "meta" else execution_device(self._weights) or found
 
     @property
