@@ -112,9 +112,9 @@ def capture(
     out: Out = Path("expert-states"),
     seed: Seed = 0,
 ) -> None:
-    """Read the expert's states and save them for `fit --expert OUT`: elsewhere, or where both
-    models do not fit in memory."""
-    from expertsteer_lens.files.io import save
+    """Read the expert's states into OUT for `fit --expert OUT`: elsewhere, or where both models do
+    not fit in memory. They are written as they are read: the same command goes on where one that
+    was stopped or killed left off."""
     from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
 
     config = ExpertSteerConfig(reading=parse_reading(reading), batch_size=batch_size)
@@ -122,10 +122,10 @@ def capture(
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
     loaded = models.load(model)
     states = ExpertSteer(config, seed=seed).capture(
-        loaded, contrast, anchors=anchors, progress=True
+        loaded, contrast, anchors=anchors, progress=True, store=out
     )
     say(repr(states))
-    say(str(save(states, out).resolve()))
+    say(str(out.resolve()))
 
 
 def label(

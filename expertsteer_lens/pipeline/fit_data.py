@@ -388,6 +388,9 @@ def _rows_of_states(
         )
     # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
     row = {text: i for i, text in reversed(list(enumerate(expected)))}
-    chosen = ActivationStore({name: states[name] for name in names}, provenance=facts)
-    fitted = chosen.select([row[text] for text in texts.fit_texts])
-    return fitted, ActivationStore(chosen.select(range(len(pairs.texts))), pairs.labels, facts)
+    fitted = states.select([row[text] for text in texts.fit_texts], hook_names=names)
+    labelled = states.select(range(len(pairs.texts)), hook_names=names)
+    return (
+        ActivationStore(fitted.activations, provenance=facts),  # without labels
+        ActivationStore(labelled.activations, pairs.labels, facts),
+    )
