@@ -9,7 +9,13 @@ from torch import Tensor
 from expertsteer_lens._checks import check_number
 
 TOKENS_PER_PASS = 2048
-"""Padding included. Chosen by `benchmarks/capture_speed.py --budgets`."""
+"""Padding included."""
+
+MOST_PADDING = 1 / 8
+"""Share of padding from which a text begins a pass of its own..."""
+LEAST_SHARE = 1 / 4
+"""...if the one before has this share of `tokens_per_pass`: small passes cost more than padding.
+Both chosen by us; what they cost is in the table of `benchmarks/capture_speed.py`."""
 
 
 def length_batches(
@@ -19,7 +25,9 @@ def length_batches(
     tokens_per_pass: int = TOKENS_PER_PASS,
 ) -> list[list[int]]:
     """Texts of similar length together, the longest first (a pass that is too large for the memory
-    is then the first one); within a length in the order given.
+    is then the first one); within a length in the order given. A pass has at most
+    `tokens_per_pass` tokens; one with a quarter of them takes no text that makes more than an
+    eighth of it padding.
 
     Args:
         lengths: tokens of each text.
@@ -41,10 +49,16 @@ def length_batches(
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         last = batches[-1] if batches else []
-        # The first text of a batch is its longest, and as wide as the pass.
-        full = not last or (len(last) + 1) * sizes[last[0]] > tokens_per_pass
-        if full or len(last) == batch_size:
-            batches.append([i])
-        else:
+        if last and len(last) != batch_size and _fits(sizes, last, i, tokens_per_pass):
             last.append(i)
+        else:
+            batches.append([i])
     return batches
+
+
+def _fits(sizes: list[int], batch: list[int], i: int, tokens_per_pass: int) -> bool:
+    # The first text of a batch is its longest, and as wide as the pass.
+    n_tokens = (len(batch) + 1) * sizes[batch[0]]
+    padding = n_tokens - sum(sizes[j] for j in batch) - sizes[i]
+    wasteful = n_tokens > LEAST_SHARE * tokens_per_pass and padding > MOST_PADDING * n_tokens
+    return n_tokens <= tokens_per_pass and not wasteful

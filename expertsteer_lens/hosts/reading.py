@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -175,7 +176,7 @@ def _plan(
             tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=tokens_per_pass
         ),
         row_counts=row_counts,
-        norm_counts=looked_at if positions in ("mean", "answer") else None,
+        norm_counts=looked_at if positions in ("mean", "answer") and host.reads_norms else None,
         labels=None if classes is None else classes.repeat_interleave(torch.tensor(row_counts)),
         provenance=facts,
     )
@@ -203,7 +204,7 @@ def _read_batches(
         part = _trimmed(tokens, index)
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
         norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
-        states = host.read(part, names, pick, here, norms)
+        states = host.read(part, names, pick, here, norms, basis=plan.provenance["basis"])
         _check_finite(states, index, [plan.row_counts[i] for i in index])
         of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
         into.write(number, {name: states[name] for name in names}, of_tokens)
@@ -350,10 +351,11 @@ def _provenance(
         else getattr(host.tokenizer, "bos_token_id", None) is not None,
         "rows_per_prompt": list(counts) if positions == "all" else 1,
         TEXTS_KEY: texts_sha256(texts),
-        "versions": _versions(),
+        "versions": dict(_versions()),
     }
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     out = {}
     for package in ("expertsteer-lens", "torch", "transformers", "transformer-lens", "nnsight"):
