@@ -115,7 +115,7 @@ class ActivationStore(Mapping[str, Tensor]):
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     made = capture(expert, ["Mia is happy."], store=folder + "/states")
             ...     ActivationStore.open(folder + "/states")
-            ActivationStore(4 hook points, n=1, d_model=64)
+            ActivationStore(6 hook points, n=1, d_model=128)
         """
         from .states_folder import open_folder
 

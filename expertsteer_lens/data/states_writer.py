@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,9 @@ class StatesWriter:
         """Where the pieces of a batch stand in a file, and their sizes."""
         for counts, starts, at in (
             (self.plan.row_counts, self._row_starts, file.row_at),
-            (self.plan.norm_counts, self._norm_starts, file.norms_at),
+            (self.plan.norm_counts or [], self._norm_starts, file.norms_at),
         ):
-            for prompt in self.plan.batches[number] if counts is not None else ():
+            for prompt in self.plan.batches[number] if counts else ():
                 begin, end = at(starts[prompt]), at(starts[prompt] + counts[prompt])
                 yield begin, end - begin
 
@@ -234,7 +235,7 @@ class StatesWriter:
         widths = {name: states[name].shape[1] for name in self.plan.key["hook_names"]}
         files = files_of({**self._sizes(), "key": self.plan.key, "widths": widths})
         for file in files.values():
-            write_file(self.folder / file.name, lambda path, file=file: _reserve(path, file))
+            write_file(self.folder / file.name, partial(_reserve, file))
         with suppress(FileNotFoundError):
             (self.folder / PROGRESS).unlink()
         self._write_index(complete=False, widths=widths)
@@ -341,7 +342,8 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 def _bytes_of(value: Tensor) -> memoryview:
     assert value.dtype == torch.float32
-    return memoryview(value.contiguous().numpy()).cast("B")
+    content: Any = value.contiguous().numpy()
+    return memoryview(content).cast("B")
 
 
 def _write_at(handle: int, place: int, content: memoryview) -> None:
@@ -355,7 +357,7 @@ def _write_at(handle: int, place: int, content: memoryview) -> None:
         content, place = content[done:], place + done
 
 
-def _reserve(path: Path, file: StatesFile) -> None:
+def _reserve(file: StatesFile, path: Path) -> None:
     with path.open("wb") as stream:
         stream.write(file.header)
         stream.flush()

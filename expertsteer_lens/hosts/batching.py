@@ -40,7 +40,7 @@ def length_batches(
 
     Example:
         >>> length_batches([2, 5, 1, 2], batch_size=None, tokens_per_pass=6)
-        [[1], [0, 3, 2]]
+        [[1], [0, 3], [2]]
     """
     check_number("tokens_per_pass", tokens_per_pass, low=1, integer=True)
     if batch_size is not None:

@@ -94,8 +94,8 @@ class TransformerLensHost(Host):
     def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
         """See `Host.logits_at`; the output head of a Bridge is applied at these positions only,
         unless somebody listens there, who would see other shapes."""
-        inner = _underlying(self.model)
-        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        find: Any = getattr(_underlying(self.model), "get_output_embeddings", lambda: None)
+        head = find()
         if not isinstance(head, nn.Module) or any(part._forward_hooks for part in head.modules()):
             return super().logits_at(batch, where)
         with logits_only_at(head, where):

@@ -6,6 +6,7 @@ from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
 from .labelling import LabelledTexts, label_texts
+from .reproduce import Reproduction, reproduce
 
 __all__ = [
     "PRESETS",
@@ -13,5 +14,7 @@ __all__ = [
     "ExpertSteerConfig",
     "ExpertSteering",
     "LabelledTexts",
+    "Reproduction",
     "label_texts",
+    "reproduce",
 ]

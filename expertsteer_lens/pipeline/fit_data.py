@@ -3,10 +3,12 @@ test."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -299,6 +301,7 @@ def read_models(
             "expert": _model_facts(expert_pairs),
             "target": _model_facts(target_pairs),
             "reading": reading,
+            "made_on": made_on(target),
             **texts.facts,
         },
         text_hashes={"pairs": hashes_of(pairs.texts), "anchors": hashes_of(texts.fit_texts)},
@@ -351,6 +354,17 @@ def split_anchors(
     parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
     fit, calibration, test = ([texts[i] for i in rows_of(groups, part)] for part in parts)
     return fit, calibration, test
+
+
+def made_on(target: Host) -> dict[str, Any]:
+    """What decides the last digits of a fit: processor, threads, libraries."""
+    return {
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": target.device.type,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
 
 
 def _model_facts(store: ActivationStore) -> dict[str, Any]:
