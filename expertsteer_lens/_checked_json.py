@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,18 @@ def read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; its checksum is not looked at.
 
     Raises:
-        ArtifactError: it is no JSON object, has a key twice, or a number that JSON has not.
+        ArtifactError: it cannot be read, is no JSON object, has a key twice, or a number that JSON
+            or a computer has not.
     """
     try:
         content = json.loads(
             file.read_text(encoding="utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
         )
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}).") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{file} is damaged: {error}.") from error
     if not isinstance(content, dict):
@@ -57,3 +62,10 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number

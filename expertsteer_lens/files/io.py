@@ -320,7 +320,10 @@ def _read_tensors(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]
 
     if not file.is_file():
         raise ArtifactError(f"{file.parent} is incomplete: {file.name} is missing.")
-    data = file.read_bytes()  # once: what is checked is what is parsed
+    try:
+        data = file.read_bytes()  # once: what is checked is what is parsed
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}).") from error
     if hashlib.sha256(data).hexdigest() != config.get(_digest_key(file.name)):
         raise ArtifactError(f"{file} is damaged: its checksum differs from the one in config.json.")
     try:
