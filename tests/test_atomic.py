@@ -229,7 +229,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_or_the_new(tmp_path):
 
 
 def test_a_file_is_the_old_or_the_new_whatever_call_fails(tmp_path):
-    from expertsteer_lens.files.atomic import write_file, write_text
+    from expertsteer_lens._atomic import write_file, write_text
 
     for ever, error in ((True, Killed()), (False, OSError(errno.ENOSPC, "No space left"))):
         for step in range(1, 8):

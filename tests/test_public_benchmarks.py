@@ -487,7 +487,7 @@ class TestErrors:
         with pytest.raises(ArgumentError, match="split='train' has no meaning for a local file"):
             public.load("medqa", path=tmp_path / "none.jsonl", split="train")
         (tmp_path / "bad.jsonl").write_text('{"question": ')
-        with pytest.raises(DataError, match="is not JSONL"):
+        with pytest.raises(DataError, match="is not JSON"):
             public.load("medqa", path=tmp_path / "bad.jsonl")
         (tmp_path / "bad.json").write_text("[1, 2]")
         with pytest.raises(DataError, match="must hold rows as JSON objects"):

@@ -258,24 +258,24 @@ class TestTokenPairs:
         assert "token pairs" not in [s["step"] for s in fit.steps]
 
 
-def test_rows_of_texts_are_let_go_before_the_store_copies_the_matrices(host, monkeypatch):
-    # Kept beside the matrices and the store's own copies they would be a third copy of all states.
+def test_states_stand_in_memory_once(host, monkeypatch):
+    # Rows kept beside the matrices, or a store's own copy of these, would be all states twice.
     module = importlib.import_module("expertsteer_lens.hosts.reading")
-    taken, alive = [], []
-    check = module._check_finite
+    read, taken, matrices = [], [], []
 
-    def watch(rows, index):
-        taken.extend(weakref.ref(values[row]) for values in rows.values() for row in index)
-        check(rows, index)
+    def watch(states, index, counts):
+        taken.append(sum(ref() is not None for ref in read))
+        read.extend(weakref.ref(value) for value in states.values())
 
-    def build(*args):
-        alive.append(sum(ref() is not None for ref in taken))
-        return esl.ActivationStore(*args)
+    def build(states, labels, provenance):
+        matrices.extend(value.data_ptr() for value in states.values())
+        return esl.ActivationStore(states, labels, provenance)
 
     monkeypatch.setattr(module, "_check_finite", watch)
     monkeypatch.setattr(module, "ActivationStore", build)
     names = ["blocks.0.hook_resid_post", HOOK]
     store = esl.capture(host.model, TEXTS, names, positions="all", batch_size=1)
     assert store.hook_names == names
-    assert len(taken) == len(names) * len(TEXTS)
-    assert alive[0] <= 1  # the loop still has a name for the last one
+    assert len(read) == len(names) * len(TEXTS)
+    assert taken == [0, 0, 0]  # when a batch is looked at, nothing is left of those before
+    assert [value.data_ptr() for value in store.values()] == matrices

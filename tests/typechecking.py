@@ -25,6 +25,7 @@ TRAVELS = (
     "hosts.base",
     "hosts.nnsight",
     "hosts.pass_tracking",
+    "hosts.row_picker",
     "interventions",
     "steer.checks",
     "steer.nnsight_edit",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from expertsteer_lens._atomic import write_figure, write_file, write_text
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.evaluation.result import Evaluation, Role
-from expertsteer_lens.files.atomic import write_figure, write_file, write_text
 
 from . import bench_tables
 

@@ -12,10 +12,9 @@ A direction learnt from right against wrong answers need not be one of knowledge
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, multiple_choice_item
+from expertsteer_lens.data.texts import lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .public_sets import (
@@ -274,15 +274,8 @@ def _from_file(path: str | Path, split: str | None) -> tuple[list[Mapping[str, A
         raise ArgumentError(f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}.")
     if not path.is_file():
         raise DataError(f"path {str(path)!r} is not a file.")
-    if path.suffix in (".csv", ".parquet"):
-        import datasets
-
-        kind = datasets.Dataset.from_csv if path.suffix == ".csv" else datasets.Dataset.from_parquet
-        rows: Iterable[Any] = kind(str(path), keep_in_memory=True)
-    else:
-        # Not through `datasets`: its columns are typed, and keys of a dict would become columns.
-        rows = _json_rows(path)
-    out = list(rows)
+    # JSON not as a table: its columns are typed, and keys of a dict would become columns.
+    out = _table_rows(path) if path.suffix in (".csv", ".parquet") else _json_rows(path)
     if not out or not all(isinstance(row, Mapping) for row in out):
         raise DataError(
             f"{path} must hold rows as JSON objects or table rows, got {len(out)} entries of "
@@ -291,14 +284,30 @@ def _from_file(path: str | Path, split: str | None) -> tuple[list[Mapping[str, A
     return out, str(path)
 
 
-def _json_rows(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8-sig")
+def _table_rows(path: Path) -> list[Any]:
     try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not {path.suffix[1:].upper()}: {error}.") from error
+        if path.suffix == ".parquet":
+            from pyarrow import parquet
+
+            found: list[Any] = parquet.read_table(path).to_pylist()
+            return found
+        import pandas as pd
+
+        frame = pd.read_csv(path)
+        # As objects: None for what is empty, Python's own numbers.
+        return list(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
+        # What pandas and pyarrow raise for a damaged file is one of these.
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not {path.suffix[1:].upper()}: {reason}.") from error
+
+
+def _json_rows(path: Path) -> list[Any]:
+    if path.suffix == ".jsonl":
+        return [parse_json(line, path, line=number) for number, line in lines_of(path)]
+    data = parse_json(read_file(path), path)
+    if not isinstance(data, dict | list):
+        raise DataError(f"{path} must hold a JSON list or object, got {type(data).__name__}.")
     return list(data.values()) if isinstance(data, dict) else list(data)
 
 

@@ -1,5 +1,5 @@
-"""Command line: `expertsteer-lens demo | capture | fit | show | steer | evaluate | export | bench |
-benchmarks`."""
+"""Command line: `expertsteer-lens demo | capture | label | fit | reproduce | show | steer |
+evaluate | export | bench | benchmarks`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Steer a language model with directions taught by another model.",
-    epilog="Exit codes: 0 done, 1 an error (one line says which), 2 options not understood, "
-    "130 stopped by the user.",
+    epilog="Exit codes: 0 done, 1 an error (one line says which) or a fit not reproduced, "
+    "2 options not understood, 130 stopped by the user.",
 )
 for _command in (
     commands_fit.demo,
     commands_fit.capture,
     commands_fit.label,
     commands_fit.fit,
+    commands_fit.reproduce,
     commands_plan.show,
     commands_plan.steer,
     commands_plan.evaluate,

@@ -1,4 +1,4 @@
-"""Commands that fit: `demo`, `capture`, `label`, `fit`."""
+"""Commands that fit: `demo`, `capture`, `label`, `fit`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .as_json import print_json, rows_of, tables_as_json
 from .io import (
     calibrated,
     describe,
+    load_saved,
     load_states_or_model,
     print_evaluation,
     print_step,
@@ -112,9 +113,9 @@ def capture(
     out: Out = Path("expert-states"),
     seed: Seed = 0,
 ) -> None:
-    """Read the expert's states and save them for `fit --expert OUT`: elsewhere, or where both
-    models do not fit in memory."""
-    from expertsteer_lens.files.io import save
+    """Read the expert's states into OUT for `fit --expert OUT`: elsewhere, or where both models do
+    not fit in memory. They are written as they are read: the same command goes on where one that
+    was stopped or killed left off."""
     from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
 
     config = ExpertSteerConfig(reading=parse_reading(reading), batch_size=batch_size)
@@ -122,10 +123,10 @@ def capture(
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
     loaded = models.load(model)
     states = ExpertSteer(config, seed=seed).capture(
-        loaded, contrast, anchors=anchors, progress=True
+        loaded, contrast, anchors=anchors, progress=True, store=out
     )
     say(repr(states))
-    say(str(save(states, out).resolve()))
+    say(str(out.resolve()))
 
 
 def label(
@@ -280,3 +281,53 @@ def _fitted(
         print_evaluation(result)
     say(str((out / "plan").resolve()))
     return found, result
+
+
+def reproduce(
+    saved: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="folder of a saved fit, or what `fit --save-fit` wrote (its OUT)"
+        ),
+    ],
+    expert: Annotated[
+        str, typer.Option(help="the model that taught, or the states that `capture` read of it")
+    ],
+    target: Annotated[str, typer.Option(help="the model that was steered")],
+    texts: TextOptions,
+    models: ModelOptions,
+    as_json: AsJson = False,
+) -> None:
+    """Make a saved fit again from its settings, its seed and the same texts, and compare: bit by
+    bit on the same kind of machine, else by the directions' cosines. Exit code 1 if it differs."""
+    from expertsteer_lens.pipeline import reproduce as run_again
+
+    with tables_as_json(as_json):
+        folder = saved / "fit" if (saved / "fit" / "config.json").is_file() else saved
+        fit = load_saved(str(folder), "ExpertSteering")
+        contrast, _ = texts_to_fit(texts, fit.seed)
+        anchors = None if texts.anchors is None else read_texts(texts.anchors)
+        models.check()
+        found = run_again(
+            fit,
+            load_states_or_model(expert, models),
+            models.load(target),
+            contrast,
+            anchors=anchors,
+            progress=True,
+            on_step=print_step,
+        )
+        say(repr(found))
+    if as_json:
+        print_json(
+            {
+                "reproduced": found.reproduced,
+                "bit_equal": found.bit_equal,
+                "same_machine": found.same_machine,
+                "verdict": found.verdict,
+                "differences": list(found.differences),
+                "pairs": rows_of(found.to_pandas()),
+            }
+        )
+    if not found.reproduced:
+        raise typer.Exit(1)

@@ -14,10 +14,10 @@ from rich.highlighter import JSONHighlighter
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from expertsteer_lens._atomic import write_figure, write_file, write_text
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
-from expertsteer_lens.files.atomic import write_figure, write_file, write_text
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.contrast import ContrastPairs
@@ -179,10 +179,11 @@ def load_states_or_model(name: str, models: ModelOptions) -> Any:
     Raises:
         ArtifactError: something else that `save` wrote.
     """
+    from expertsteer_lens.data.states_folder import is_states_folder
     from expertsteer_lens.files.io import kind_of_saved, load
 
     kind = kind_of_saved(Path(name))
-    if kind == "ActivationStore":
+    if kind == "ActivationStore" or is_states_folder(Path(name)):
         return load(name)
     if kind is not None:
         raise ArtifactError(

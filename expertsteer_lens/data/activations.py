@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_lens._checks import check_classes, check_finite, check_list, unknown_hook
+from expertsteer_lens._checks import check_classes, check_list, unknown_hook
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .read_positions import take_positions as take_positions
+from .states import CheckedStates
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -56,8 +58,9 @@ class ActivationStore(Mapping[str, Tensor]):
     (or token).
 
     Behaves like a read-only dict. Tensors are cloned on construction, so a later in-place change
-    elsewhere cannot reach them. Expert and target stores are *paired* when they were captured from
-    the same texts in the same order.
+    elsewhere cannot reach them; a store in a folder (`open`) maps a hook point's states when they
+    are asked for, and rows selected of it are read then too. Expert and target stores are *paired*
+    when they were captured from the same texts in the same order.
 
     Raises:
         DataError: no hook name, a tensor that is not a floating `[n, d_model]` matrix of finite
@@ -83,26 +86,41 @@ class ActivationStore(Mapping[str, Tensor]):
     the texts."""
 
     def __post_init__(self) -> None:
-        if not self.activations:
-            raise DataError("activations is empty; give at least one hook name.")
-        cloned: dict[str, Tensor] = {}
-        for name, value in self.activations.items():
-            if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-                raise DataError(
-                    f"activations[{name!r}] must be a floating tensor of shape [n, d_model]."
-                )
-            check_finite(f"activations[{name!r}]", value)
-            cloned[name] = value.detach().clone().contiguous()
-        rows = {name: t.shape[0] for name, t in cloned.items()}
-        if len(set(rows.values())) > 1:
-            raise DataError(
-                f"activations must have the same number of rows under every hook name, got {rows}."
-            )
-        object.__setattr__(self, "activations", cloned)
+        given = self.activations
+        states = given if isinstance(given, CheckedStates) else CheckedStates.checked(given)
+        object.__setattr__(self, "activations", states)
         if self.labels is not None:
             labels = check_classes("labels", self.labels, self.n)
             object.__setattr__(self, "labels", labels.detach().clone())
         object.__setattr__(self, "provenance", dict(self.provenance))
+
+    @classmethod
+    def open(cls, path: str | Path, *, check: bool = True) -> ActivationStore:
+        """The store that `capture(..., store=path)` wrote: nothing is read but its index; the
+        states of a hook point are mapped into memory when they are asked for.
+
+        Args:
+            path: the folder.
+            check: compare the checksum of a hook point's file when it is first asked for, which
+                reads all of it once.
+
+        Raises:
+            ArtifactError: there is no complete store, or a file of it is damaged; a damaged file of
+                states is noticed when its hook point is asked for.
+
+        Example:
+            >>> import tempfile
+            >>> from expertsteer_lens import capture, zoo
+            >>> expert, _ = zoo.load_pair(host="huggingface")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     made = capture(expert, ["Mia is happy."], store=folder + "/states")
+            ...     ActivationStore.open(folder + "/states")
+            ActivationStore(6 hook points, n=1, d_model=128)
+        """
+        from .states_folder import open_folder
+
+        states, labels, provenance = open_folder(Path(path), check=check)
+        return cls(states, labels, provenance)
 
     @classmethod
     def from_cache(
@@ -152,6 +170,9 @@ class ActivationStore(Mapping[str, Tensor]):
             raise unknown_hook(hook_name, self.activations.keys(), "an ActivationStore")
         return self.activations[hook_name]
 
+    def __contains__(self, hook_name: object) -> bool:
+        return hook_name in self.activations  # the inherited one would read the states
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.activations)
 
@@ -166,42 +187,61 @@ class ActivationStore(Mapping[str, Tensor]):
     @property
     def n(self) -> int:
         """Number of rows (prompts or tokens)."""
-        return next(iter(self.activations.values())).shape[0]
+        return self._shapes()[0][0]
 
     @property
     def d_model(self) -> int:
         """Width of the first hook point."""
-        return next(iter(self.activations.values())).shape[1]
+        return self._shapes()[0][1]
 
-    def select(self, rows: Tensor | Sequence[int]) -> ActivationStore:
-        """A new store with the given rows (indices or a boolean mask), in that order.
+    def _shapes(self) -> list[tuple[int, int]]:
+        assert isinstance(self.activations, CheckedStates)
+        return list(self.activations.shapes.values())
+
+    def select(
+        self,
+        rows: Tensor | Sequence[int] | None = None,
+        *,
+        hook_names: Sequence[str] | None = None,
+    ) -> ActivationStore:
+        """A new store with the given rows (indices or a boolean mask), in that order, at the given
+        hook points; None: all of them.
 
         Raises:
-            ArgumentError: an index that is no row, or a mask that is not `[n]`.
+            ArgumentError: an index that is no row, a mask that is not `[n]`, or no hook name.
+            HookNameError: a hook name that is not in the store.
         """
-        index = torch.as_tensor(rows)
-        if index.dtype == torch.bool:
-            usable = index.shape == (self.n,)
-        else:
-            usable = index.ndim == 1 and not (index.is_floating_point() or index.is_complex())
-            usable = usable and bool(((index >= -self.n) & (index < self.n)).all())
-        if not usable:
-            raise ArgumentError(
-                f"rows must be indices below n={self.n} or a mask of shape ({self.n},), got "
-                f"{index.dtype} of shape {tuple(index.shape)}."
-            )
-        labels = None if self.labels is None else self.labels[index]
-        return ActivationStore(
-            {k: v[index] for k, v in self.activations.items()}, labels, self.provenance
-        )
+        states, labels = self.activations, self.labels
+        assert isinstance(states, CheckedStates)
+        if hook_names is not None:
+            hook_names = check_list("hook_names", hook_names, of="hook names")
+            if not hook_names:
+                raise ArgumentError("hook_names is empty; give at least one, or None for all.")
+            for name in hook_names:
+                if name not in states:
+                    raise unknown_hook(name, states.keys(), "an ActivationStore")
+            states = states.only(hook_names)
+        if rows is not None:
+            index = torch.as_tensor(rows)
+            if index.dtype == torch.bool:
+                usable = index.shape == (self.n,)
+            else:
+                usable = index.ndim == 1 and not (index.is_floating_point() or index.is_complex())
+                usable = usable and bool(((index >= -self.n) & (index < self.n)).all())
+            if not usable:
+                raise ArgumentError(
+                    f"rows must be indices below n={self.n} or a mask of shape ({self.n},), got "
+                    f"{index.dtype} of shape {tuple(index.shape)}."
+                )
+            index = index.detach().clone()  # rows in files are read later
+            states = states.select(index)
+            labels = None if labels is None else labels[index]
+        return ActivationStore(states, labels, self.provenance)
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationStore:
         """A new store with every tensor moved as by `torch.Tensor.to`."""
-        return ActivationStore(
-            {k: v.to(*args, **kwargs) for k, v in self.activations.items()},
-            self.labels,
-            self.provenance,
-        )
+        assert isinstance(self.activations, CheckedStates)
+        return ActivationStore(self.activations.to(*args, **kwargs), self.labels, self.provenance)
 
     def median_norm(self, hook_name: str) -> float:
         """Median Euclidean norm of a token's state at `hook_name`: the unit of

@@ -39,10 +39,15 @@ def multiple_choice_item(
         options = dict(enumerate(check_list(f"item {index}: {choices}", options, of="choices")))
     table = dict(options)
     key = item[answer]
+    if isinstance(key, Mapping | list | set):
+        raise DataError(
+            f"item {index}: {answer} must be a key or one of the choices, got a "
+            f"{type(key).__name__}."
+        )
     if key not in table:
         by_text = [k for k, v in table.items() if v == key]
-        if not by_text and isinstance(key, str) and key.isdigit() and int(key) in table:
-            by_text = [int(key)]
+        if not by_text and isinstance(key, str):
+            by_text = [k for k in table if str(k) == key]
         if not by_text:
             raise DataError(
                 f"item {index}: answer {key!r} is neither a key nor one of the choices "

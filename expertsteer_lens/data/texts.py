@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,10 +85,15 @@ def read_file(path: str | Path) -> str:
     """The text of a UTF-8 file, without the mark that some editors put in front (a BOM).
 
     Raises:
-        DataError: it is not UTF-8 text.
+        DataError: it is not UTF-8 text, there is none, or it cannot be read.
     """
     try:
+        # A pipe or a device would be read for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError(f"{path} is no file (but a folder, a pipe or a device); give a file.")
         return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start})."

@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from expertsteer_lens._atomic import readable, write_folder
+from expertsteer_lens._checked_json import digest_of, read_object
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.states_folder import is_states_folder
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
-from .atomic import readable, write_folder
 from .card import plan_card
 from .hub import download, upload
 from .kinds import KINDS, Kind, SavedContent, kind_of
@@ -87,8 +90,8 @@ def load(
     target: Any = None,
     allow_mismatch: bool = False,
 ) -> Any:
-    """Read what `save` wrote, from a folder, or from a hub id such as "user/repo" if there is no
-    such folder.
+    """Read what `save` or `capture(..., store=)` wrote, from a folder, or from a hub id such as
+    "user/repo" if there is no such folder.
 
     The hub is asked only for a text of the form `owner/name` where no folder `owner` exists (then a
     misspelt path is likelier), or for `hf://owner/name`.
@@ -145,6 +148,10 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _load_folder(folder: Path, target: Any, allow_mismatch: bool) -> Any:
+    if not (folder / "config.json").is_file() and is_states_folder(folder):
+        if target is not None:
+            raise ArgumentError(f"target= goes with a saved fit, but {folder} holds states.")
+        return ActivationStore.open(folder)
     config, file = _read_config(folder), folder / "config.json"
     _check_version(config, folder)
     _check_content(config, file)
@@ -257,7 +264,7 @@ def _write(thing: Any, kind: Kind, folder: Path) -> None:
         _digest_key(file.name): _digest_file(file),
         "versions": {"expertsteer_lens": __version__, "torch": torch.__version__},
     }
-    config["content_sha256"] = _digest_content(config)
+    config["content_sha256"] = digest_of(config)
     (folder / "README.md").write_text(kind.card(thing), encoding="utf-8")
     text = json.dumps(config, indent=2, allow_nan=False)
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -273,14 +280,6 @@ def _digest_file(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _digest_content(config: dict[str, Any]) -> str:
-    """SHA-256 of the JSON without spaces and with sorted keys, so that indenting a file or
-    reordering its keys is no change."""
-    content = {name: value for name, value in config.items() if name != "content_sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -288,31 +287,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ArtifactError(f"{folder} is not a saved plan or result: config.json is missing.")
-    try:
-        config = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_refuse_duplicates,
-            parse_constant=_refuse_constant,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}.") from error
-    if not isinstance(config, dict) or "format_version" not in config:
+    config = read_object(path)
+    if "format_version" not in config:
         raise ArtifactError(f"{path} has no format_version; it was not written by `save`.")
     return config
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Readers of JSON differ in which of two equal keys they take.
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _check_version(config: dict[str, Any], folder: Path) -> None:
@@ -328,7 +306,7 @@ def _check_version(config: dict[str, Any], folder: Path) -> None:
 def _check_content(config: dict[str, Any], file: Path) -> None:
     """Without the key nothing is checked: format 1 had none, and who edits a file by hand declares
     it by deleting the key."""
-    if "content_sha256" in config and config["content_sha256"] != _digest_content(config):
+    if "content_sha256" in config and config["content_sha256"] != digest_of(config):
         raise ArtifactError(
             f"{file} is damaged or was edited: its content does not match its content_sha256. If "
             'the edit is yours, delete the "content_sha256" entry from the file to say so; if not, '
@@ -342,7 +320,10 @@ def _read_tensors(file: Path, config: dict[str, Any]) -> dict[str, torch.Tensor]
 
     if not file.is_file():
         raise ArtifactError(f"{file.parent} is incomplete: {file.name} is missing.")
-    data = file.read_bytes()  # once: what is checked is what is parsed
+    try:
+        data = file.read_bytes()  # once: what is checked is what is parsed
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}).") from error
     if hashlib.sha256(data).hexdigest() != config.get(_digest_key(file.name)):
         raise ArtifactError(f"{file} is damaged: its checksum differs from the one in config.json.")
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from expertsteer_lens._checks import check_number, unknown_hook
-from expertsteer_lens.data.activations import layer_of, take_positions
+from expertsteer_lens.data.activations import layer_of
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.errors import (
     ArgumentError,
@@ -27,6 +27,7 @@ from expertsteer_lens.interventions.edits import centre
 from .facts import execution_device, measure_basis, measure_fingerprint, training_noise
 from .facts import facts as facts_of
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
+from .row_picker import RowPicker
 from .scope import Scope
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Host:
     """ "transformer_lens", "nnsight", "huggingface" or "hooked_module"."""
     reason: str = ""
     """What `as_host` saw in the model."""
+    reads_norms: bool = True
+    """Whether `read` fills `norms`."""
 
     def __init__(
         self,
@@ -130,12 +133,15 @@ class Host:
         positions: str | int,
         tokens: Tensor | None = None,
         norms: dict[str, list[Tensor]] | None = None,
+        *,
+        basis: str | None = None,
     ) -> dict[str, Tensor]:
-        """The rows `[n, d]` that `positions` picks at each hook point (see `take_rows`): copies on
+        """The rows `[n, d]` that `positions` picks at each hook point (see `RowPicker`): copies on
         the CPU, float32, in the host's basis.
 
         Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
         Where `norms` is given, the norm of each token looked at is added to it, by hook name.
+        `basis` is `self.basis`, if it was asked for already: the answer looks at every parameter.
 
         Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
         done to the live activation afterwards can reach them.
@@ -144,18 +150,16 @@ class Host:
             InterventionError: a hook point did not fire.
         """
         rows: dict[str, Tensor] = {}
-        mask = batch.attention_mask if tokens is None else tokens
-        # Measured by passes of its own, so not inside the hooks below; and asked for once, because
-        # the answer looks at every parameter.
-        centred = self.basis == "centred"
+        picker = RowPicker(positions, batch.attention_mask if tokens is None else tokens)
+        # Measured by passes of its own, so not inside the hooks below.
+        centred = (basis or self.basis) == "centred"
 
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
-                rows[name] = take_rows(activation.detach(), positions, mask)
+                rows[name] = picker.rows(activation.detach())
                 if norms is not None:
                     of_tokens = self._norms(activation.detach().float(), centred)
-                    seen = of_tokens[mask.bool().to(activation.device)]
-                    norms.setdefault(name, []).append(seen.cpu())
+                    norms.setdefault(name, []).append(picker.tokens(of_tokens).cpu())
 
             return fn
 
@@ -467,15 +471,6 @@ class Host:
             row = new.reshape(-1).tolist()
             out.append(row[: row.index(eos) + 1] if eos is not None and eos in row else row)
         return out
-
-
-def take_rows(
-    activation: Tensor, positions: str | int, attention_mask: Tensor | None = None
-) -> Tensor:
-    """`take_positions` as float32 rows `[n, d]`, wherever the model runs; means are taken in
-    float32."""
-    value = activation.float() if positions == "mean" else activation
-    return take_positions(value, positions, attention_mask).float()
 
 
 def _layer_after(names: Sequence[str]) -> int | None:

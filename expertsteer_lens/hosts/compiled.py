@@ -59,6 +59,8 @@ def _may_be_compiled(model: nn.Module) -> bool:
     if frames is None:
         return False
     codes = [ref() for ref in frames.input_codes.seen]
+    if not codes:
+        return False  # looking through the modules takes milliseconds, at every pass
     own = {_code_of(type(m).forward) for m in model.modules()}
     own |= {_code_of(getattr(nn.Module, n)) for n in ("_call_impl", "_wrapped_call_impl")}
     return any(code in own or not _is_of_a_library(code) for code in codes if code is not None)

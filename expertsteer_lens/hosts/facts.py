@@ -74,7 +74,10 @@ def _adapters(weights: nn.Module) -> tuple[Any, ...]:
     that has some."""
     found = []
     for name, module in weights.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        # Models of transformers have methods of these names, adapter layers have values.
+        if hasattr(module, "active_adapters") and not callable(
+            getattr(module, "disable_adapters", print)
+        ):
             names = module.active_adapters
             scaling = getattr(module, "scaling", {})
             found.append(

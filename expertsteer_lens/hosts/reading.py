@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from expertsteer_lens._checks import check_classes, check_number
+from expertsteer_lens._checks import check_classes
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
+from expertsteer_lens.data.states import CheckedStates
+from expertsteer_lens.data.states_writer import (
+    CapturePlan,
+    StatesInMemory,
+    StatesWriter,
+    writing,
+)
 from expertsteer_lens.data.texts import TEXTS_KEY
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 
+from .batching import TOKENS_PER_PASS, length_batches
 from .parts import TokenBatch
 from .token_ends import gives_offsets, token_ends, tokens_in
 
@@ -33,10 +45,12 @@ def capture(
     positions: str | int = "last",
     spans: Sequence[Span] | None = None,
     labels: Tensor | Sequence[int] | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
+    tokens_per_pass: int = TOKENS_PER_PASS,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
     progress: bool | None = False,
+    store: str | Path | None = None,
 ) -> ActivationStore:
     """Run the prompts through the model and keep what passes the hook points, in the order of the
     prompts.
@@ -60,13 +74,21 @@ def capture(
             tokens that end inside are looked at, so `positions="mean"` with the answers' spans is
             the mean over the answer. None: every token.
         labels: one per prompt, 1 = positive; repeated per token for "all".
-        batch_size: prompts per pass. Prompts are batched by length; the order of the result is that
-            of `prompts`.
+        batch_size: most prompts per pass; None: as many as `tokens_per_pass` allows. Prompts of
+            similar length share a pass; the order of the result is that of `prompts`.
+        tokens_per_pass: most tokens per pass, padding included; bounds the memory of a pass.
         prepend_bos: None prepends BOS iff the tokenizer has one, and leaves a chat to its template.
         max_length: most tokens allowed per prompt; None: the model's context length.
         progress: show a tqdm bar; None: where standard error is a terminal.
+        store: a folder that the states are written to batch by batch, and mapped from when they are
+            asked for, so that they need not fit in memory. A capture that died (`kill -9`, no
+            power, no room) goes on where it was when it is called again with the same arguments,
+            and the folder becomes what it would have been, bit for bit on one machine; where the
+            folder is complete no model is run. `ActivationStore.open` reads it later.
 
     Raises:
+        ArtifactError: `store` holds another capture or something else, another process writes it,
+            or it cannot be written (no room, no permission); the batches before are kept.
         HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
         DataError: unusable prompts or labels, or NaN/Inf in an activation (naming hook and prompt).
         ModelStateError: the model is in training mode.
@@ -76,10 +98,10 @@ def capture(
 
     host = as_host(model)
     host.check_ready()
-    check_number("batch_size", batch_size, low=1, integer=True)
     texts = check_texts("prompts", prompts)
     classes = None if labels is None else check_classes("labels", labels, len(texts))
-    names = host.check_hook_names(list(hook_names) if hook_names is not None else host.hook_names())
+    given = list(hook_names) if hook_names is not None else host.hook_names()
+    names = list(dict.fromkeys(host.check_hook_names(given)))
     if not names:
         raise ArgumentError(
             "hook_names is empty; give at least one name, or None for every block's output."
@@ -90,35 +112,102 @@ def capture(
         spans = [answer_span(text) for text in texts]
     pick = "mean" if positions == "answer" else positions
     chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
-    order = torch.argsort(tokens.lengths.cpu(), stable=True).tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rows: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name in names}
-    norms: dict[str, list[Tensor]] | None = {} if pick == "mean" else None
-    n_bytes = 4 * host.d_model * len(names) * len(texts)
-    cost = f"{len(texts)} texts, {int(tokens.lengths.sum())} tokens"
-    if positions != "all":
+    plan = _plan(
+        host,
+        texts,
+        tokens,
+        names,
+        positions=positions,
+        spans=spans,
+        looked_at=(tokens.lengths if chosen is None else chosen.sum(1)).tolist(),
+        classes=classes,
+        prepend_bos=prepend_bos,
+        batch_size=batch_size,
+        tokens_per_pass=tokens_per_pass,
+    )
+    if store is None:
+        held = StatesInMemory(plan)
+        _read_batches(host, tokens, chosen, pick, plan, held, progress)
+        facts = {**plan.provenance, **_medians(held.norms())}
+        return ActivationStore(CheckedStates.of(held.states), plan.labels, facts)
+    with writing(store, plan) as writer:
+        if not writer.is_complete:
+            _read_batches(host, tokens, chosen, pick, plan, writer, progress)
+            writer.finish(_medians(writer.norms()))
+    return ActivationStore.open(store)
+
+
+def _plan(
+    host: Host,
+    texts: Sequence[Text],
+    tokens: TokenBatch,
+    names: Sequence[str],
+    *,
+    positions: str | int,
+    spans: Sequence[Span] | None,
+    looked_at: list[int],
+    classes: Tensor | None,
+    prepend_bos: bool | None,
+    batch_size: int | None,
+    tokens_per_pass: int,
+) -> CapturePlan:
+    row_counts = looked_at if positions == "all" else [1] * len(texts)
+    given_spans = None if spans is None else [list(span) for span in spans]
+    facts = _provenance(host, texts, names, positions, prepend_bos, row_counts)
+    if given_spans is not None:
+        facts["spans"] = given_spans
+    return CapturePlan(
+        key={
+            **{name: facts[name] for name in _IDENTITY},
+            "tokens": _digest_of_tokens(tokens),
+            "template": _digest_of_template(host, texts),
+            "spans": given_spans,
+            "labels": None if classes is None else classes.tolist(),
+        },
+        made_with={
+            "host": host.kind,
+            "device": host.device.type,
+            "processor": platform.machine(),
+            "versions": facts["versions"],
+            "batch_size": batch_size,
+            "tokens_per_pass": tokens_per_pass,
+        },
+        batches=length_batches(
+            tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=tokens_per_pass
+        ),
+        row_counts=row_counts,
+        norm_counts=looked_at if positions in ("mean", "answer") and host.reads_norms else None,
+        labels=None if classes is None else classes.repeat_interleave(torch.tensor(row_counts)),
+        provenance=facts,
+    )
+
+
+def _read_batches(
+    host: Host,
+    tokens: TokenBatch,
+    chosen: Tensor | None,
+    pick: str | int,
+    plan: CapturePlan,
+    into: StatesWriter | StatesInMemory,
+    progress: bool | None,
+) -> None:
+    """Run the passes that are not there yet."""
+    names, n_texts = plan.key["hook_names"], len(plan.row_counts)
+    missing = [number for number in range(len(plan.batches)) if number not in into.done]
+    cost = f"{n_texts} texts, {int(tokens.lengths.sum())} tokens"
+    if pick != "all" and isinstance(into, StatesInMemory):
+        n_bytes = 4 * host.d_model * len(names) * n_texts
         cost += f", {n_bytes / 2**20:.0f} MiB of states are kept"
-    for index in progress_bar(batches, "capture", progress=progress, unit="batch", cost=cost):
+    bar = progress_bar(missing, "capture", progress=progress, unit="batch", cost=cost)
+    for number in bar:
+        index = plan.batches[number]
         part = _trimmed(tokens, index)
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
-        per_text = part.lengths if here is None else here.sum(1)
-        counts = per_text.tolist() if positions == "all" else [1] * len(index)
-        for name, value in host.read(part, names, pick, here, norms).items():
-            for row, taken in zip(index, torch.split(value, counts), strict=True):
-                rows[name][row] = taken
-        _check_finite(rows, index)
-    counts = [r.shape[0] for r in rows[names[0]]]
-    # One hook point at a time gives up its rows, so that they never stand beside all the matrices.
-    stacked = {name: torch.cat(rows.pop(name)) for name in list(rows)}
-    return ActivationStore(
-        stacked,
-        None if classes is None else classes.repeat_interleave(torch.tensor(counts)),
-        {
-            **_provenance(host, texts, names, positions, prepend_bos, counts),
-            **({} if spans is None else {"spans": [list(span) for span in spans]}),
-            **({MEDIAN_TOKEN_NORMS: _medians(norms)} if norms else {}),
-        },
-    )
+        norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
+        states = host.read(part, names, pick, here, norms, basis=plan.provenance["basis"])
+        _check_finite(states, index, [plan.row_counts[i] for i in index])
+        of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
+        into.write(number, {name: states[name] for name in names}, of_tokens)
 
 
 def read_tokens(
@@ -143,9 +232,37 @@ def read_tokens(
     return real & (rank == (wanted if wanted >= 0 else count + wanted))
 
 
-def _medians(norms: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Median over all tokens, by hook name."""
-    return {name: float(torch.cat(parts).median()) for name, parts in norms.items()}
+def _medians(norms: dict[str, Tensor]) -> dict[str, Any]:
+    """Median over all tokens, by hook name, as provenance; none where the rows are tokens."""
+    found = {name: float(values.median()) for name, values in norms.items() if len(values)}
+    return {MEDIAN_TOKEN_NORMS: found} if found else {}
+
+
+def _digest_of_tokens(tokens: TokenBatch) -> str:
+    """SHA-256 of the ids that the model is shown, text after text."""
+    digest = hashlib.sha256()
+    for row, length in zip(tokens.input_ids.cpu(), tokens.lengths.tolist(), strict=True):
+        digest.update(length.to_bytes(8, "little") + row[:length].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_template(host: Host, texts: Sequence[Text]) -> str | None:
+    if not any(isinstance(text, Chat) for text in texts):
+        return None
+    return hashlib.sha256(str(host.tokenizer.chat_template).encode()).hexdigest()
+
+
+_IDENTITY = (
+    "fingerprint",
+    "dtype",
+    "basis",
+    "hook_names",
+    "positions",
+    "prepend_bos",
+    "rows_per_prompt",
+    TEXTS_KEY,
+)
+"""Those facts of a capture that say what its rows are."""
 
 
 def _tokens_in_spans(
@@ -197,15 +314,17 @@ def _check_positions(positions: str | int, lengths: Tensor) -> None:
         )
 
 
-def _check_finite(rows: dict[str, list[Tensor]], index: Sequence[int]) -> None:
-    for name, values in rows.items():
-        for row in index:
-            if not torch.isfinite(values[row]).all():
-                raise DataError(
-                    f"the activation of prompts[{row}] at {name!r} holds NaN or Inf; look at that "
-                    "text, and at the model's "
-                    "dtype (float16 overflows above 65504)."
-                )
+def _check_finite(states: dict[str, Tensor], index: Sequence[int], counts: Sequence[int]) -> None:
+    for name, value in states.items():
+        if torch.isfinite(value.sum()):
+            continue  # one pass; a sum that overflows is looked at below
+        bad = (~torch.isfinite(value)).any(dim=1).nonzero()[:, 0]
+        if len(bad):
+            prompt = torch.tensor(index).repeat_interleave(torch.tensor(counts))[bad].min()
+            raise DataError(
+                f"the activation of prompts[{int(prompt)}] at {name!r} holds NaN or Inf; look at "
+                "that text, and at the model's dtype (float16 overflows above 65504)."
+            )
 
 
 def _provenance(
@@ -232,10 +351,11 @@ def _provenance(
         else getattr(host.tokenizer, "bos_token_id", None) is not None,
         "rows_per_prompt": list(counts) if positions == "all" else 1,
         TEXTS_KEY: texts_sha256(texts),
-        "versions": _versions(),
+        "versions": dict(_versions()),
     }
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     out = {}
     for package in ("expertsteer-lens", "torch", "transformers", "transformer-lens", "nnsight"):

@@ -22,6 +22,7 @@ from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import measuring, n_measuring, watch_causal_module, watch_generate
+from .resume import logits_only_at
 from .scope import Scope, scope_or_new
 
 
@@ -102,6 +103,16 @@ class TransformerLensHost(Host):
             batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options
         )
         return out
+
+    def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
+        """See `Host.logits_at`; the output head of a Bridge is applied at these positions only,
+        unless somebody listens there, who would see other shapes."""
+        find: Any = getattr(_underlying(self.model), "get_output_embeddings", lambda: None)
+        head = find()
+        if not isinstance(head, nn.Module) or any(part._forward_hooks for part in head.modules()):
+            return super().logits_at(batch, where)
+        with logits_only_at(head, where):
+            return self.forward(batch)
 
     def intervene(
         self, fns: Mapping[str, EditFn], *, scope: Scope | None = None

@@ -7,6 +7,7 @@ from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
 from .labelling import LabelledTexts, label_texts
+from .reproduce import Reproduction, reproduce
 
 __all__ = [
     "PRESETS",
@@ -14,6 +15,8 @@ __all__ = [
     "ExpertSteerConfig",
     "ExpertSteering",
     "LabelledTexts",
+    "Reproduction",
     "ask_about",
     "label_texts",
+    "reproduce",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -246,6 +247,7 @@ class ExpertSteer:
         anchors: Sequence[Text] | None = None,
         hook_names: Sequence[str] | None = None,
         progress: bool | None = None,
+        store: str | Path | None = None,
     ) -> ActivationStore:
         """The expert's states that `fit` takes in place of the expert, read as `config.reading`
         says; so that the two models need never be in memory together.
@@ -258,6 +260,7 @@ class ExpertSteer:
             anchors: as in `fit`.
             hook_names: where it is read; default: the residual after every block.
             progress: show progress bars; default: where standard error is a terminal.
+            store: a folder that the states are written to as they are read, see `capture`.
         """
         reading = reading_of(self.config, as_host(expert))
         return capture(
@@ -268,6 +271,7 @@ class ExpertSteer:
             spans=spans_to_read(pairs, anchors) if reading == "answer" else None,
             batch_size=self.config.batch_size,
             progress=progress,
+            store=store,
         )
 
 

@@ -3,10 +3,12 @@ test."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -299,6 +301,7 @@ def read_models(
             "expert": _model_facts(expert_pairs),
             "target": _model_facts(target_pairs),
             "reading": reading,
+            "made_on": made_on(target),
             **texts.facts,
         },
         text_hashes={"pairs": hashes_of(pairs.texts), "anchors": hashes_of(texts.fit_texts)},
@@ -353,6 +356,17 @@ def split_anchors(
     return fit, calibration, test
 
 
+def made_on(target: Host) -> dict[str, Any]:
+    """What decides the last digits of a fit: processor, threads, libraries."""
+    return {
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": target.device.type,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
 def _model_facts(store: ActivationStore) -> dict[str, Any]:
     names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
     return {name: store.provenance.get(name) for name in names}
@@ -388,6 +402,9 @@ def _rows_of_states(
         )
     # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
     row = {text: i for i, text in reversed(list(enumerate(expected)))}
-    chosen = ActivationStore({name: states[name] for name in names}, provenance=facts)
-    fitted = chosen.select([row[text] for text in texts.fit_texts])
-    return fitted, ActivationStore(chosen.select(range(len(pairs.texts))), pairs.labels, facts)
+    fitted = states.select([row[text] for text in texts.fit_texts], hook_names=names)
+    labelled = states.select(range(len(pairs.texts)), hook_names=names)
+    return (
+        ActivationStore(fitted.activations, provenance=facts),  # without labels
+        ActivationStore(labelled.activations, pairs.labels, facts),
+    )

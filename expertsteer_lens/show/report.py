@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens._atomic import write_text
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.files.atomic import write_text
 
 from .tokens import TokenView, visible
 

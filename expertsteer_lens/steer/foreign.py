@@ -161,8 +161,10 @@ def _read_torch(path: Path) -> Any:
             f"{path} is damaged or holds Python objects, which could run code and are not loaded; "
             "where it was made, save tensors alone: torch.save(dict(v.layer_activations), FILE)."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ArtifactError(f"{path} is no file of torch.save: {error}") from error
+    except Exception as error:  # a damaged file is a program that may fail in any way
+        raise ArtifactError(
+            f"{path} is no file of torch.save ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -171,7 +173,7 @@ def _read_safetensors(path: Path) -> Any:
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{path} is no safetensors file: {error}.") from error
 
 
@@ -190,18 +192,25 @@ def _read_gguf(path: Path) -> _ControlVector:
             "GGUF files need gguf; install it with: pip install 'expertsteer-lens[export]'"
         ) from error
     try:
-        reader = gguf.GGUFReader(str(path))
-    except (ValueError, IndexError, OSError) as error:
-        raise ArtifactError(f"{path} is no GGUF file: {error}") from error
+        tensors = gguf.GGUFReader(str(path)).tensors
+    except Exception as error:  # of a damaged file gguf believes every offset and size
+        raise ArtifactError(
+            f"{path} is no GGUF file ({type(error).__name__}: {str(error)[:200]})."
+        ) from error
     directions: dict[int, Tensor] = {}
-    for tensor in reader.tensors:
-        match = re.fullmatch(r"direction\.(\d+)", tensor.name)
+    for tensor in tensors:
+        match = re.fullmatch(r"direction\.(\d{1,6})", tensor.name)
         if match is None:
             raise ArtifactError(
                 f"{path} is no control vector: it holds a tensor {tensor.name!r}, not "
                 "'direction.N'."
             )
-        data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        try:
+            data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError, TypeError) as error:
+            raise ArtifactError(
+                f"{path}: {tensor.name} cannot be read ({type(error).__name__}: {error})."
+            ) from error
         directions[int(match[1])] = torch.tensor(data)
     return _ControlVector(directions)
 

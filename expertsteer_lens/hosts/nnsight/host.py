@@ -47,6 +47,7 @@ class NNsightHost(Host):
     def __init__(self, model: Any, *, tokenizer: Any = None, remote: bool | str = False) -> None:
         _check_root(model)
         self.remote = remote
+        self.reads_norms = not remote
         self.inner = inner = HuggingFaceHost(model._module, tokenizer=tokenizer)
         super().__init__(
             model,
@@ -163,10 +164,12 @@ class NNsightHost(Host):
         positions: str | int,
         tokens: Tensor | None = None,
         norms: dict[str, list[Tensor]] | None = None,
+        *,
+        basis: str | None = None,
     ) -> dict[str, Tensor]:
-        """See `Host.read`; from a server only the rows travel back."""
+        """See `Host.read`; from a server only the rows travel back, and no norms."""
         if not self.remote:
-            return super().read(batch, names, positions, tokens, norms)
+            return super().read(batch, names, positions, tokens, norms, basis=basis)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
@@ -176,7 +179,7 @@ class NNsightHost(Host):
         rows = remotely.rows(
             self.model, options, places, positions, tokens=tokens, remote=self.remote
         )
-        centred = self.basis == "centred"
+        centred = (basis or self.basis) == "centred"
         return {name: self._in_basis(rows[name], centred) for name in names}
 
     def _generate_ids(

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from expertsteer_lens.hosts.base import take_rows
 from expertsteer_lens.hosts.blocks import Place
+from expertsteer_lens.hosts.row_picker import take_rows
 
 PACKAGE = __name__.partition(".")[0]
 

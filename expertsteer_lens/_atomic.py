@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def write_folder(
     """
     real = Path(os.path.realpath(path))
     new, old = _beside(real, "new"), _beside(real, "old")
-    with _named(path), _turn(real):
+    with named(path), _turn(real):
         _recover(real, ours)
         check(real)
         if real == Path.cwd() or os.path.ismount(real):
@@ -74,7 +74,7 @@ def write_folder(
                 with suppress(OSError):  # then `readable` finds it, and the next writer recovers it
                     os.rename(old, real)
             raise
-        with _named(path, _WRITTEN):
+        with named(path, _WRITTEN):
             _sync_folder(real.parent)
             if old.exists():
                 _retire(old, real, ours)
@@ -100,7 +100,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         return
     # The ending stays last: some writers go by it.
     new = real.with_name(f".{real.stem}.expertsteer-new{real.suffix}")
-    with _named(path), _turn(real):
+    with named(path), _turn(real):
         try:
             new.unlink(missing_ok=True)
             write(new)
@@ -111,7 +111,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         finally:
             with suppress(OSError):
                 new.unlink(missing_ok=True)
-    with _named(path, _WRITTEN):
+    with named(path, _WRITTEN):
         _sync_folder(real.parent)
 
 
@@ -196,7 +196,7 @@ _WRITTEN = (
 
 
 @contextmanager
-def _named(path: str | Path, state: str = _NOT_WRITTEN) -> Iterator[None]:
+def named(path: str | Path, state: str = _NOT_WRITTEN) -> Iterator[None]:
     """Errors of the operating system as ours, which say the state that they leave."""
     try:
         yield
@@ -205,8 +205,39 @@ def _named(path: str | Path, state: str = _NOT_WRITTEN) -> Iterator[None]:
 
 
 @contextmanager
-def _turn(real: Path) -> Iterator[None]:
-    """Wait until no other process or thread writes to this path."""
+def hold(path: str | Path, remedy: str) -> Iterator[None]:
+    """A block in which this process alone writes to a path that is written piece by piece.
+
+    Args:
+        path: what is written; its folder is made.
+        remedy: the end of the message if another process (or thread) holds it.
+
+    Raises:
+        ArtifactError: another one holds it, or the place cannot be written to.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, hold(folder + "/a", "wait for it."):
+    ...     with hold(folder + "/a", "wait for it."):
+    ...         pass
+    Traceback (most recent call last):
+    ...
+    expertsteer_lens.errors.ArtifactError: ... is being written by another process; wait for it.
+    """
+    with ExitStack() as stack:
+        with named(path):
+            turn = _turn(Path(os.path.realpath(path)), wait=False)
+            try:
+                stack.enter_context(turn)
+            except BlockingIOError as error:
+                raise ArtifactError(
+                    f"{path} is being written by another process; {remedy}"
+                ) from error
+        yield
+
+
+@contextmanager
+def _turn(real: Path, *, wait: bool = True) -> Iterator[None]:
+    """Wait until no other process or thread writes to this path, or raise `BlockingIOError`."""
     real.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -215,8 +246,12 @@ def _turn(real: Path) -> Iterator[None]:
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with suppress(OSError):  # some network file systems have no locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:  # some network file systems have no locks
+                pass
             # The writer before us removes the file, and what we waited for may be no longer there.
             if not _same(handle, lock):
                 continue

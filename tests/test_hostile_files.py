@@ -1,0 +1,123 @@
+"""Files that were found to be read wrongly: each is refused by name (`benchmarks/hostile_files.py`
+finds them)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import results
+import torch
+
+import expertsteer_lens as esl
+from expertsteer_lens.benchmarks import public
+from expertsteer_lens.cli.io import read_config, read_texts
+from expertsteer_lens.errors import ArtifactError, DataError
+
+READERS = {
+    "pairs": esl.data.ContrastPairs.from_jsonl,
+    "behaviour": esl.data.Behaviour.from_json,
+    "texts": read_texts,
+    "settings": lambda path: read_config(path, "anchored"),
+    "benchmark": lambda path: public.load("mmlu_anatomy", path=path),
+}
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return esl.save(results.evaluation(), tmp_path / "it")
+
+
+@pytest.mark.parametrize("kind", sorted(READERS))
+def test_a_file_that_is_none_is_named_and_never_waited_for(kind, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for name in ("pipe", "zero", "folder", "loop", "nothing"):
+        with pytest.raises(DataError, match=r"is no file|is not a file|cannot be read"):
+            READERS[kind](tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails when read")
+@pytest.mark.parametrize("name", ["config.json", "tensors.safetensors"])
+def test_a_file_that_fails_when_it_is_read_is_named(saved, name):
+    (saved / name).unlink()
+    (saved / name).symlink_to("/proc/self/mem")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        esl.load(saved)
+
+
+def test_a_number_that_no_computer_has_is_named(saved):
+    file = saved / "config.json"
+    text = file.read_text()
+    for raw in ("1e999", "-1e999", "NaN", "1" * 5000):
+        file.write_text(text.replace('"budget": 0.1', f'"budget": {raw}', 1))
+        assert raw in file.read_text()
+        with pytest.raises(ArtifactError, match="is damaged"):
+            esl.load(saved)
+
+
+@pytest.mark.parametrize("answer", [{"a": 1}, [0], "²", "9" * 5000, None])
+def test_an_answer_of_a_benchmark_that_is_none(answer, tmp_path):
+    rows = [{"question": f"{i}?", "choices": ["a", "b"], "answer": answer} for i in range(6)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(DataError, match=r"row 0"):
+        public.load("mmlu_anatomy", path=tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "json", "jsonl"])
+def test_a_table_that_is_none(ending, tmp_path):
+    file = tmp_path / f"a.{ending}"
+    for content in (
+        b"",
+        b"\0\xff\xfe",
+        b'a,b\n"',
+        b"PAR1\0\0\0\0PAR1",
+        b"[" * 10**5,
+        b"3",
+        b"\xff",
+    ):
+        file.write_bytes(content)
+        with pytest.raises(DataError):
+            public.load("mmlu_anatomy", path=file)
+
+
+def test_a_damaged_file_of_torch_save_is_named_whatever_it_raises(tmp_path):
+    file = tmp_path / "a.pt"
+    torch.save({1: torch.ones(8), 2: torch.ones(8)}, file)
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    name = next(n for n in parts if n.endswith("data.pkl"))
+    found = set()
+    for at in range(2, len(parts[name]), 3):
+        damaged = bytearray(parts[name])
+        damaged[at] ^= 4
+        with zipfile.ZipFile(file, "w") as archive:
+            for part, content in parts.items():
+                archive.writestr(part, bytes(damaged) if part == name else content)
+        try:
+            esl.SteeringPlan.from_foreign(file)
+        except esl.errors.ExpertSteerError as error:
+            found.add(type(error.__cause__).__name__)
+    assert len(found) > 2  # it fails in many ways, all of them named
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors", "gguf"])
+def test_a_pickle_in_disguise_runs_nothing(ending, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    file = tmp_path / f"a.{ending}"
+    file.write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(ArtifactError):
+        esl.SteeringPlan.from_foreign(file)
+    assert ran == []
