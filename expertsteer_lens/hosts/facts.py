@@ -49,7 +49,8 @@ def _stamp(weights: nn.Module) -> tuple[Any, ...]:
 
     Writes through `.data` (merged adapters, quantisers) count no version, so the values are looked
     at: `_N_SAMPLED` of each, evenly spread. A change of a few other values is not seen."""
-    places, sampled = [], []
+    places: list[tuple[Any, ...]] = []
+    sampled = []
     for parameter in weights.parameters():
         places.append((id(parameter), _version(parameter)))
         for p in _plain_tensors(parameter.detach()):
