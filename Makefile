@@ -58,12 +58,14 @@ TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_mo
 test-tl3: $(VENV3)/.done ## goldens and host tests with TransformerLens 3.9 (HookedTransformer, SAELens)
 	OMP_NUM_THREADS=1 $(BIN3)/python -m pytest $(PARALLEL) $(TL3_TESTS:%=tests/%.py)
 
-# Only transformers is newer: laid over the environment, so nothing else is installed again.
-NEWEST_TESTS = test_cache_names test_architectures
-test-newest: $(VENV)/.done ## the cache and every architecture with the newest transformers that is allowed
+# Laid over the environment, so that nothing else is installed again. hqq wants termcolor.
+NEWEST = 'transformers<6' torchao bitsandbytes hqq termcolor
+NEWEST_TESTS = test_cache_names.py test_architectures.py test_quantised.py \
+	test_ways_to_generate.py::test_a_quantised_cache_steers_as_a_hook_by_hand_does
+test-newest: $(VENV)/.done ## caches, every architecture, and quantised models, with the newest transformers that is allowed
 	rm -rf build/newest
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest 'transformers<6'
-	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%.py)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest $(NEWEST)
+	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%)
 
 architectures: $(VENV)/.done ## every architecture on every host, and the table of them in the docs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py

@@ -59,7 +59,7 @@ def _on_component(module: nn.Module) -> None:
             _put_on(inside, _to_new)  # it is called with the arguments of the component
     names = _names_in(type(module), "_update_kv_cache")
     if OLD in names and NEW not in names:
-        module._update_kv_cache = functools.partial(_update_kv_cache, module)
+        module.__dict__["_update_kv_cache"] = functools.partial(_update_kv_cache, module)
 
 
 def _on_patched_block(block: nn.Module) -> None:
@@ -118,7 +118,6 @@ def _is_of_lens(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).startswith("transformer_lens.")
 
 
-@functools.cache
 def _names_in(kind: type, method: str) -> frozenset[str]:
     """The texts in the code of a method: keywords that it looks for are among them."""
     code = getattr(getattr(kind, method, None), "__code__", None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from expertsteer_lens.errors import ModelStateError
 
@@ -48,19 +49,30 @@ def _stamp(weights: nn.Module) -> tuple[Any, ...]:
 
     Writes through `.data` (merged adapters, quantisers) count no version, so the values are looked
     at: `_N_SAMPLED` of each, evenly spread. A change of a few other values is not seen."""
-    places, sampled = [], []
-    for p in weights.parameters():
-        is_here = p.device.type != "meta"
-        places.append((id(p), p.data_ptr() if is_here else 0, p.dtype, _version(p)))
-        if is_here and p.numel():
-            flat = p.detach().as_strided((p.numel(),), (1,)) if p.is_contiguous() else None
-            flat = p.detach().reshape(-1) if flat is None else flat
-            sampled.append(flat[:: max(1, flat.shape[0] // _N_SAMPLED)][: _N_SAMPLED + 1])
+    places: list[tuple[Any, ...]] = []
+    sampled = []
+    for parameter in weights.parameters():
+        places.append((id(parameter), _version(parameter)))
+        for p in _plain_tensors(parameter.detach()):
+            is_here = p.device.type != "meta"
+            places.append((p.data_ptr() if is_here else 0, p.dtype))
+            if is_here and p.numel():
+                flat = p.as_strided((p.numel(),), (1,)) if p.is_contiguous() else p.reshape(-1)
+                sampled.append(flat[:: max(1, flat.shape[0] // _N_SAMPLED)][: _N_SAMPLED + 1])
     by_kind: dict[Any, list[Tensor]] = {}
     for values in sampled:
         by_kind.setdefault((values.device, values.dtype), []).append(values)
     numbers = tuple(_digest(torch.cat(values)) for values in by_kind.values())
     return (tuple(places), numbers, _adapters(weights))
+
+
+def _plain_tensors(value: Tensor) -> Iterator[Tensor]:
+    """The tensor, or those that one of another kind is made of (quantised: integers and scales)."""
+    if not is_traceable_wrapper_subclass(value):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(value, name))
 
 
 def _digest(values: Tensor) -> bytes:

@@ -91,10 +91,9 @@ def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]
 @contextmanager
 def _stood_in_for(module: nn.Module, fn: Callable[..., Any], scope: Scope) -> Iterator[None]:
     with CHANGING_HOOKS:
-        forward = module.__dict__.get("forward")
-        if not isinstance(forward, _StoodInFor):
-            forward = _StoodInFor(module, forward)
-            module.forward = forward
+        found = module.__dict__.get("forward")
+        forward = found if isinstance(found, _StoodInFor) else _StoodInFor(module, found)
+        module.forward = forward
         entry = (scope, fn)
         forward.entries.append(entry)
     try:
