@@ -18,6 +18,7 @@ import argparse
 import collections
 import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -48,8 +49,8 @@ SECONDS, MEMORY = 5.0, 2**30
 # -- what is read ---------------------------------------------------------------------------------
 
 
-def make_templates(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable[[Any], Any]]]:
-    """A folder of each kind, and what reads it."""
+def write_templates(root: pathlib.Path) -> None:
+    """A folder of each kind."""
     from expertsteer_lens.files.export import to_gguf
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
@@ -89,12 +90,10 @@ def make_templates(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable
         "calibration": results.calibration(),
         "evaluation": results.evaluation(),
     }
-    found: dict[str, tuple[pathlib.Path, Callable[[Any], Any]]] = {}
     for name, thing in things.items():
-        found[name] = (esl.save(thing, root / name / "it"), esl.load)
+        esl.save(thing, root / name / "it")
     store = root / "states in a folder" / "it"
     esl.capture(target, pairs.texts, hooks, labels=pairs.labels, positions="mean", store=store)
-    found["states in a folder"] = (store, esl.load)
 
     rows = [
         {"positive": p, "negative": n} for p, n in zip(pairs.positive, pairs.negative, strict=True)
@@ -102,72 +101,50 @@ def make_templates(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, Callable
     questions = [
         {"question": f"What is {i}?", "choices": ["a", f"b{i}"], "answer": i % 2} for i in range(9)
     ]
-    inputs: dict[str, tuple[str, bytes, Callable[[pathlib.Path], Any]]] = {
-        "pairs": ("a.jsonl", _lines(rows), ContrastPairs.from_jsonl),
-        "behaviour": (
-            "a.json",
-            json.dumps(
-                {
-                    "prompts": behaviour.prompts,
-                    "positive": behaviour.positive,
-                    "negative": behaviour.negative,
-                }
-            ).encode(),
-            Behaviour.from_json,
-        ),
-        "anchors": ("a.txt", "\n".join(anchors).encode(), read_texts),
-        "chats": (
-            "a.jsonl",
-            _lines([[{"role": "user", "content": a}] for a in anchors]),
-            read_texts,
-        ),
-        "settings": (
-            "a.json",
-            json.dumps(steps.config.to_dict()).encode(),
-            lambda path: read_config(path, "anchored"),
-        ),
-        "benchmark": (
-            "a.jsonl",
-            _lines(questions),
-            lambda path: public.load("mmlu_anatomy", path=path),
-        ),
-        "benchmark, table": (
-            "a.csv",
-            ("question,choices,answer\n" + "\n".join(
-                f'"{q["question"]}","[""a"", ""{q["choices"][1]}""]",{q["answer"]}'
-                for q in questions
-            )).encode(),
-            lambda path: public.load("mmlu_anatomy", path=path),
-        ),
-    }  # fmt: skip
-    for name, (file, content, read) in inputs.items():
-        folder = root / name / "it"
-        folder.mkdir(parents=True)
-        (folder / file).write_bytes(content)
-        found[name] = (folder, _reading(file, read))
-    for name, file in (("vector, gguf", "a.gguf"), ("vector, torch", "a.pt")):
-        folder = root / name / "it"
-        folder.mkdir(parents=True)
-        if file == "a.gguf":
-            to_gguf(plan, folder / file)
-        else:
-            torch.save({int(k.split(".")[1]): torch.ones(8) for k in hooks}, folder / file)
-        found[name] = (
-            folder,
-            _reading(file, esl.SteeringPlan.from_foreign),
-        )
-    return found
+    choices = [f'"[""a"", ""{q["choices"][1]}""]",{q["answer"]}' for q in questions]
+    table = [f"{q['question']},{rest}" for q, rest in zip(questions, choices, strict=True)]
+    prompts = {n: getattr(behaviour, n) for n in ("prompts", "positive", "negative")}
+    for name, content in {
+        "pairs": _lines(rows),
+        "behaviour": json.dumps(prompts).encode(),
+        "anchors": "\n".join(anchors).encode(),
+        "chats": _lines([[{"role": "user", "content": a}] for a in anchors]),
+        "settings": json.dumps(steps.config.to_dict()).encode(),
+        "benchmark": _lines(questions),
+        "benchmark, table": "\n".join(["question,choices,answer", *table]).encode(),
+    }.items():
+        _file_of(root, name).write_bytes(content)
+    to_gguf(plan, _file_of(root, "vector, gguf"))
+    vectors = {int(k.split(".")[1]): torch.ones(8) for k in hooks}
+    torch.save(vectors, _file_of(root, "vector, torch"))
 
 
-INPUTS = (
-    "pairs", "behaviour", "anchors", "chats", "settings", "benchmark", "benchmark, table",
-    "vector, gguf", "vector, torch",
-)  # fmt: skip
+INPUTS: dict[str, tuple[str, Callable[[pathlib.Path], Any]]] = {
+    "pairs": ("a.jsonl", ContrastPairs.from_jsonl),
+    "behaviour": ("a.json", Behaviour.from_json),
+    "anchors": ("a.txt", read_texts),
+    "chats": ("a.jsonl", read_texts),
+    "settings": ("a.json", lambda path: read_config(path, "anchored")),
+    "benchmark": ("a.jsonl", lambda path: public.load("mmlu_anatomy", path=path)),
+    "benchmark, table": ("a.csv", lambda path: public.load("mmlu_anatomy", path=path)),
+    "vector, gguf": ("a.gguf", esl.SteeringPlan.from_foreign),
+    "vector, torch": ("a.pt", esl.SteeringPlan.from_foreign),
+}
 """Files of others, without checksums of ours: changed content is read as it stands."""
 
 
-def _reading(file: str, read: Callable[[pathlib.Path], Any]) -> Callable[[Any], Any]:
-    return lambda folder: read(pathlib.Path(folder) / file)
+def reader_of(name: str) -> Callable[[pathlib.Path], Any]:
+    """What reads a folder of this kind."""
+    if name not in INPUTS:
+        return esl.load
+    file, read = INPUTS[name]
+    return lambda folder: read(folder / file)
+
+
+def _file_of(root: pathlib.Path, name: str) -> pathlib.Path:
+    folder = root / name / "it"
+    folder.mkdir(parents=True)
+    return folder / INPUTS[name][0]
 
 
 def _lines(rows: list[Any]) -> bytes:
@@ -292,7 +269,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     root = pathlib.Path(tempfile.mkdtemp(prefix="hostile-"))
-    templates = make_templates(root / "templates")
+    # In a process of its own: without the models this one stays small, and is forked quickly.
+    context = multiprocessing.get_context("spawn")
+    maker = context.Process(target=write_templates, args=(root / "templates",))
+    maker.start()
+    maker.join()
+    templates = {
+        p.name: (p / "it", reader_of(p.name)) for p in sorted((root / "templates").iterdir())
+    }
     outside = root / "outside"
     outside.mkdir()
     (outside / "secret").write_text("of somebody else")
