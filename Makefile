@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest coverage test-tl3 check sdist notebooks notebooks-stored site bench sizes clean
+.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored site bench architectures sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,17 @@ TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_mo
 
 test-tl3: $(VENV3)/.done ## goldens and host tests with TransformerLens 3.9 (HookedTransformer, SAELens)
 	OMP_NUM_THREADS=1 $(BIN3)/python -m pytest $(PARALLEL) $(TL3_TESTS:%=tests/%.py)
+
+# Only transformers is newer: laid over the environment, so nothing else is installed again.
+NEWEST_TESTS = test_cache_names test_architectures
+test-newest: $(VENV)/.done ## the cache and every architecture with the newest transformers that is allowed
+	rm -rf build/newest
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest 'transformers<6'
+	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%.py)
+
+architectures: $(VENV)/.done ## every architecture on every host, and the table of them in the docs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py
+	$(BIN)/python benchmarks/fill_readme.py
 
 check: $(VENV)/.done ## lint, formatting and types
 	$(BIN)/ruff check .

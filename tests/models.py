@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from expertsteer_lens.hosts.cache_names import agree_on_cache_name
+
 FAMILIES = ("gpt2", "llama", "neox", "gemma2")
 D_MODEL, N_LAYERS, N_CTX, D_VOCAB = 32, 3, 64, 96
 _WORDS = """
@@ -130,6 +132,7 @@ def bridge(
         )
         if compat:
             model.enable_compatibility_mode(disable_warnings=True)
+    agree_on_cache_name(model, model.original_model)  # as `load_model` does
     return model
 
 

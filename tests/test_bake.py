@@ -2,114 +2,55 @@
 
 from __future__ import annotations
 
-import functools
-
 import models
 import pytest
 import torch
+from architectures import MIXED, made
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ArtifactError, HostError
 
 D = models.D_MODEL
 IDS = torch.tensor([[1, 7, 12, 30, 5, 9, 40, 41, 42, 43, 11, 3]])
-TOKENS = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-WIDE = {
-    "hidden_size": D,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-KV = {"num_key_value_heads": 1, "head_dim": 16}
-ONE_KV = {"num_key_value_heads": 1}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-OPT = {
-    "hidden_size": D,
-    "num_hidden_layers": 3,
-    "ffn_dim": 48,
-    "num_attention_heads": 2,
-    "word_embed_proj_dim": D,
-    "max_position_embeddings": 64,
-}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 8,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
-}
-GPT_NEO = {"attention_types": [[["global", "local"], 1], [["global"], 1]]}
 THERE, BLOCK = None, True
-# Class of the configuration, what it takes, the switch that is turned on, whether blocks are added.
+# The switch that is turned on, and whether blocks are added.
 FAMILIES = {
-    "gpt2": ("GPT2Config", {"n_embd": D, "n_layer": 3, "n_head": 2, "n_positions": 64}, THERE),
-    "phi": ("PhiConfig", WIDE, THERE),
-    "opt_350m": ("OPTConfig", {**OPT, "do_layer_norm_before": False}, THERE),
-    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **WIDE, **KV}, THERE),
-    "llama": ("LlamaConfig", {**WIDE, **KV}, "mlp_bias"),
-    "granite": ("GraniteConfig", {"residual_multiplier": 0.22, **WIDE, **ONE_KV}, "mlp_bias"),
-    "cohere": ("CohereConfig", {**WIDE, **ONE_KV}, "attention_bias"),
-    "qwen2": ("Qwen2Config", {**WIDE, **ONE_KV}, THERE, BLOCK),
-    "qwen3": ("Qwen3Config", {**WIDE, **KV}, "attention_bias", BLOCK),
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": 8, "layer_types": MIXED, "query_pre_attn_scalar": 16, **WIDE, **KV}, "attention_bias", BLOCK),
-    "olmo2": ("Olmo2Config", WIDE, "attention_bias", BLOCK),
-}  # fmt: skip
+    "gpt2": (THERE,),
+    "phi": (THERE,),
+    "opt_350m": (THERE,),
+    "gpt_oss": (THERE,),
+    "llama": ("mlp_bias",),
+    "granite": ("mlp_bias",),
+    "cohere": ("attention_bias",),
+    "qwen2": (THERE, BLOCK),
+    "qwen3": ("attention_bias", BLOCK),
+    "gemma3": ("attention_bias", BLOCK),
+    "olmo2": ("attention_bias", BLOCK),
+}
 MORE = {
-    "gpt_j": ("GPTJConfig", {"n_embd": D, "n_layer": 3, "n_head": 2, "n_positions": 64, "rotary_dim": 8}, THERE),
-    "gpt_neo": ("GPTNeoConfig", {"hidden_size": D, "num_layers": 3, "num_heads": 2, "max_position_embeddings": 64, "intermediate_size": 48, **GPT_NEO}, THERE),
-    "gpt_neox": ("GPTNeoXConfig", WIDE, THERE),
-    "opt": ("OPTConfig", OPT, THERE),
-    "bloom": ("BloomConfig", {"hidden_size": D, "n_layer": 3, "n_head": 2}, THERE),
-    "starcoder2": ("Starcoder2Config", {**WIDE, **ONE_KV}, THERE),
-    "falcon": ("FalconConfig", {"hidden_size": D, "num_hidden_layers": 3, "num_attention_heads": 2}, "bias"),
-    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True, **WIDE, **KV}, "mlp_bias"),
-    "nemotron": ("NemotronConfig", {**WIDE, **KV}, "mlp_bias"),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 1, 0], **WIDE, **ONE_KV}, "mlp_bias"),
-    "falcon_h1": ("FalconH1Config", {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8, **WIDE, **ONE_KV}, "mlp_bias"),
-    "mamba": ("MambaConfig", {"hidden_size": D, "num_hidden_layers": 3, "state_size": 4}, "use_bias"),
-    "mamba2": ("Mamba2Config", {"hidden_size": D, "num_hidden_layers": 3, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}, "use_bias"),
-    "gemma": ("GemmaConfig", {**WIDE, **KV}, "attention_bias", BLOCK),
-    "gemma2": ("Gemma2Config", {"sliding_window": 8, "query_pre_attn_scalar": 16, **WIDE, **KV}, "attention_bias", BLOCK),
-    "olmo": ("OlmoConfig", WIDE, "attention_bias", BLOCK),
-    "stablelm": ("StableLmConfig", {**WIDE, **ONE_KV}, "use_qkv_bias", BLOCK),
-    "glm4": ("Glm4Config", {"attention_bias": True, **WIDE, **KV}, THERE, BLOCK),
-    "qwen2_moe": ("Qwen2MoeConfig", {"shared_expert_intermediate_size": 16, **EXPERTS, **WIDE, **ONE_KV}, THERE, BLOCK),
-    "qwen3_moe": ("Qwen3MoeConfig", {**EXPERTS, **WIDE, **KV}, "attention_bias", BLOCK),
-    "deepseek_v3": ("DeepseekV3Config", {**DEEPSEEK, **WIDE}, "attention_bias", BLOCK),
-    "llama4": ("Llama4TextConfig", {"intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, **WIDE, **KV}, "attention_bias", BLOCK),
-}  # fmt: skip
-NO_PLACE = {
-    "mistral": ("MistralConfig", {**WIDE, **KV}),
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, **WIDE, **KV}),
-    "phi3": ("Phi3Config", {**WIDE, **ONE_KV}),
-    "mpt": ("MptConfig", {"d_model": D, "n_layers": 3, "n_heads": 2, "max_seq_len": 64, "expansion_ratio": 2}),
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"], **WIDE, **ONE_KV}),
-    "gemma4": ("Gemma4TextConfig", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "sliding_window": 8, "global_head_dim": 16, "layer_types": [*MIXED[1:], "full_attention"], **WIDE, **KV}),
-}  # fmt: skip
-
-
-@functools.cache
-def made(family: str, dtype: torch.dtype = torch.float32):
-    """A random model with weights large enough to matter; nobody changes it."""
-    import transformers
-
-    name, options, *_ = {**FAMILIES, **MORE, **NO_PLACE}[family]
-    config = getattr(transformers, name)(**options, **TOKENS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            size = 0.25 if parameter.ndim > 1 else 0.1
-            parameter.data += size * torch.randn_like(parameter)
-    return model.to(dtype).eval()
+    "gpt_j": (THERE,),
+    "gpt_neo": (THERE,),
+    "gpt_neox": (THERE,),
+    "opt": (THERE,),
+    "bloom": (THERE,),
+    "starcoder2": (THERE,),
+    "falcon": ("bias",),
+    "llama_tied": ("mlp_bias",),
+    "nemotron": ("mlp_bias",),
+    "smollm3": ("mlp_bias",),
+    "falcon_h1": ("mlp_bias",),
+    "mamba": ("use_bias",),
+    "mamba2": ("use_bias",),
+    "gemma": ("attention_bias", BLOCK),
+    "gemma2": ("attention_bias", BLOCK),
+    "olmo": ("attention_bias", BLOCK),
+    "stablelm": ("use_qkv_bias", BLOCK),
+    "glm4": (THERE, BLOCK),
+    "qwen2_moe": (THERE, BLOCK),
+    "qwen3_moe": ("attention_bias", BLOCK),
+    "deepseek_v3": ("attention_bias", BLOCK),
+    "llama4": ("attention_bias", BLOCK),
+}
 
 
 def plan_of(*hook_names: str, coefficient: float = 3.5, **options) -> esl.SteeringPlan:
@@ -141,7 +82,7 @@ def check(family: str, folder) -> None:
     baked = plan.bake(model)
     torch.testing.assert_close(log_probs(baked), wanted, atol=1e-5, rtol=0)
     assert type(baked) is type(model)
-    _, _, switch, *adds_block = {**FAMILIES, **MORE}[family]
+    switch, *adds_block = {**FAMILIES, **MORE}[family]
     assert baked.config.num_hidden_layers == (5 if adds_block else 3)
     assert {note["switch"] for note in baked.config.expertsteer_lens["baked"]} == {switch}
     baked.save_pretrained(folder)
@@ -216,15 +157,7 @@ def test_the_last_block_and_neighbours_of_a_class_that_needs_more_blocks():
 
 
 def test_the_text_half_of_a_multimodal_model():
-    import transformers as tf
-
-    text = tf.Gemma3TextConfig(**FAMILIES["gemma3"][1], **TOKENS)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8, "patch_size": 4}  # fmt: skip
-    torch.manual_seed(0)
-    config = tf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = tf.Gemma3ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
+    model = made("gemma3_vision")
     plan = plan_of()
     wanted, baked = steered(plan, model), plan.bake(model)
     torch.testing.assert_close(log_probs(baked), wanted, atol=1e-5, rtol=0)

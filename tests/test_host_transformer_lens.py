@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.metadata
 import warnings
 import weakref
 from collections import OrderedDict
@@ -367,7 +368,7 @@ def test_the_store_says_where_it_came_from() -> None:
     other = capture(shared_model("bridge"), PROMPTS[::-1], [HOOK]).provenance
     assert facts["texts_digest"] != other["texts_digest"]
     assert facts["fingerprint"] == other["fingerprint"]
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.parametrize(

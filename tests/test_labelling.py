@@ -153,3 +153,68 @@ def test_texts_that_nothing_divides_are_labelled_at_random():
     heap = torch.randn(200, 30, generator=g, dtype=torch.float64)
     labels = (torch.arange(200) < 100).double()
     assert abs(accuracy(score_states([few(4)[0]], few(4)[1], [heap]), labels) - 0.5) < 0.12
+
+
+def test_a_question_stands_where_it_is_put():
+    _, target = zoo.load_pair()
+    host = esl.hosts.as_host(target)
+    from expertsteer_lens.pipeline.asking import _asked
+
+    texts = [str(zoo.contrast_pairs().positive[0])]
+    assert _asked(host, "Is it glad?", texts[0], ("Yes", "No")) == (
+        f"Text: {texts[0]}\nIs it glad? Answer Yes or No.\nAnswer:"
+    )
+    assert _asked(host, "{text} It was", texts[0], ("a", "b")) == f"{texts[0]} It was"
+
+
+def test_asked_scores_are_what_single_texts_give():
+    """Batches of texts of several lengths against one text at a time, read by hand."""
+    from expertsteer_lens.pipeline import ask_about
+
+    _, target = zoo.load_pair()
+    texts = [str(p) for p in zoo.behaviour(5).prompts]
+    found = ask_about(target, "{text}", texts, answers=(" happy", " sad"), batch_size=3)
+    host = esl.hosts.as_host(target)
+    first = [host.tokenizer.encode(w, add_special_tokens=False)[0] for w in (" happy", " sad")]
+    for text, score in zip(texts, found, strict=True):
+        log_probs = host.forward(host.tokenize([text])).detach()[0, -1].log_softmax(-1)
+        assert float(score) == pytest.approx(
+            float(log_probs[first[0]] - log_probs[first[1]]), abs=1e-4
+        )
+
+
+def test_asked_scores_lead_self_training_where_nothing_is_labelled():
+    """A noisy answer to every text is enough to say which division is meant, and which side."""
+    heap, labels = states()
+    noise = torch.randn(len(labels), generator=torch.Generator().manual_seed(5)).double()
+    asked = labels + noise
+    scores = score_states(None, None, [heap], n_rounds=1, asked=asked)
+    assert accuracy(asked, labels) < 0.8 < 0.97 < accuracy(scores, labels)
+    assert accuracy(score_states(None, None, [heap], n_rounds=1, asked=-asked), labels) < 0.03
+
+
+def test_a_question_alone_labels_texts():
+    """The small target continues a text by the mood it is in: asked that way, it labels moods."""
+    _, target = zoo.load_pair()
+    pairs = zoo.contrast_pairs()
+    labelled = esl.label_texts(
+        target, None, pairs.texts, question="{text}", answers=(" happy", " sad")
+    )
+    assert labelled.provenance["question"] == "{text}"
+    assert labelled.provenance["pairs"] is None
+    assert len(labelled) == len(pairs.texts)
+
+
+@pytest.mark.parametrize(
+    ("question", "answers", "word"),
+    [
+        (None, ("Yes", "No"), "nothing says what is positive"),
+        ("  ", ("Yes", "No"), "question"),
+        ("Glad?", ("Yes", "Yes"), "told apart"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_refused(question, answers, word):
+    _, target = zoo.load_pair()
+    texts = zoo.contrast_pairs().texts[:6]
+    with pytest.raises(ArgumentError, match=word):
+        esl.label_texts(target, None, texts, question=question, answers=answers)

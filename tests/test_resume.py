@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import models
 import pytest
 import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.hosts.resume import keep_stream, skip_blocks
+from expertsteer_lens.hosts.resume import keep_stream, logits_only_at, skip_blocks
 from expertsteer_lens.measure.metrics import behaviour_metric, choice_accuracy
 from expertsteer_lens.measure.prepared import Completions
 from expertsteer_lens.measure.stream_cache import StreamCache
@@ -189,3 +192,53 @@ class TestPreparedCompletions:
             ready.scores(plan_for(host, hook))
             sizes.append(ready._cache.n_bytes)
         assert sizes[0] == sizes[1] > 0
+
+
+def test_skipped_blocks_and_chosen_logits_belong_to_the_thread_that_asked():
+    host = host_of("llama")
+    batch = host.tokenize(TEXTS)
+    where = batch.attention_mask.bool()
+    where[:, 1:] = False
+    barrier = threading.Barrier(3, timeout=60)
+
+    @torch.no_grad()
+    def whole():
+        barrier.wait()
+        return [host.forward(batch) for _ in range(6)]
+
+    @torch.no_grad()
+    def from_block(n_blocks):
+        def run():
+            kept = host.keep_stream(batch, n_blocks)
+            barrier.wait()
+            out = []
+            for _ in range(6):
+                with host.resume(kept):
+                    out.append(host.logits_at(batch, where))
+            return out
+
+        return run
+
+    with torch.no_grad():
+        wanted, chosen = host.forward(batch), host.logits_at(batch, where)
+        host.keep_stream(batch, 1), host.keep_stream(batch, 2)  # measured once, and not in threads
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            plain, *rest = [pool.submit(f) for f in (whole, from_block(1), from_block(2))]
+            assert all(torch.equal(found, wanted) for found in plain.result())
+            for one in rest:
+                assert all(torch.equal(found, chosen) for found in one.result())
+    assert not any("forward" in block.__dict__ for block in host.model.model.layers)
+
+
+def test_blocks_are_skipped_in_one_thread_while_another_runs_them():
+    host = host_of("llama")
+    batch, other = host.tokenize(TEXTS), host.tokenize(["they smiled"])
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # the thread was there before
+        wanted = host.forward(other)
+        kept = host.keep_stream(batch, 2)
+        with host.resume(kept):
+            assert torch.equal(pool.submit(host.forward, other).result(), wanted)
+        with logits_only_at(host.model.get_output_embeddings(), batch.attention_mask.bool()):
+            assert torch.equal(pool.submit(host.forward, other).result(), wanted)

@@ -202,12 +202,16 @@ def test_a_model_is_measured_without_taking_the_hooks_off_for_other_threads() ->
 
 @rules
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("negative", [[1, 30, 31], [1, 30, 31, 32, 33], [1, 5, 6, 7, 8, 9, 9]])
+@pytest.mark.parametrize(
+    "negative",
+    # Shorter, as long, longer, and as long as the prompt will be a step later.
+    [[1, 30, 31], [1, 30, 31, 32, 33], [1, 5, 6, 7, 8, 9, 9], [1, 5, 6, 7, 8, 9]],
+)
 def test_guidance_runs_two_sequences_that_are_each_followed(
     rule: Any, cached: bool, negative: list[int]
 ) -> None:
     """The reference is the same guidance by hand, over passes of each sequence alone."""
-    model, plan, scale = llama(), plan_at(rule), 1.5
+    model, plan, scale = llama(), plan_at(rule), 5.0
 
     def scores(prompt: list[int], rest: list[int]) -> torch.Tensor:
         ids = torch.tensor([prompt + rest])
@@ -227,15 +231,17 @@ def test_guidance_runs_two_sequences_that_are_each_followed(
 
 
 def packed(model: Any, plan: SteeringPlan) -> list[list[int]]:
-    from transformers import GenerationConfig
+    import transformers
 
-    config = GenerationConfig(**GREEDY)
+    options: dict[str, Any] = {"generation_config": transformers.GenerationConfig(**GREEDY)}
+    kind = getattr(transformers, "ContinuousBatchingConfig", None)
+    if kind is not None:  # left to itself it makes a cache that fills the memory
+        options["continuous_batching_config"] = kind(num_blocks=16, max_batch_tokens=64)
     with plan.hooks(model):
-        found = model.generate_batch([list(p) for p in PROMPTS], generation_config=config)
+        found = model.generate_batch([list(p) for p in PROMPTS], **options)
     return [one.generated_tokens for one in found.values()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["all", [0, 3]], ids=str)
 def test_continuous_batching_is_exact_where_a_token_says_where_it_is(rule: Any) -> None:
     model, plan = llama(), plan_at(rule)
@@ -302,17 +308,24 @@ def test_a_static_cache_that_compiled_its_step_by_itself_is_steered() -> None:
 # -- copies, half precision, models elsewhere -----------------------------------------------------
 
 
-def test_a_deep_copy_made_inside_the_block_is_another_model() -> None:
-    model, plan = llama(), plan_at()
-    plain = run(model, PROMPTS[0])
+@pytest.mark.parametrize("kind", ["huggingface", "bridge"])
+def test_a_deep_copy_made_inside_the_block_is_another_model(kind: str) -> None:
+    model, plan = llama() if kind == "huggingface" else models.bridge("llama"), plan_at()
+
+    def inside(one: Any) -> Any:
+        return one if kind == "huggingface" else one.original_model
+
+    plain = run(inside(model), PROMPTS[0])
     with plan.hooks(model) as report:
-        steered = run(model, PROMPTS[0])
+        steered = run(inside(model), PROMPTS[0])
         copied, seen = copy.deepcopy(model), report.n_forwards
-        assert run(copied, PROMPTS[0]) == plain != steered
+        assert run(inside(copied), PROMPTS[0]) == plain != steered
         assert report.n_forwards == seen
-        assert run(model, PROMPTS[0]) == steered
-    assert run(copied, PROMPTS[0]) == plain
-    assert copied.generate.__self__ is copied
+        assert run(inside(model), PROMPTS[0]) == steered
+    assert run(inside(copied), PROMPTS[0]) == plain
+    assert inside(copied).generate.__self__ is inside(copied)
+    with plan.hooks(copied):
+        assert run(inside(copied), PROMPTS[0]) == steered
 
 
 @rules

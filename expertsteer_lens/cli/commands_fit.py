@@ -131,28 +131,52 @@ def capture(
 
 def label(
     model: Annotated[str, typer.Option(help="folder or hub id of the model that labels")],
-    pairs: Annotated[
-        Path, typer.Option(help="a few labelled pairs: JSON lines as for `fit --pairs`")
-    ],
     texts: Annotated[
         Path,
         typer.Option(help="unlabelled texts, one a line (.jsonl: texts or lists of messages)"),
     ],
     models: ModelOptions,
+    pairs: Annotated[
+        Path | None, typer.Option(help="a few labelled pairs: JSON lines as for `fit --pairs`")
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help="asked of every text, answered by Yes or No: needs no labelled pair"),
+    ] = None,
     flatten: Annotated[
-        int, typer.Option(help="leading axes of variation to shrink, see esl.label_texts")
-    ] = 1,
-    n_rounds: Annotated[int, typer.Option(help="rounds of self-training")] = 4,
+        int | None,
+        typer.Option(
+            help="leading axes of variation to shrink, see esl.label_texts; default 1, with a "
+            "question 6",
+            show_default=False,
+        ),
+    ] = None,
+    n_rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="rounds of self-training; default 4, with a question 1", show_default=False
+        ),
+    ] = None,
     out: Out = Path("labelled-texts"),
 ) -> None:
-    """Have a model label unlabelled texts from a few labelled pairs: OUT/pairs.jsonl is for
-    `fit --pairs`, OUT/scores.csv holds every text with its score."""
+    """Have a model label unlabelled texts from a few labelled pairs, or from a question:
+    OUT/pairs.jsonl is for `fit --pairs`, OUT/scores.csv holds every text with its score."""
     from expertsteer_lens.data.contrast import ContrastPairs
+    from expertsteer_lens.errors import ArgumentError
     from expertsteer_lens.pipeline import label_texts
 
-    few, unlabelled = ContrastPairs.from_jsonl(pairs), read_texts(texts)
+    if pairs is None and question is None:
+        raise ArgumentError("give --pairs, --question, or both; nothing says what is positive.")
+    few = None if pairs is None else ContrastPairs.from_jsonl(pairs)
+    unlabelled = read_texts(texts)
     labelled = label_texts(
-        models.load(model), few, unlabelled, n_rounds=n_rounds, flatten=flatten, progress=True
+        models.load(model),
+        few,
+        unlabelled,
+        question=question,
+        n_rounds=n_rounds,
+        flatten=flatten,
+        progress=True,
     )
     found = labelled.pairs()
     out.mkdir(parents=True, exist_ok=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from expertsteer_lens.errors import ArgumentError
+
 from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
 from .options import AsJson, NRandom, Out, Seed
+
+TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
 
 def bench(
@@ -23,9 +28,43 @@ def bench(
     n_random: NRandom = 5,
     seed: Seed = 0,
     as_json: AsJson = False,
+    real: Annotated[
+        Path | None,
+        typer.Option(
+            help="on real models instead: folder that benchmarks/fetch_real.py made, with models "
+            "and domainsteer"
+        ),
+    ] = None,
+    data: Annotated[
+        Path, typer.Option(help="with --real: folder with gsm8k, truthfulqa and steerkit_pairs")
+    ] = Path("data"),
+    transfers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--transfer",
+            help="with --real: EXPERT:TARGET, folders in it or hub ids; may be repeated",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="with --real: default all 18; may be repeated"),
+    ] = None,
+    n_pairs: Annotated[
+        list[int] | None,
+        typer.Option(help="with --real: numbers of labelled pairs; may be repeated"),
+    ] = None,
+    n_draws: Annotated[
+        int | None, typer.Option(help="with --real: draws of the labelled pairs", show_default="20")
+    ] = None,
 ) -> None:
     """Run the offline benchmark: 15 tasks in four domains on bundled models, every method under the
-    same choices and budget. Under 15 minutes on two cores."""
+    same choices and budget. Under 15 minutes on two cores.
+
+    With --real: real models and tasks from local folders, effect against the number of labelled
+    pairs. Hours on two cores; a run that was stopped goes on from OUT."""
+    if real is not None:
+        _bench_real(real, data, transfers, tasks, n_pairs, n_draws, out, seed, as_json)
+        return
     from expertsteer_lens.benchmarks.offline import run_bench
     from expertsteer_lens.zoo.domains import DOMAINS
 
@@ -51,6 +90,56 @@ def bench(
         f"\n{result.seconds:.0f} s; tables with effects and intervals in {out / 'bench.md'}, "
         f"figure in {out / 'bench.html'}"
     )
+    say(str(out.resolve()))
+
+
+def _bench_real(
+    folder: Path,
+    data: Path,
+    transfers: list[str] | None,
+    tasks: list[str] | None,
+    n_pairs: list[int] | None,
+    n_draws: int | None,
+    out: Path,
+    seed: int,
+    as_json: bool,
+) -> None:
+    from expertsteer_lens.benchmarks.transfer import TransferConfig, bench_transfer
+    from expertsteer_lens.benchmarks.transfer.real import read_real_data
+    from expertsteer_lens.hosts.loading import load_model
+
+    pairs = [tuple(pair.split(":")) for pair in transfers or TRANSFERS]
+    wrong = [pair for pair in pairs if len(pair) != 2 or not all(pair)]
+    if wrong:
+        raise ArgumentError(f"--transfer {':'.join(wrong[0])!r} must be EXPERT:TARGET.")
+    found = read_real_data(folder, data, only=None if tasks is None else tuple(tasks))
+    config = TransferConfig(seed=seed)
+    if n_pairs:
+        config = replace(config, n_pairs=tuple(n_pairs))
+    if n_draws is not None:
+        config = replace(config, n_draws=n_draws)
+    models = {}
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        here = folder / name
+        say(f"loading {name}")
+        models[name] = load_model(str(here) if here.is_dir() else name, host="huggingface")
+    with tables_as_json(as_json):
+        result = bench_transfer(
+            models,
+            [(expert, target) for expert, target in pairs],
+            found.tasks,
+            development=found.development,
+            anchors=found.anchors,
+            neutral=found.neutral,
+            config=config,
+            out=out,
+            on_progress=lambda line: say(f"  {line}"),
+        )
+    result.save(out)
+    if as_json:
+        print_json({"rows": rows_of(result.summary()), "out": str(out)})
+        return
+    print_frame(result.differences().round(3), "paired differences, nats per answer token")
     say(str(out.resolve()))
 
 

@@ -24,8 +24,8 @@ from expertsteer_lens.errors import (
 )
 from expertsteer_lens.interventions.edits import centre
 
+from .facts import execution_device, measure_basis, measure_fingerprint, training_noise
 from .facts import facts as facts_of
-from .facts import measure_basis, measure_fingerprint, training_noise
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
 from .row_picker import RowPicker
 from .scope import Scope
@@ -231,8 +231,11 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lives; inputs are put there."""
-        return next(iter(self._weights.parameters())).device
+        """Where inputs are put: where the first parameter lives, or is brought for its pass if it
+        is offloaded; the CPU for a network without any."""
+        first = next(iter(self._weights.parameters()), None)
+        found = torch.device("cpu") if first is None else first.device
+        return found if found.type != "meta" else execution_device(self._weights) or found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -267,7 +270,12 @@ class Host:
 
     def check_ready(self) -> None:
         """Raise `ModelStateError` if the model, or a part of it that has dropout, is in training
-        mode."""
+        mode, or its weights are not there."""
+        if self.device.type == "meta":
+            raise ModelStateError(
+                f"the weights of {self.name!r} are not loaded (they are on the meta device); load "
+                "them, or let accelerate bring them for each pass (cpu_offload, device_map)."
+            )
         if self._in_training():
             raise ModelStateError(
                 f"the model {self.name!r} (or a part of it with dropout) is in training mode, so "

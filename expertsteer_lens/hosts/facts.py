@@ -153,6 +153,18 @@ def measure_basis(host: Host) -> str:
     return "centred" if moved[0] < tolerance * moved[1] else "raw"
 
 
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Where accelerate runs a model whose weights it keeps elsewhere (in memory or on disk); None
+    if it does not."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
 def training_noise(model: nn.Module) -> bool:
     """Whether the model is in training mode, or a part of it is that has dropout: results would
     then be random.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .compiled import eager_where_compiled
+from .pass_tracking import is_copy
 from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 Function = Callable[[Tensor], Tensor | None]
@@ -59,7 +61,17 @@ def _add_hook(point: Any, fn: Function, acts: Scope) -> Any:
     with CHANGING_HOOKS:
         before = {id(h) for h in point.fwd_hooks}
         point.add_hook(lambda tensor, hook: fn(tensor) if acts() else None, dir="fwd")
-        return next(h for h in point.fwd_hooks if id(h) not in before)
+        handle = next(h for h in point.fwd_hooks if id(h) not in before)
+        # What TransformerLens registers hands on the hook point that it was made for, on a copy of
+        # it too; only torch says which of the two is running.
+        full_hook = point._forward_hooks[handle.hook.id]
+
+        @functools.wraps(full_hook)
+        def on_this(module: Any, args: Any, output: Any) -> Any:
+            return None if is_copy(module, point) else full_hook(module, args, output)
+
+        point._forward_hooks[handle.hook.id] = on_this
+        return handle
 
 
 def _remove_hook(point: Any, handle: Any) -> None:

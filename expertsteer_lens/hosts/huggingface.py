@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertsteer_lens.errors import HookNameError, HostError
+from expertsteer_lens.errors import HostError
 
 from .base import Host
 from .blocks import (
@@ -28,6 +28,7 @@ from .blocks import (
     with_first,
     with_first_argument,
 )
+from .branches import check_branches
 from .compiled import eager_where_compiled
 from .facts import facts, hooks_suspended, probe_batch
 from .parts import EditFn, Observer, TokenBatch, guarded
@@ -90,21 +91,13 @@ class HuggingFaceHost(Host):
         """See `Host.check_hook_names`; also refuses attention and MLP outputs that are not what the
         block adds up."""
         known = super().check_hook_names(names, steering=steering)
-        branches = [name for name in known if name.endswith(("hook_attn_out", "hook_mlp_out"))]
-        if branches and not self._branches_add_up():
-            raise HookNameError(
-                f"hook {branches[0]!r} cannot be used on {type(self.model).__name__}: the "
-                "outputs of its attention and MLP "
-                "modules do not add up to what the block adds to the residual stream; use "
-                "hook_resid_pre or hook_resid_post."
-            )
+        check_branches(self, known, self._put)
         return known
 
-    def _branches_add_up(self) -> bool:
-        known = facts(self._weights)
-        if "branches" not in known:
-            known["branches"] = "add up" if _measure_branches(self) else "do not"
-        return known["branches"] == "add up"
+    @contextmanager
+    def _put(self, fns: Mapping[str, EditFn]) -> Iterator[None]:
+        with scope_or_new(None) as here, self.torch_hooks(fns, active=here):
+            yield
 
     def forward(self, batch: TokenBatch, *, stop_at_layer: int | None = None) -> Tensor:
         """Logits, or the residual entering `stop_at_layer`: the pass is left there by an exception
@@ -339,27 +332,3 @@ def _resumes_exactly(host: HuggingFaceHost, n_blocks: int) -> bool:
                 return torch.equal(host.forward(batch), whole)
         except (KeyError, IndexError, AttributeError, TypeError, RuntimeError):
             return False  # what the lower blocks would have handed on is not there
-
-
-@torch.no_grad()
-def _measure_branches(host: HuggingFaceHost) -> bool:
-    """Whether attention and MLP outputs add up to what the first block adds to the stream, to
-    rounding."""
-    seen: dict[str, Tensor] = {}
-    names = [
-        f"blocks.0.{kind}"
-        for kind in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post")
-    ]
-
-    def keep(name: str) -> EditFn:
-        return lambda x: seen.__setitem__(name, x.double())
-
-    with (
-        host.quiet(),
-        scope_or_new(None) as here,
-        host.torch_hooks({name: keep(name) for name in names}, active=here),
-    ):
-        host.forward(probe_batch(host), stop_at_layer=1)
-    before, attention, mlp, after = (seen[name] for name in names)
-    error = (before + attention + mlp - after).norm() / after.norm()
-    return float(error) < (1e-4 if host.dtype in (torch.float32, torch.float64) else 3e-2)

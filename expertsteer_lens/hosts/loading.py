@@ -107,13 +107,17 @@ def wrap_model(
         return TransformersModel(model, tokenizer=tokenizer)
     from transformer_lens.model_bridge import TransformerBridge
 
+    from .cache_names import agree_on_cache_name
+
     if trust_remote_code:
         # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
         tokenizer.init_kwargs["trust_remote_code"] = True
-    return TransformerBridge.boot_transformers(
+    bridge = TransformerBridge.boot_transformers(
         name,  # only a label, as model and tokenizer are given
         hf_model=model,
         tokenizer=tokenizer,
         device=str(next(model.parameters()).device),
         trust_remote_code=trust_remote_code,
     )
+    agree_on_cache_name(bridge, bridge.original_model)  # before anybody generates with it
+    return bridge

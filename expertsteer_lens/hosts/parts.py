@@ -30,6 +30,10 @@ class Observer(Protocol):
         """A `generate` call begins (True; `prompt` is the mask of its prompt `[rows, pos]`, if it
         says) or ends (False)."""
 
+    def on_prepare(self) -> None:
+        """A `generate` call, seen or not, is about to run a pass of its own sequence; what it runs
+        without saying so beforehand is another (guidance)."""
+
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """A call with these keyword arguments is about to pack several requests into one row of
         tokens (continuous batching)."""

@@ -28,6 +28,8 @@ in recurrent models."""
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
 
 PACKED_NAMES = ("generate_batch", "init_continuous_batching")
+PREPARE_NAMES = ("prepare_inputs_for_generation",)
+"""What transformers' own generate calls before each pass that it runs."""
 
 _CACHED_TOKENS: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """Tokens given so far to caches that do not count them (those of recurrent models), as seen by the
@@ -319,14 +321,15 @@ def is_stand_in(tensor: Tensor) -> bool:
 
 @contextmanager
 def watch_generate(objects: Sequence[Any], observer: Observer, *, scope: Scope) -> Iterator[None]:
-    """Report the beginning and end of every `generate` call on `objects` to `observer`.
+    """Report the beginning and end of every `generate` call on `objects` to `observer`, and its
+    steps.
 
     By their shapes, uncached generation and one-token prompts look like a series of unrelated
     passes, so the call itself is noted, by a wrapper that lives on the instance only as long
     as somebody watches."""
     with ExitStack() as stack:
         for obj in objects:
-            for name in (*GENERATE_NAMES, *PACKED_NAMES):
+            for name in (*GENERATE_NAMES, *PACKED_NAMES, *PREPARE_NAMES):
                 if callable(getattr(type(obj), name, None)):
                     stack.enter_context(_observed_calls(obj, name, observer, scope))
         yield
@@ -399,6 +402,11 @@ class _ObservedCall:
     def _noting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
         # Those who were there when the call began hear of its end.
         watching = [observer for observer, scope in self.observers if scope()]
+        if self._name in PREPARE_NAMES:
+            yield
+            for observer in watching:
+                observer.on_prepare()
+            return
         if self._name in PACKED_NAMES:
             for observer in watching:
                 observer.on_packed(kwargs)

@@ -9,7 +9,7 @@ stood in for by functions that hand the kept stream on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import first_argument, first_of
+from .pass_tracking import remove_handle
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +48,19 @@ def keep_stream(blocks: Sequence[nn.Module], n_blocks: int, run: Callable[[], An
         run: runs the pass (it may stop early, after that block).
     """
     kept: list[KeptStream] = []
+    with scope_or_new(None) as here:
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        stream = first_of(output).detach().clone()
-        kept.append(KeptStream(n_blocks, stream, isinstance(output, tuple)))
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            if here():
+                stream = first_of(output).detach().clone()
+                kept.append(KeptStream(n_blocks, stream, isinstance(output, tuple)))
 
-    handle = blocks[n_blocks - 1].register_forward_hook(keep, prepend=True)
-    try:
-        run()
-    finally:
-        handle.remove()
+        with CHANGING_HOOKS:
+            handle = blocks[n_blocks - 1].register_forward_hook(keep, prepend=True)
+        try:
+            run()
+        finally:
+            remove_handle(handle)
     return kept[0]
 
 
@@ -64,6 +69,7 @@ def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]
     """Inside, the first `kept.n_blocks` blocks are not run; the last of them gives the stream.
 
     Forward hooks on the blocks fire as always, so an edit of what leaves the last of them acts.
+    Other threads run all blocks meanwhile.
     """
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
@@ -74,18 +80,49 @@ def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]
         return (kept.stream,) if kept.in_tuple else kept.stream
 
     skipped = blocks[: kept.n_blocks]
-    before = [module.__dict__.get("forward") for module in skipped]
-    try:
+    with ExitStack() as stack:
+        here = stack.enter_context(scope_or_new(None))
         for module in skipped[:-1]:
-            module.forward = hand_on
-        skipped[-1].forward = give_kept
+            stack.enter_context(_stood_in_for(module, hand_on, here))
+        stack.enter_context(_stood_in_for(skipped[-1], give_kept, here))
+        yield
+
+
+@contextmanager
+def _stood_in_for(module: nn.Module, fn: Callable[..., Any], scope: Scope) -> Iterator[None]:
+    with CHANGING_HOOKS:
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, _StoodInFor):
+            forward = _StoodInFor(module, forward)
+            module.forward = forward
+        entry = (scope, fn)
+        forward.entries.append(entry)
+    try:
         yield
     finally:
-        for module, own in zip(skipped, before, strict=True):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
+        with CHANGING_HOOKS:
+            forward.entries[:] = [one for one in forward.entries if one is not entry]
+            if not forward.entries and module.__dict__.get("forward") is forward:
+                if forward.previous is None:
+                    module.__dict__.pop("forward")
+                else:
+                    module.forward = forward.previous
+
+
+class _StoodInFor:
+    """The `forward` of one module, on that module, for which others stand in, each in the passes of
+    its scope."""
+
+    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None) -> None:
+        self.previous = previous
+        self.entries: list[tuple[Scope, Callable[..., Any]]] = []
+        self.__wrapped__ = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for scope, fn in reversed(self.entries):
+            if scope():
+                return fn(*args, **kwargs)
+        return self.__wrapped__(*args, **kwargs)
 
 
 @contextmanager
@@ -93,13 +130,16 @@ def logits_only_at(head: nn.Module, where: Tensor) -> Iterator[None]:
     """Inside, the output head is applied only at `where` (`[batch, pos]`, bool): `[n, vocab]`.
 
     The logits of a large vocabulary cost more than the blocks of a small model; most are not read.
+    Passes of other threads get all of theirs.
     """
+    with scope_or_new(None) as here:
 
-    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][where.to(args[0].device)], *args[1:])
+        def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return (args[0][where.to(args[0].device)], *args[1:]) if here() else None
 
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
+        with CHANGING_HOOKS:
+            handle = head.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            remove_handle(handle)

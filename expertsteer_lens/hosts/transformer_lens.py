@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from expertsteer_lens.interventions.positions import ForwardInfo
 
 from .base import Host
+from .branches import check_branches
+from .cache_names import agree_on_cache_name
 from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
@@ -31,7 +33,10 @@ class TransformerLensHost(Host):
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
-        self.is_bridge = _underlying(model) is not None
+        inner = _underlying(model)
+        self.is_bridge = inner is not None
+        if inner is not None:
+            agree_on_cache_name(model, inner)
         super().__init__(
             model,
             parameters=model,
@@ -56,6 +61,14 @@ class TransformerLensHost(Host):
         # nothing.
         inner = _underlying(self.model)
         return inner is not None and training_noise(inner)
+
+    def check_hook_names(self, names: Any, *, steering: bool = False) -> list[str]:
+        """See `Host.check_hook_names`; on a Bridge also refuses attention and MLP outputs that are
+        not what the block adds up."""
+        known = super().check_hook_names(names, steering=steering)
+        if self.is_bridge:
+            check_branches(self, known, lambda fns: functions_at(self.model, fns))
+        return known
 
     def _unsteerable(self, hook_name: str) -> str | None:
         if hook_name.endswith("hook_resid_mid") and self.is_bridge:

@@ -156,6 +156,8 @@ class Step:
             been the prompt: it adds several tokens to a cache, as a prompt run in chunks does, or
             decoding with an assistant, and nobody said how long the prompt is.
         packed: whether the row is made of several sequences, whose prompts nobody knows.
+        unseen_call: whether this is a step without a cache of a generate call whose beginning was
+            not seen, so that it cannot be told from a prompt.
         memory: kept with the sequence from pass to pass, for whoever wants to.
     """
 
@@ -167,9 +169,11 @@ class Step:
         continues: bool = False,
         guessed_prompt: bool = False,
         packed: bool = False,
+        unseen_call: bool = False,
         memory: dict[Any, Any] | None = None,
     ) -> None:
         self.packed = packed
+        self.unseen_call = unseen_call
         self.memory: dict[Any, Any] = {} if memory is None else memory
         self.index = index
         self.prompt_lengths = prompt_lengths
@@ -187,6 +191,12 @@ class Step:
         """
         if self.packed and (callable(positions) or needs_prompt_length(positions)):
             raise InterventionError(packed_refusal(positions))
+        if self.unseen_call and needs_prompt_length(positions):
+            raise InterventionError(
+                f"positions={positions!r} depends on where the prompt ends, and this generate call "
+                "was not seen to begin: its method was taken from the model before steering was "
+                "on; call model.generate inside the block, or pass prompt_lengths=..."
+            )
         if self.guessed_prompt and needs_prompt_length(positions):
             raise InterventionError(
                 f"positions={positions!r} depends on where the prompt ends, and several tokens on "
@@ -317,12 +327,14 @@ class SequenceState:
 
 class GenerateCall:
     """One generate call that is open: the mask of its prompt `[rows, pos]`, if it says; whether no
-    pass was seen since it began; and the sequences seen in it, the latest last."""
+    pass was seen since it began; the sequences seen in it, the latest last; and its own sequence
+    among them, if it says which passes are of that."""
 
     def __init__(self, prompt: Tensor | None) -> None:
         self.prompt = None if prompt is None else prompt.bool()
         self.is_fresh = True
         self.seen: list[SequenceState] = []
+        self.own: SequenceState | None = None
 
 
 class PositionClock:
@@ -370,6 +382,8 @@ class PositionClock:
         self._sequences = {} if sequences is None else sequences
         # The sequence of the latest pass.
         self._latest: SequenceState | None = None
+        # Whether a generate call has said that the next pass is of its own sequence.
+        self._is_prepared = False
 
     @property
     def is_generating(self) -> bool:
@@ -394,6 +408,11 @@ class PositionClock:
             if outer is not None and outer.prompt is None and outer.is_fresh:
                 # It only passed its own text on: what is known of that is known of it.
                 outer.prompt, outer.is_fresh, outer.seen = ended.prompt, ended.is_fresh, ended.seen
+                outer.own = ended.own
+
+    def prepare(self) -> None:
+        """Note that a generate call is about to run a pass of its own sequence."""
+        self._is_prepared = True
 
     def observe(self, info: ForwardInfo) -> Step:
         """Place one forward pass.
@@ -408,6 +427,7 @@ class PositionClock:
             )
         call = self._calls[-1] if self._calls else None
         begins_call = call is not None and call.is_fresh
+        is_own, self._is_prepared = self._is_prepared, False
         # 1. A generate call may be given new tokens only, to go on from a cache that was filled
         #    before. What it was given is then not the whole prompt: forget it, and count instead.
         if call is not None and begins_call and call.prompt is not None and info.past > 0:
@@ -415,7 +435,7 @@ class PositionClock:
             call.prompt = call.prompt if covers_everything else None
 
         # 2. Which sequence is it? And does the pass go on with it, or start it anew?
-        before = self._sequence_of(info)
+        before = self._sequence_of(info, is_own)
         prompt = self.prompt_rows(info.batch) if begins_call else None
         if before is not None and not begins_call:
             prompt = before.prompt
@@ -433,7 +453,7 @@ class PositionClock:
             prompt = prompt if begins_call else None
             lengths = totals if prompt is None else _tokens_of_prompt(prompt, real)
             state = SequenceState(real, lengths, info.input_ids if info.past == 0 else None, prompt)
-        self._keep(info, state, call)
+        self._keep(info, state, call, is_own)
         lengths = state.lengths if self._given_lengths is None else self._given_for(info.batch)
 
         # 5. Real tokens are numbered along the whole sequence; this pass is its last columns.
@@ -443,18 +463,31 @@ class PositionClock:
         #    been cut into chunks, so the first pass did not show where it ends.
         adds_several = continues and info.past > 0 and info.n_new > 1
         guessed = adds_several and self._given_lengths is None and state.prompt is None
-        return Step(index, lengths.to(real.device), real, continues, guessed, memory=state.memory)
+        uncached = info.past == 0 and not info.fills_cache
+        unseen = is_own and call is None and uncached and self._given_lengths is None
+        return Step(
+            index,
+            lengths.to(real.device),
+            real,
+            continues,
+            guessed,
+            unseen_call=unseen,
+            memory=state.memory,
+        )
 
-    def _keep(self, info: ForwardInfo, state: SequenceState, call: GenerateCall | None) -> None:
+    def _keep(
+        self, info: ForwardInfo, state: SequenceState, call: GenerateCall | None, is_own: bool
+    ) -> None:
         self._latest = state
         if info.sequence is not None:
             self._sequences[info.sequence] = state
         if call is not None:
             call.is_fresh = False
+            call.own = state if is_own else call.own
             call.seen = [one for one in call.seen if one is not state] + [state]
 
-    def _sequence_of(self, info: ForwardInfo) -> SequenceState | None:
-        """The sequence that the pass may go on with."""
+    def _sequence_of(self, info: ForwardInfo, is_own: bool) -> SequenceState | None:
+        """The sequence that the pass may go on with; `is_own`: that of the generate call."""
         if info.sequence is not None and info.sequence in self._sequences:
             found = self._sequences[info.sequence]
             return found if found.real.shape[0] == info.batch else None
@@ -472,8 +505,11 @@ class PositionClock:
         if info.past > 0:
             exact = [one for one in here if one.real.shape[1] == info.past]
             return next(iter(exact or here), None)
+        if is_own and call.own is not None:
+            return next((one for one in here if one is call.own), None)
         # Without a cache the whole sequence is run anew at each step: one that begins with the same
         # prompt. Of several, the one that has grown by a token, and waited longest.
+        here = [one for one in here if one is not call.own]
         same = [one for one in here if _begins_alike(one.ids, info.input_ids)]
         grown = [one for one in same if one.real.shape[1] + 1 == info.n_new]
         return next(reversed(grown), next(iter(same), None))

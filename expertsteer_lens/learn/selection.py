@@ -51,9 +51,14 @@ def split_rows(target: Tensor, fraction: float, seed: int, groups: Tensor) -> tu
     counts = [label.count(c) for c in (0, 1)]
     n_held = math.ceil(fraction * len(rows))
     parts: list[list[int]] = []
-    if n_held >= 2 and min(counts) >= 2:
+    # Groups that hold both classes (the two texts of a pair) need no stratifying.
+    mixed = len(rows) >= 4 and all(len(set(target[of].tolist())) == 2 for of in rows)
+    if mixed or (n_held >= 2 and min(counts) >= 2):
         split = train_test_split(
-            list(range(len(rows))), test_size=n_held, stratify=label, random_state=seed
+            list(range(len(rows))),
+            test_size=n_held,
+            stratify=None if mixed else label,
+            random_state=seed,
         )
         parts = [[row for group in part for row in rows[group]] for part in split]
     if not parts or any(len(set(target[part].tolist())) < 2 for part in parts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .asking import ask_about
 from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
@@ -15,6 +16,7 @@ __all__ = [
     "ExpertSteering",
     "LabelledTexts",
     "Reproduction",
+    "ask_about",
     "label_texts",
     "reproduce",
 ]

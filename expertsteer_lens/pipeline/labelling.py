@@ -1,9 +1,10 @@
-"""Labels for unlabelled texts, from a model that understands a few labelled ones.
+"""Labels for unlabelled texts, from a model that understands a few labelled ones, or a question.
 
 A model that knows what is meant can label texts for one that does not: with one or a few labelled
-pairs, the expert labels unlabelled texts, and the target's own direction is then learnt from
-those (`ExpertSteer().fit(target, target, labelled.pairs(), ...)`). No map between the two
-models is needed. The target as its own labeller is the control that says what the expert adds.
+pairs, or asked in plain words and without any, the expert labels unlabelled texts, and the
+target's own direction is then learnt from those:
+`ExpertSteer().fit(target, target, labelled.pairs(), ...)`. No map between the two models is
+needed. The target as its own labeller is the control that says what the expert adds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host, capture
 
+from .asking import ANSWERS, ask_about
 from .config import ExpertSteerConfig
 from .fit_data import reading_of
 
@@ -108,35 +110,46 @@ class LabelledTexts:
 
 def label_texts(
     model: Any,
-    pairs: ContrastPairs,
+    pairs: ContrastPairs | None,
     texts: Sequence[Text],
     *,
+    question: str | None = None,
+    answers: tuple[str, str] = ANSWERS,
     hook_names: Sequence[str] | None = None,
-    n_rounds: int = 4,
-    flatten: int = 1,
+    n_rounds: int | None = None,
+    flatten: int | None = None,
     config: ExpertSteerConfig | None = None,
     progress: bool | None = None,
 ) -> LabelledTexts:
-    """Label texts with a model that has seen a few labelled pairs.
+    """Label texts with a model that has seen a few labelled pairs, or is asked a question.
 
-    At every layer the mean difference of the labelled pairs projects the texts; the sum over
-    layers of the standardised projections is the score. Then, in each round, the scores become
+    From pairs: at every layer the mean difference of the labelled pairs projects the texts; the sum
+    over layers of the standardised projections is the score. Then, in each round, the scores become
     soft labels, the mean difference is taken anew from all texts under these, and projects again
     (self-training): what the texts themselves divide into is found, and the labelled pairs decide
     only which side is which and which division is meant. Both groups are centred by their own mean,
     so the labelled pairs may be of another kind than the texts: another style, another language.
 
+    From a question: how much rather the model answers "Yes" than "No" when it is asked about a
+    text is the score that self-training starts from, and no labelled text is needed. It takes a
+    model that understands the question: see `.scores` of a few texts you know. With both, pairs and
+    question, the standardised scores add up.
+
     Args:
         model: the labeller; any host object.
-        pairs: labelled, at least one.
+        pairs: labelled, at least one; None where the question is all there is.
         texts: to be labelled, at least 4, of both classes; the more the better.
+        question: asked of every text, as "Is this text about chess?"; see `ask_about`.
+        answers: the answer of positive texts and that of negative ones.
         hook_names: where the model is read; default: the residual after every block but the first
             and the last.
-        n_rounds: of self-training, >= 0.
+        n_rounds: of self-training, >= 0; default 4, and 1 where there is a question, whose scores
+            have less to gain from it.
         flatten: how many leading principal axes of the texts are shrunk to the variance of the
-            last of them, >= 1; 1 shrinks none. Where something else than what is meant divides
-            the texts most (topic, length), self-training drifts to it; 3 to 8 prevent that. Where
-            texts and pairs are of different kinds, leave it at 1.
+            last of them, >= 1; 1 shrinks none. Default 1, and 6 where there is a question. Where
+            something else than what is meant divides the texts most (topic, length), self-training
+            drifts to it; 3 to 8 prevent that. Where texts and pairs are of different kinds, leave
+            it at 1.
         config: `reading` and `batch_size` are used; default: those of `ExpertSteerConfig()`.
         progress: show progress bars; default: where standard error is a terminal.
 
@@ -145,7 +158,7 @@ def label_texts(
 
     Raises:
         DataError: pairs of another type, fewer than 4 texts, or texts whose states are all alike.
-        ArgumentError: a setting out of range.
+        ArgumentError: a setting out of range, or neither pairs nor a question.
         HookNameError: a hook name that the model lacks.
 
     Example:
@@ -156,7 +169,12 @@ def label_texts(
         >>> labelled = label_texts(expert, one, pairs.texts)
         >>> labelled.agreement(pairs.labels) > 0.9
         True
+
+        With a model that understands questions, and no labelled text:
+        `label_texts(expert, None, texts, question="Is this text about chess?")`.
     """
+    n_rounds = (4 if question is None else 1) if n_rounds is None else n_rounds
+    flatten = (1 if question is None else 6) if flatten is None else flatten
     check_number("n_rounds", n_rounds, low=0, integer=True)
     check_number("flatten", flatten, low=1, integer=True)
     config = ExpertSteerConfig() if config is None else config
@@ -165,7 +183,9 @@ def label_texts(
             f"config must be an ExpertSteerConfig, got {config!r}; ExpertSteerConfig.from_dict "
             "makes one of a dict."
         )
-    if not isinstance(pairs, ContrastPairs):
+    if pairs is None and question is None:
+        raise ArgumentError("give pairs, a question, or both; nothing says what is positive.")
+    if pairs is not None and not isinstance(pairs, ContrastPairs):
         raise DataError(
             f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
             "ContrastPairs.from_lists(...)."
@@ -189,13 +209,26 @@ def label_texts(
             progress=progress,
         )
 
-    labelled, unlabelled = read(pairs.texts, pairs.answer_spans), read(given, spans)
+    asked = None
+    if question is not None:  # before the states are read: the question may be refused
+        asked = ask_about(
+            model,
+            question,
+            given,
+            answers=answers,
+            spans=spans,
+            batch_size=config.batch_size,
+            progress=progress,
+        )
+    labelled = None if pairs is None else read(pairs.texts, pairs.answer_spans)
+    unlabelled = read(given, spans)
     scores = score_states(
-        [labelled[name] for name in labelled],
-        pairs.labels,
+        None if labelled is None else [labelled[name] for name in labelled],
+        None if pairs is None else pairs.labels,
         [unlabelled[name] for name in unlabelled],
         n_rounds=n_rounds,
         flatten=flatten,
+        asked=asked,
     )
     return LabelledTexts(
         texts=tuple(given),
@@ -204,7 +237,9 @@ def label_texts(
         spans=tuple(spans),
         provenance={
             "model": host.facts(),
-            "pairs": {"n": len(pairs), "hash": pairs.hash},
+            "pairs": None if pairs is None else {"n": len(pairs), "hash": pairs.hash},
+            "question": question,
+            "answers": list(answers) if question is not None else None,
             "n_rounds": n_rounds,
             "flatten": flatten,
             "reading": reading,
@@ -213,35 +248,37 @@ def label_texts(
 
 
 def score_states(
-    labelled: Sequence[Float[Tensor, "m d"]],
-    labels: Float[Tensor, " m"],
+    labelled: Sequence[Float[Tensor, "m d"]] | None,
+    labels: Float[Tensor, " m"] | None,
     unlabelled: Sequence[Float[Tensor, "n d"]],
     *,
     n_rounds: int = 4,
     flatten: int = 1,
+    asked: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """The scores of `label_texts` from states.
 
     Args:
-        labelled: states of the labelled texts, one matrix a layer.
-        labels: 1 = positive.
+        labelled: states of the labelled texts, one matrix a layer; None: there are none.
+        labels: 1 = positive; None as well then.
         unlabelled: states of the texts to be labelled, at the same layers.
         n_rounds: of self-training.
         flatten: leading principal axes that are shrunk.
+        asked: further scores of the unlabelled texts, to start from.
 
     Raises:
         DataError: states that are all alike at every layer.
     """
     layers = []
-    signs = labels.double() * 2 - 1
-    weights = signs / torch.where(signs > 0, (signs > 0).sum(), (signs < 0).sum())
     total = torch.zeros(len(unlabelled[0]), dtype=torch.float64)
-    for few, many in zip(labelled, unlabelled, strict=True):
+    for i, many in enumerate(unlabelled):
         rows = many.double() - many.double().mean(0)
         size = rows.norm(dim=1).mean()
         if not bool(size > 0):
             continue
-        direction = weights @ few.double()
+        direction = torch.zeros_like(rows[0])
+        if labelled is not None and labels is not None:
+            direction = _difference(labelled[i], labels)
         if flatten > 1:
             rows, direction = _flattened(rows, direction, flatten)
         rows = rows / size
@@ -249,11 +286,21 @@ def score_states(
         total += _standard(rows @ direction)
     if not layers:
         raise DataError("texts have the same state at every layer; nothing divides them.")
+    if asked is not None:
+        total = _standard(total) + _standard(asked.double())
     for _ in range(n_rounds):
         soft = torch.tanh(SOFTNESS * _standard(total))
         soft = soft - soft.mean()
         total = torch.stack([_standard(rows @ (soft @ rows)) for rows in layers]).sum(0)
     return _standard(total).float()
+
+
+def _difference(few: Tensor, labels: Tensor) -> Tensor:
+    """Mean of the positive rows minus that of the others, of any length."""
+    signs = labels.double() * 2 - 1
+    weights = signs / torch.where(signs > 0, (signs > 0).sum(), (signs < 0).sum())
+    difference: Tensor = weights @ few.double()
+    return difference
 
 
 def best_cut(scores: Float[Tensor, " n"]) -> float:

@@ -27,6 +27,7 @@ from expertsteer_lens.interventions.positions import (
 )
 
 from .checks import check_model, check_outcome, check_overflow, check_padding, check_present
+from .recompute import Repeated, check_reentrant
 from .report import RunReport
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class PlanRun:
         self._counting = threading.Lock()
         # The hooks, while they are on, and the handle that takes them off (see `SteeringHandle`).
         self._registration: Registration | None = None
+        self._was_installed = False
+        self._repeated = Repeated()
         self.handle: SteeringHandle | None = None
         plan._last[:] = [self.report]
 
@@ -104,7 +107,7 @@ class PlanRun:
             scope = stack.enter_context(self.scope.opened())
             registration = stack.enter_context(self.host.intervene(self.functions(), scope=scope))
             stack.enter_context(self.host.watch(self, scope=scope))
-            self._registration = registration
+            self._registration, self._was_installed = registration, True
             stack.callback(setattr, self, "_registration", None)
             yield registration
 
@@ -117,6 +120,10 @@ class PlanRun:
     def on_generate(self, entering: bool, prompt: Tensor | None = None) -> None:
         """See `Observer`."""
         self._clock(None).generation(entering, prompt)
+
+    def on_prepare(self) -> None:
+        """See `Observer`."""
+        self._clock(None).prepare()
 
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
@@ -139,6 +146,8 @@ class PlanRun:
         """See `Observer`."""
         if self._registration is not None:  # before the first block: nothing runs half steered
             check_present(self._registration.lost(thorough=False))
+        check_reentrant()
+        self._here.has_graph = torch.is_grad_enabled()
         with self._counting:
             self.report.n_forwards += 1
         if self.plan.positions != "all":
@@ -205,13 +214,38 @@ class PlanRun:
             name: self._fastest(name, reading.get(name, []), acting.get(name, [])) for name in order
         }
 
+    def _followed(self, fn: Function) -> Function:
+        """`fn`, which may be called once more in a backward pass; see `recompute`."""
+        here, grad_is_on = self._here, torch.is_grad_enabled
+
+        def switch(known: tuple[PassTokens | None, dict[Any, Any]]) -> Any:
+            before = here.tokens, here.gates
+            here.tokens, here.gates = known
+            return before
+
+        def is_on() -> bool:
+            return self._registration is not None
+
+        def followed(x: Tensor) -> Tensor | None:
+            if not (grad_is_on() or here.has_graph):
+                return fn(x)
+            return self._repeated.run(
+                fn,
+                x,
+                now=(here.tokens, here.gates),
+                switch=switch,
+                is_on=is_on if self._was_installed else None,
+            )
+
+        return followed
+
     def _fastest(self, name: str, reading: list[int], acting: list[int]) -> Function:
         """`_function`, with a way past it for what is commonest: plain additions in a pass of which
         every token is edited.
 
         It has as few lines as it can: between two calls the weights of a block have gone through
         the processor's caches, so what such a call costs is the fetching of its code."""
-        general = self._function(name, reading, acting)
+        general = self._followed(self._function(name, reading, acting))
         only_adds = (
             not reading
             and self._row_coefficients is None
@@ -221,12 +255,15 @@ class PlanRun:
         if not only_adds or not adding:
             return general
         fired, here, counting = self.report.n_fired, self._here, self._counting
+        grad_is_on = torch.is_grad_enabled
         selected, edited = self.report._selected[name], self.report._edited[name]
         ready: dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
         def fn(x: Tensor) -> Tensor | None:
             shape, tokens = x.shape, here.tokens
             if tokens is None or tokens.mask is not None or shape[:2] != tokens.shape:
+                return general(x)
+            if grad_is_on() or here.has_graph:
                 return general(x)
             dtype = x.dtype
             deltas = ready.get((dtype, x.device))
@@ -398,6 +435,8 @@ class _Here(threading.local):
     def __init__(self) -> None:
         self.clocks: dict[str | None, PositionClock] = {}
         self.tokens: PassTokens | None = None
+        self.has_graph = False
+        """Whether gradients were on when the pass began."""
         self.gates: dict[Any, Any] = {}
 
 

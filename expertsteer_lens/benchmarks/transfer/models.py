@@ -1,0 +1,198 @@
+"""The models of the benchmark on real models: their states on the tasks, maps between them, and
+what a direction does to a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from expertsteer_lens.align import Aligner, PairedMoments
+from expertsteer_lens.align import fit_aligner_grid_from_moments as fit_maps
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.hosts import as_host, capture
+from expertsteer_lens.measure.neutral import neutral_nll
+from expertsteer_lens.measure.prepared import Completions, CompletionScores
+from expertsteer_lens.pipeline.asking import ask_about
+from expertsteer_lens.pipeline.config import ExpertSteerConfig
+from expertsteer_lens.pipeline.token_pairs import pair_tokens
+from expertsteer_lens.steer.plan import SteeringPlan
+
+from .tasks import Form, TransferTask
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts import Host
+
+Row = dict[str, Any]
+
+
+class Side:
+    """A model of the benchmark, and its states on the tasks."""
+
+    def __init__(self, name: str, model: Any, batch_size: int) -> None:
+        self.name, self.model, self.batch_size = name, model, batch_size
+        self.host: Host = as_host(model)
+        template = getattr(self.host.tokenizer, "chat_template", None)
+        self.form: Form = "chat" if template else "plain"
+        self.hooks: list[str] = list(self.host.hook_names())
+        self._states: dict[tuple[str, Form], ActivationStore] = {}
+        self._layers: dict[tuple[str, Form], list[Tensor]] = {}
+        self._asked: dict[str, Tensor] = {}
+
+    def at(self, depth: float) -> str:
+        """The residual after the block at this share of the depth."""
+        return self.hooks[min(round(depth * len(self.hooks)), len(self.hooks) - 2)]
+
+    def states(self, task: TransferTask, form: Form | None = None) -> ActivationStore:
+        """Of the texts of the task's pairs, without their labels: means over the answers."""
+        form = form or self.form
+        if (task.name, form) not in self._states:
+            pairs = task.contrast_pairs(form)
+            self._states[task.name, form] = capture(
+                self.model,
+                pairs.texts,
+                self.hooks[1:-1],
+                positions="answer",
+                spans=pairs.answer_spans,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+        return self._states[task.name, form]
+
+    def labels(self, task: TransferTask) -> Tensor:
+        """1 = wanted, in the order of `states`."""
+        return torch.as_tensor(task.contrast_pairs(self.form).labels).long()
+
+    def layers(self, task: TransferTask, flatten: int, form: Form) -> list[Tensor]:
+        """The states of every layer in the basis of their own principal axes, the leading ones
+        shrunk: no more coordinates than texts, and the scores that `label_texts` gives."""
+        if (task.name, form) not in self._layers:
+            states = self.states(task, form)
+            self._layers[task.name, form] = [_coordinates(states[name]) for name in states]
+        return [_shrunk(x, flatten) for x in self._layers[task.name, form]]
+
+    def asked(self, task: TransferTask) -> Tensor | None:
+        """How much rather the model says Yes than No when asked the task's question about each
+        answer; None without a question."""
+        if task.question and task.name not in self._asked:
+            self._asked[task.name] = ask_about(
+                self.model,
+                task.question,
+                task.answers,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+        return self._asked.get(task.name)
+
+
+class Meter:
+    """Measures directions at one block and strength of a target, on the test questions of a task;
+    a direction that was measured is known."""
+
+    def __init__(
+        self, target: Side, task: TransferTask, hook: str, coefficient: float, neutral: list[Text]
+    ) -> None:
+        self.target, self.hook, self.coefficient = target, hook, coefficient
+        self.norm = target.states(task).median_norm(hook)
+        self.neutral = neutral
+        self.completions = Completions(target.host, task.behaviour(target.form))
+        self.base = self.completions.scores()
+        self._known: dict[bytes, Row] = {}
+
+    def plan(self, direction: Tensor) -> SteeringPlan:
+        """The direction at this block and strength, at all positions."""
+        return SteeringPlan.from_vectors(
+            {self.hook: direction},
+            coefficient=self.coefficient,
+            median_norms={self.hook: self.norm},
+            basis=self.target.host.facts()["basis"],
+        )
+
+    def effect(self, direction: Tensor) -> Row:
+        """Change of nats per answer token (wanted minus unwanted), mean over the questions."""
+        key = direction.double().numpy().round(6).tobytes()
+        if key not in self._known:
+            self._known[key] = self.figures(self.completions.scores(self.plan(direction)))
+        return dict(self._known[key])
+
+    def figures(self, scores: CompletionScores) -> Row:
+        """What is reported of the completions under some plan."""
+        change = scores.margin_per_token() - self.base.margin_per_token()
+        return {
+            "effect": float(change.mean()),
+            "wrong_way": float((change < 0).double().mean()),
+            "accuracy": float(scores.correct(per_token=True).mean()),
+        }
+
+    def cost(self, direction: Tensor) -> float:
+        """NLL of the neutral texts, nats per token."""
+        return neutral_cost(self.target, self.neutral, self.plan(direction))
+
+
+def neutral_cost(target: Side, neutral: Sequence[Text], plan: SteeringPlan | None) -> float:
+    """Mean NLL of the neutral texts under the plan (None: unsteered), nats per token."""
+    sums = neutral_nll(target.host, neutral, plan=plan).sum(0)
+    return float(sums[0] / sums[1])
+
+
+class Maps:
+    """Maps from expert blocks to one target block, fitted on token pairs of the anchors and of a
+    task's texts without their labels."""
+
+    def __init__(
+        self, expert: Side, target: Side, anchors: Sequence[str], hook: str, form: Form, seed: int
+    ) -> None:
+        self.expert, self.target, self.hook, self.seed = expert, target, hook, seed
+        self.form: Form = form
+        self.anchors = list(anchors)
+        self.config = ExpertSteerConfig(batch_size=expert.batch_size)
+        self._of_anchors: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def fit(self, hooks: Sequence[str], task: TransferTask | None) -> dict[str, Aligner]:
+        """An aligner for each expert block; without a task from the anchors alone."""
+        pairs = [(hook, self.hook) for hook in hooks]
+        kept = self._of_anchors.get(tuple(hooks))
+        if kept is None:
+            kept = self._pair(self.anchors, range(len(self.anchors)), pairs).state()
+            self._of_anchors[tuple(hooks)] = kept
+        moments = PairedMoments.from_state(kept)
+        if task is not None:
+            texts = task.contrast_pairs(self.form).texts
+            # The two texts of a pair are a group: they share their question.
+            groups = [len(self.anchors) + i // 2 for i in range(len(texts))]
+            moments.merge(self._pair(texts, groups, pairs))
+        fitted = fit_maps(moments, self.config.aligner, seed=self.seed)
+        return {hook: fitted[hook, self.hook] for hook in hooks}
+
+    def _pair(
+        self, texts: Sequence[Text], groups: Sequence[int], pairs: list[tuple[str, str]]
+    ) -> PairedMoments:
+        return pair_tokens(
+            self.expert.host,
+            self.target.host,
+            texts,
+            groups,
+            pairs,
+            self.config,
+            self.seed,
+            progress=False,
+        )
+
+
+def _coordinates(x: Tensor) -> Tensor:
+    """Rows in the basis of their own principal axes, the largest first."""
+    u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    coordinates: Tensor = u * s
+    return coordinates
+
+
+def _shrunk(coordinates: Tensor, n_axes: int) -> Tensor:
+    """The leading axes shrunk to the size of the last of them; see `score_states`."""
+    sizes = coordinates.norm(dim=0)
+    scale = torch.ones_like(sizes)
+    scale[:n_axes] = sizes[n_axes - 1] / sizes[:n_axes]
+    shrunk: Tensor = coordinates * scale
+    return shrunk

@@ -1,0 +1,97 @@
+"""The tasks, anchors and neutral texts of `expertsteer-lens bench --real`, from local folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from expertsteer_lens.errors import DataError
+
+from .tasks import (
+    DEVELOPMENT_FIELDS,
+    FIELDS,
+    TransferTask,
+    read_field,
+    read_styles,
+    read_truthfulqa,
+    shown,
+)
+
+N_WORKED, N_FACTS, N_NEUTRAL = 60, 103, 8
+"""Worked problems and facts that are anchors, and further problems that are neutral texts."""
+STYLES = {
+    "sentiment": (40, "You answer warmly and see the good side.", "Is this text warm and happy?"),
+    "formality": (20, "You answer in formal language.", "Is this text written in formal language?"),
+}
+"""Number of pairs, instruction and question of each style."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealData:
+    """All that `bench_transfer` needs but the models."""
+
+    tasks: tuple[TransferTask, ...]
+    development: tuple[TransferTask, ...]
+    anchors: tuple[str, ...]
+    neutral: tuple[str, ...]
+
+
+def read_real_data(
+    models: str | Path, data: str | Path, *, only: tuple[str, ...] | None = None
+) -> RealData:
+    """Read the tasks.
+
+    Args:
+        models: folder with `domainsteer`, as `benchmarks/fetch_real.py` makes it.
+        data: folder with `gsm8k/test.jsonl`, `truthfulqa/TruthfulQA.csv` and
+            `steerkit_pairs/{sentiment,formality}.jsonl`.
+        only: names of tasks; default: all fields, both styles and TruthfulQA.
+
+    Raises:
+        DataError: a file is missing, or no task has one of these names.
+    """
+    data, fields = Path(data), Path(models) / "domainsteer"
+    needed = [fields, data / "gsm8k/test.jsonl", data / "truthfulqa/TruthfulQA.csv"]
+    needed += [data / f"steerkit_pairs/{name}.jsonl" for name in STYLES]
+    missing = [str(path) for path in needed if not path.exists()]
+    if missing:
+        raise DataError(
+            f"{missing[0]} is not there; benchmarks/fetch_real.py says where it is had."
+        )
+    # One field of every domain, then the next: an unfinished run is of all domains.
+    turns = zip_longest(*([(code, domain) for code in codes] for domain, codes in FIELDS.items()))
+    names = [turn for row in turns for turn in row if turn is not None]
+    makers: dict[str, Callable[[], TransferTask]] = {
+        code: partial(read_field, fields, code, domain) for code, domain in names
+    }
+    for name, (n, instruction, question) in STYLES.items():
+        path = data / f"steerkit_pairs/{name}.jsonl"
+        makers[name] = partial(
+            read_styles, path, name, n_pairs=n, instruction=instruction, question=question
+        )
+    truthful = data / "truthfulqa/TruthfulQA.csv"
+    makers["truthfulqa"] = partial(read_truthfulqa, truthful, n_pairs=30, n_tests=30)
+    unknown = sorted(set(only or ()) - set(makers))
+    if unknown:
+        raise DataError(f"task {unknown[0]!r} is none of {', '.join(makers)}.")
+    tasks = tuple(make() for name, make in makers.items() if only is None or name in only)
+    lines = (data / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")
+    worked = [json.loads(line) for line in lines[: N_WORKED + N_NEUTRAL]]
+    with truthful.open(encoding="utf-8-sig", newline="") as file:
+        facts = list(csv.DictReader(file))
+    facts = facts[:: max(1, len(facts) // N_FACTS)][:N_FACTS]
+    truths = makers["truthfulqa"]()
+    tested = {row.question for row in (*truths.pairs, *truths.tests)}
+    asked = [(row["question"], row["answer"]) for row in worked[:N_WORKED]]
+    asked += [(row["Question"], row["Best Answer"]) for row in facts]
+    return RealData(
+        tasks=tasks,
+        development=tuple(read_field(fields, code) for code in DEVELOPMENT_FIELDS),
+        anchors=tuple(str(shown(q, a, "plain")) for q, a in asked if q not in tested),
+        neutral=tuple(row["question"] for row in worked[N_WORKED:]),
+    )

@@ -1,0 +1,192 @@
+"""Result of the benchmark on real models: rows, tables with intervals over tasks, a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expertsteer_lens._html import repr_html
+from expertsteer_lens.errors import ArtifactError
+from expertsteer_lens.files.atomic import write_figure, write_file, write_text
+from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
+
+if TYPE_CHECKING:
+    import pandas
+
+CEILING = "native"
+"""The method, with all labelled pairs, that the others are given as a share of."""
+FLOOR = "random"
+N_BOOTSTRAP = 5000
+KEYS = ("expert", "target", "method", "n_pairs")
+COMPARED = (
+    ("expert as labeller", "self as labeller"),
+    ("expert as labeller", "native"),
+    ("expert, mapped", "native"),
+    ("expert, mapped", "self, mapped"),
+    ("expert, mapped RFM", "native RFM"),
+)
+"""Differences that are given with an interval, task by task."""
+
+
+@dataclass(frozen=True, eq=False)
+class TransferBench:
+    """Everything that the benchmark on real models measured."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """One for each expert, target, task, method, number of labelled pairs and draw. Rows that need
+    no expert have the target's name as expert."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """What was chosen on the development tasks, with all that was tried."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One line per row: effect (nats per answer token), accuracy, share of questions that move
+        the wrong way, agreement of a labeller's labels with the known ones, cost, R² of the map."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> TransferBench:
+        """What `bench_transfer(out=folder)` wrote.
+
+        Raises:
+            ArtifactError: nothing of the kind is there.
+        """
+        import pandas as pd
+
+        folder = Path(folder)
+        try:
+            facts = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
+            frame = pd.read_csv(folder / "rows.csv", dtype={"task": str})
+            choices, settings = facts["choices"], facts["settings"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtifactError(f"{folder} holds no benchmark on real models: {error}.") from error
+        rows = [
+            {k: v for k, v in row.items() if not pd.isna(v)} for row in frame.to_dict("records")
+        ]
+        return cls(rows, choices, settings)
+
+    def by_task(self) -> pandas.DataFrame:
+        """Mean over draws: one line per expert, target, method, number of pairs and task."""
+        frame = self.to_pandas()
+        figures = [c for c in FIGURES if c in frame]
+        return frame.groupby([*KEYS, "domain", "task"], sort=False)[figures].mean().reset_index()
+
+    def summary(self, *, domain: str | None = None) -> pandas.DataFrame:
+        """Mean over tasks with a 95 % bootstrap interval over tasks, per expert, target, method and
+        number of labelled pairs.
+
+        `share` is the effect as a share of the target's own direction from all labelled pairs
+        (ratio of means), `sd_above_floor` the distance from the random directions' mean in standard
+        deviations of their means over tasks.
+        """
+        import pandas as pd
+
+        tasks = self.by_task()
+        if domain is not None:
+            tasks = tasks[tasks.domain == domain]
+        lines = []
+        for key, part in tasks.groupby(list(KEYS), sort=False):
+            line: dict[str, Any] = dict(zip(KEYS, key, strict=True))
+            line.update(tasks=len(part), effect=part.effect.mean())
+            line["low"], line["high"] = _interval(part.effect)
+            same = tasks[(tasks.target == line["target"]) & tasks.task.isin(part.task)]
+            ceiling = same[same.method == CEILING]
+            ceiling = ceiling[ceiling.n_pairs == ceiling.groupby("task").n_pairs.transform("max")]
+            line["share"] = line["effect"] / ceiling.effect.mean() if len(ceiling) else None
+            line["sd_above_floor"] = self._above_floor(line["effect"], line["target"], part.task)
+            for name in FIGURES[1:]:
+                line[name] = part[name].mean() if name in part else None
+            lines.append(line)
+        return pd.DataFrame(lines)
+
+    def differences(self) -> pandas.DataFrame:
+        """Paired differences between methods, task by task, with 95 % bootstrap intervals over
+        tasks; at equal numbers of labelled pairs."""
+        import pandas as pd
+
+        tasks, lines = self.by_task(), []
+        for expert, target in self.transfers:
+            mine = tasks[(tasks.target == target) & tasks.expert.isin([expert, target])]
+            for a, b in COMPARED:
+                first, second = mine[mine.method == a], mine[mine.method == b]
+                both = first.merge(second, on=["task", "n_pairs"], suffixes=("", "_other"))
+                for n, part in both.groupby("n_pairs"):
+                    gain = part.effect - part.effect_other
+                    low, high = _interval(gain)
+                    line: dict[str, Any] = {"expert": expert, "target": target}
+                    line["difference"] = f"{a} - {b}"
+                    line |= {"n_pairs": n, "tasks": len(part), "effect": gain.mean()}
+                    lines.append(line | {"low": low, "high": high, "won": (gain > 0).mean()})
+        return pd.DataFrame(lines)
+
+    @property
+    def transfers(self) -> list[tuple[str, str]]:
+        """(expert, target) that were measured."""
+        pairs = dict.fromkeys((r["expert"], r["target"]) for r in self.rows)
+        return [(expert, target) for expert, target in pairs if expert != target]
+
+    def to_markdown(self) -> str:
+        """Choices, the summary by transfer, and the differences."""
+        from .tables import as_markdown
+
+        return as_markdown(self)
+
+    def plot(self) -> Any:
+        """Plotly figure: effect against the number of labelled pairs, a panel per transfer."""
+        from .figure import plot_transfer
+
+        return plot_transfer(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `rows.csv`, `summary.csv`, `differences.csv`, `choices.json`, `bench.md` and
+        `bench.html` (needs plotly)."""
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        self.save_rows(out)
+        for name, frame in (("summary", self.summary()), ("differences", self.differences())):
+            write_file(out / f"{name}.csv", partial(frame.round(4).to_csv, index=False))
+        write_text(out / "bench.md", self.to_markdown())
+        write_figure(out / "bench.html", self.plot())
+        return out
+
+    def save_rows(self, out: Path) -> None:
+        """Write `rows.csv` and `choices.json`, from which `read` makes this anew."""
+        facts = {"settings": self.settings, "choices": self.choices}
+        write_text(out / "choices.json", json.dumps(facts, indent=1) + "\n")
+        if self.rows:
+            frame = self.to_pandas().round(5)
+            write_file(out / "rows.csv", lambda file: frame.to_csv(file, index=False))
+
+    def _above_floor(self, effect: float, target: str, tasks: Any) -> float | None:
+        frame = self.to_pandas()
+        floor = frame[(frame.method == FLOOR) & (frame.target == target) & frame.task.isin(tasks)]
+        means = floor.groupby("draw").effect.mean()
+        if len(means) < 2 or not means.std() > 0:
+            return None
+        return float((effect - means.mean()) / means.std())
+
+    _repr_html_ = repr_html
+
+    def __repr__(self) -> str:
+        n_tasks = len({row["task"] for row in self.rows})
+        named = ", ".join(f"{e} → {t}" for e, t in self.transfers)
+        return f"TransferBench({named}: {n_tasks} tasks, {len(self.rows)} rows)"
+
+
+FIGURES = ("effect", "accuracy", "wrong_way", "agreement", "nll_rise", "r2")
+
+
+def _interval(values: Any) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over tasks."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    tensor = torch.tensor(values.to_numpy(), dtype=torch.float64)
+    return mean_interval(tensor, bootstrap_draws(len(tensor), N_BOOTSTRAP, seed=0))

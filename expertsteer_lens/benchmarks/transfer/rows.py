@@ -1,0 +1,283 @@
+"""The directions that the benchmark on real models compares, and the choices made beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertsteer_lens.align import AlignerConfig, fit_aligner
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.learn.config import RFMConfig
+from expertsteer_lens.learn.directions import mean_difference, random_direction
+from expertsteer_lens.learn.rfm import fit_rfm
+from expertsteer_lens.measure.prepared import Completions
+from expertsteer_lens.pipeline.labelling import best_cut, score_states
+
+from .config import TransferConfig
+from .models import Maps, Meter, Row, Side, neutral_cost
+from .tasks import Form, TransferTask
+
+PAPER_SEEDS = 2
+"""Gauges of the paper's alignment, which is free up to a rotation."""
+Setting = tuple[int, int, bool]
+"""How a labeller labels: `flatten`, `n_rounds`, and whether it is asked the question."""
+
+
+def draws(n_of: int, n: int, config: TransferConfig) -> list[Tensor]:
+    """Which pairs are labelled, draw by draw; single pairs each at most once."""
+    if n >= n_of:
+        return []
+    seeds = [config.seed + 1000 * n + draw for draw in range(config.n_draws)]
+    if n == 1:
+        order = torch.randperm(n_of, generator=torch.Generator().manual_seed(config.seed))
+        return [order[i : i + 1] for i in range(min(n_of, config.n_draws))]
+    return [torch.randperm(n_of, generator=torch.Generator().manual_seed(s))[:n] for s in seeds]
+
+
+def rows_of(pairs: Tensor) -> Tensor:
+    """The texts of these pairs: pair `i` is the texts 2 i, wanted, and 2 i + 1."""
+    return torch.stack([2 * pairs, 2 * pairs + 1], 1).flatten()
+
+
+def label(
+    labeller: Side, task: TransferTask, pairs: Tensor | None, setting: Sequence[int], form: Form
+) -> Tensor:
+    """Labels of all texts from those of a few pairs, which keep their own, or from none."""
+    flatten, n_rounds, is_asked = setting
+    layers, labels = labeller.layers(task, flatten, form), labeller.labels(task)
+    rows = None if pairs is None else rows_of(pairs)
+    scores = score_states(
+        None if rows is None else [x[rows] for x in layers],
+        None if rows is None else labels[rows].float(),
+        layers,
+        n_rounds=n_rounds,
+        asked=labeller.asked(task) if is_asked else None,
+    )
+    found = (scores > best_cut(scores)).long()
+    if rows is not None:
+        found[rows] = labels[rows]
+    return found
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def target_rows(
+    meter: Meter, maps: Maps, setting: dict[str, Any], task: TransferTask, config: TransferConfig
+) -> list[Row]:
+    """What needs no expert: floor, shuffled labels, prompting, the target's own directions, the
+    target as its own labeller and as its own expert."""
+    target = meter.target
+    own, labels = target.states(task)[meter.hook], target.labels(task)
+    base_nll, n_all = neutral_cost(target, meter.neutral, None), len(task.pairs)
+    rows = [_row("unsteered", 0, 0, meter.figures(meter.base)), _prompting(meter, task)]
+
+    def add(method: str, n: int, draw: int, direction: Tensor, cost: bool = False) -> None:
+        rows.append(_row(method, n, draw, meter.effect(direction)))
+        if cost:
+            rows[-1]["nll_rise"] = meter.cost(direction) - base_nll
+
+    for seed in range(config.n_random):
+        add("random", 0, seed, random_direction(own.shape[1], seed=config.seed + seed))
+    for seed in range(config.n_shuffles):
+        g = torch.Generator().manual_seed(config.seed + seed)
+        add(
+            "shuffled labels",
+            n_all,
+            seed,
+            mean_difference(own, labels[torch.randperm(len(labels), generator=g)]),
+        )
+    add("native", n_all, 0, mean_difference(own, labels), cost=True)
+    add("native RFM", n_all, 0, _rfm(own, labels, config), cost=True)
+    for n in config.n_pairs:
+        for draw, pairs in enumerate(draws(len(task.pairs), n, config)):
+            few = rows_of(pairs)
+            add("native", n, draw, mean_difference(own[few], labels[few]))
+    rows += _mapped(meter, maps, setting["hook"], task, config, "self")
+    return rows + _labelled(meter, target, target.form, task, setting, config, "self")
+
+
+def expert_rows(
+    meter: Meter, maps: Maps, setting: dict[str, Any], task: TransferTask, config: TransferConfig
+) -> list[Row]:
+    """What the expert adds: its directions through the maps, and its labels."""
+    rows = _mapped(meter, maps, setting["hook"], task, config, "expert")
+    rows += _labelled(meter, maps.expert, maps.form, task, setting, config, "expert")
+    # The paper's alignment: states of the task's own texts, reconstructed and not anchored.
+    states = maps.expert.states(task, maps.form)[setting["hook"]]
+    there = meter.target.states(task, maps.form)[meter.hook]
+    for seed in range(PAPER_SEEDS):
+        aligner = fit_aligner(
+            states, there, AlignerConfig(kind="autoencoder"), seed=config.seed + seed
+        )
+        direction = _rfm(aligner.encode(states), meter.target.labels(task), config)
+        rows.append(_row("paper's alignment", len(task.pairs), seed, meter.effect(direction)))
+    return rows
+
+
+def _mapped(
+    meter: Meter, maps: Maps, hook: str, task: TransferTask, config: TransferConfig, who: str
+) -> list[Row]:
+    states, labels = maps.expert.states(task, maps.form)[hook], maps.expert.labels(task)
+    aligner, foreign = maps.fit([hook], task)[hook], maps.fit([hook], None)[hook]
+    mapped, n_all = aligner.encode(states), len(task.pairs)
+    rows = [
+        _row(f"{who}, mapped", n_all, 0, meter.effect(mean_difference(mapped, labels))),
+        _row(f"{who}, mapped RFM", n_all, 0, meter.effect(_rfm(mapped, labels, config))),
+        _row(
+            f"{who}, mapped by anchors alone",
+            n_all,
+            0,
+            meter.effect(mean_difference(foreign.encode(states), labels)),
+        ),
+    ]
+    for row in rows:
+        row["r2"] = aligner.quality.r2 if "alone" not in row["method"] else foreign.quality.r2
+    return rows
+
+
+def _labelled(
+    meter: Meter,
+    labeller: Side,
+    form: Form,
+    task: TransferTask,
+    setting: dict[str, Any],
+    config: TransferConfig,
+    who: str,
+) -> list[Row]:
+    """The target's own mean difference on a labeller's labels: from few pairs, and from none, the
+    labeller asked."""
+    own, truth = meter.target.states(task)[meter.hook], meter.target.labels(task)
+    jobs: list[tuple[int, int, Tensor | None]] = [
+        (n, draw, pairs)
+        for n in config.n_pairs
+        for draw, pairs in enumerate(draws(len(task.pairs), n, config))
+    ]
+    jobs += [(0, 0, None)] if task.question and setting["asking"] else []
+    rows = []
+    for n, draw, pairs in jobs:
+        how = setting["labelling"] if n else setting["asking"]
+        found = label(labeller, task, pairs, how, form)
+        row = _row(f"{who} as labeller", n, draw, meter.effect(mean_difference(own, found)))
+        rows.append(row | {"agreement": _right(found, truth)})
+    return rows
+
+
+def _prompting(meter: Meter, task: TransferTask) -> Row:
+    asked = Completions(meter.target.host, task.behaviour(meter.target.form, instructed=True))
+    return _row("prompting", 0, 0, meter.figures(asked.scores()))
+
+
+def _rfm(states: Tensor, labels: Tensor, config: TransferConfig) -> Tensor:
+    groups = torch.arange(len(labels)) // 2
+    return fit_rfm(states, labels, RFMConfig(), seed=config.seed, groups=groups).direction
+
+
+def _row(method: str, n_pairs: int, draw: int, figures: Row) -> Row:
+    return {"method": method, "n_pairs": n_pairs, "draw": draw, **figures}
+
+
+# -- choices on development tasks -----------------------------------------------------------------
+
+
+def choose_steering(
+    target: Side, tasks: Sequence[TransferTask], neutral: list[Text], config: TransferConfig
+) -> dict[str, Any]:
+    """Block and strength at which the target's own mean difference does most within the budget."""
+    tried = []
+    unsteered = neutral_cost(target, neutral, None)
+    for hook in dict.fromkeys(target.at(depth) for depth in config.target_depths):
+        for coefficient in sorted(config.coefficients):
+            found = []
+            for task in tasks:
+                meter = Meter(target, task, hook, coefficient, neutral)
+                direction = mean_difference(target.states(task)[hook], target.labels(task))
+                found.append((meter.effect(direction)["effect"], meter.cost(direction) - unsteered))
+            effect, rise = torch.tensor(found).mean(0).tolist()
+            tried.append(
+                {"hook": hook, "coefficient": coefficient, "effect": effect, "nll_rise": rise}
+            )
+            if rise > config.budget:  # a larger one costs more
+                break
+    within = [t for t in tried if t["nll_rise"] <= config.budget]
+    if not within:
+        raise ArgumentError(
+            f"coefficients={config.coefficients}: at every block of {target.name!r} the neutral "
+            f"texts lose more than budget={config.budget:g} nats per token; try smaller ones."
+        )
+    return {**max(within, key=lambda t: t["effect"]), "tried": tried}
+
+
+def choose_expert(
+    maps: Maps,
+    target: Side,
+    steering: dict[str, Any],
+    tasks: Sequence[TransferTask],
+    neutral: list[Text],
+    config: TransferConfig,
+) -> dict[str, Any]:
+    """The expert's block whose mapped mean difference does most at the steered block."""
+    hooks = list(dict.fromkeys(maps.expert.at(depth) for depth in config.expert_depths))
+    if maps.expert is target:  # itself, but from another block: else there is nothing to map
+        hooks = [hook for hook in hooks if hook != steering["hook"]]
+    totals: dict[str, float] = dict.fromkeys(hooks, 0.0)
+    for task in tasks:
+        meter = Meter(target, task, steering["hook"], steering["coefficient"], neutral)
+        for hook, aligner in maps.fit(hooks, task).items():
+            mapped = aligner.encode(maps.expert.states(task, maps.form)[hook])
+            direction = mean_difference(mapped, target.labels(task))
+            totals[hook] += meter.effect(direction)["effect"] / len(tasks)
+    return {"hook": max(totals, key=totals.__getitem__), "tried": totals}
+
+
+def choose_labelling(
+    labeller: Side, form: Form, tasks: Sequence[TransferTask], config: TransferConfig
+) -> dict[str, Any]:
+    """How the labeller labels most texts right, mean over tasks, numbers of pairs and draws."""
+    jobs = [
+        (task, pairs)
+        for task in tasks
+        for n in config.n_pairs
+        for pairs in draws(len(task.pairs), n, config)
+    ]
+    return _best_labelling(labeller, form, jobs, config, asked=(False, True))
+
+
+def choose_asking(
+    labeller: Side, form: Form, tasks: Sequence[TransferTask], config: TransferConfig
+) -> dict[str, Any]:
+    """The same without a labelled pair."""
+    return _best_labelling(labeller, form, [(task, None) for task in tasks], config, asked=(True,))
+
+
+def _right(found: Tensor, truth: Tensor) -> float:
+    return float((found == truth).double().mean())
+
+
+def _best_labelling(
+    labeller: Side,
+    form: Form,
+    jobs: Sequence[tuple[TransferTask, Tensor | None]],
+    config: TransferConfig,
+    asked: tuple[bool, ...],
+) -> dict[str, Any]:
+    tried: dict[Setting, float] = {}
+    for flatten, n_rounds in config.labelling:
+        for is_asked in asked:
+            if is_asked and not all(task.question for task, _ in jobs):
+                continue
+            setting = (flatten, n_rounds, is_asked)
+            right = [
+                _right(label(labeller, t, pairs, setting, form), labeller.labels(t))
+                for t, pairs in jobs
+            ]
+            tried[setting] = sum(right) / len(right)
+    best = max(tried, key=tried.__getitem__) if tried else None
+    return {
+        "setting": None if best is None else list(best),
+        "agreement": {str(setting): share for setting, share in tried.items()},
+    }

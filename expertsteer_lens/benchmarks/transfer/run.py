@@ -1,0 +1,287 @@
+"""The benchmark on real models: what does an expert give a target, and from how many labels?
+
+For every task and every pair of models, directions from the same labelled pairs and the same
+unlabelled texts are written to the same block of the target at the same strength. Blocks, strengths
+and settings are chosen on development tasks; the test questions of the other tasks are read once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expertsteer_lens._checks import check_list
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.texts import text_hash
+from expertsteer_lens.errors import ArgumentError, DataError
+
+from .config import TransferConfig
+from .models import Maps, Meter, Row, Side
+from .result import TransferBench
+from .rows import (
+    choose_asking,
+    choose_expert,
+    choose_labelling,
+    choose_steering,
+    expert_rows,
+    target_rows,
+)
+from .tasks import Form, TransferTask
+
+OnProgress = Callable[[str], object]
+
+
+def bench_transfer(
+    models: Mapping[str, Any],
+    transfers: Sequence[tuple[str, str]],
+    tasks: Sequence[TransferTask],
+    *,
+    development: Sequence[TransferTask],
+    anchors: Sequence[str],
+    neutral: Sequence[Text],
+    config: TransferConfig | None = None,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> TransferBench:
+    """Measure what experts give targets, on tasks with few labels and with all.
+
+    Args:
+        models: by name; any host object. A model without a chat template is shown
+            "Question: ...\\nAnswer:".
+        transfers: (expert, target) names.
+        tasks: what is reported; their test questions are read once.
+        development: what choices are made on: the steered block and strength of each target (its
+            own mean difference, within the budget), the expert's block (its mapped mean
+            difference), and how each labeller labels (agreement with the known labels).
+        anchors: plain texts for the maps; about other things than the tasks.
+        neutral: texts whose NLL says what a strength costs.
+        config: see `TransferConfig`.
+        out: folder for `rows.csv` and `choices.json`. They are written after every task, and a
+            further run with the same settings goes on from there.
+        on_progress: told, in words, what is done.
+
+    Returns:
+        All rows, with tables, intervals over tasks and a figure.
+
+    Raises:
+        ArgumentError: a transfer names a model that is not given, or `out` holds a run with other
+            settings.
+        DataError: no task, or a task that is among the development tasks too.
+
+    Example:
+        Two tasks of a small world, one to choose on and one to report:
+
+        >>> from expertsteer_lens import zoo
+        >>> from expertsteer_lens.benchmarks.transfer import (
+        ...     Answered, TransferConfig, TransferTask, bench_transfer
+        ... )
+        >>> both = zip(zoo.contrast_pairs().positive, zoo.contrast_pairs().negative)
+        >>> rows = [
+        ...     Answered(question=f"{i}?", positive=(p,), negative=(n,))
+        ...     for i, (p, n) in enumerate(both)
+        ... ]
+        >>> one, two = (
+        ...     TransferTask(name=n, domain="moods", pairs=rows[i:i + 8], tests=rows[i + 8:i + 10])
+        ...     for i, n in ((0, "one"), (10, "two"))
+        ... )
+        >>> expert, target = zoo.load_pair()
+        >>> bench = bench_transfer(
+        ...     {"expert": expert, "target": target}, [("expert", "target")], [one],
+        ...     development=[two], anchors=zoo.anchors(40), neutral=zoo.neutral_texts(4),
+        ...     config=TransferConfig(
+        ...         n_pairs=(1,), n_draws=2, n_random=2, n_shuffles=1, target_depths=(0.5,),
+        ...         coefficients=(0.1,), expert_depths=(0.5,), labelling=((1, 0),), budget=5.0,
+        ...     ),
+        ... )
+        >>> bench.transfers
+        [('expert', 'target')]
+    """
+    config = TransferConfig() if config is None else config
+    tasks, development = list(tasks), list(development)
+    _check(models, transfers, tasks, development)
+    sides = {name: Side(name, model, config.batch_size) for name, model in models.items()}
+    kept = _Kept(out, _settings(config, transfers, tasks, development, anchors, sides))
+    # One form for all: an expert is read once, whatever the target.
+    form: Form = "chat" if all(s.form == "chat" for s in sides.values()) else "plain"
+    for target in dict.fromkeys(target for _, target in transfers):
+        experts = dict.fromkeys([target, *(e for e, t in transfers if t == target)])
+        _Target(
+            kept,
+            sides[target],
+            [sides[e] for e in experts],
+            form,
+            development,
+            list(anchors),
+            list(neutral),
+            config,
+            on_progress or (lambda line: None),
+        ).measure(tasks)
+    return kept.result()
+
+
+class _Target:
+    """Everything that is measured on one target: choices first, then task after task."""
+
+    def __init__(
+        self,
+        kept: _Kept,
+        side: Side,
+        experts: Sequence[Side],
+        form: Form,
+        development: Sequence[TransferTask],
+        anchors: Sequence[str],
+        neutral: list[Text],
+        config: TransferConfig,
+        say: OnProgress,
+    ) -> None:
+        self.kept, self.side, self.development = kept, side, development
+        self.neutral, self.config, self.say = neutral, config, say
+        name = side.name
+        self.steering = kept.choice(
+            f"steering of {name}", lambda: choose_steering(side, development, neutral, config)
+        )
+        say(f"{name}: block {self.steering['hook']}, strength {self.steering['coefficient']:g}")
+        hook = self.steering["hook"]
+        self.maps = {e.name: Maps(e, side, anchors, hook, form, config.seed) for e in experts}
+        self.settings = {e.name: self._choose(e, side.form if e is side else form) for e in experts}
+
+    def _choose(self, expert: Side, form: Form) -> dict[str, Any]:
+        """What this expert is read at, and how it labels; the target is an expert of itself."""
+        name, target = expert.name, self.side.name
+        itself = " itself" if expert is self.side else ""
+        development, config = self.development, self.config
+        read = self.kept.choice(
+            f"block of {name} for {target}",
+            lambda: choose_expert(
+                self.maps[name], self.side, self.steering, development, self.neutral, config
+            ),
+        )
+        labelling = self.kept.choice(
+            f"labelling by {name}{itself}",
+            lambda: choose_labelling(expert, form, development, config),
+        )
+        asking = self.kept.choice(
+            f"asking of {name}{itself}", lambda: choose_asking(expert, form, development, config)
+        )
+        found = {
+            "hook": read["hook"],
+            "labelling": labelling["setting"],
+            "asking": asking["setting"],
+        }
+        self.say(f"{name} for {target}: {found}")
+        return found
+
+    def measure(self, tasks: Sequence[TransferTask]) -> None:
+        """Every task whose rows are not there yet."""
+        name, steering = self.side.name, self.steering
+        for task in tasks:
+            missing = [e for e in self.maps if not self.kept.has(e, name, task.name)]
+            if not missing:
+                continue
+            meter = Meter(self.side, task, steering["hook"], steering["coefficient"], self.neutral)
+            for e in missing:
+                measured = target_rows if e == name else expert_rows
+                rows = measured(meter, self.maps[e], self.settings[e], task, self.config)
+                self.kept.add(e, name, task, rows)
+                self.say(f"{e} → {name}, {task.name}: {len(rows)} rows")
+
+
+class _Kept:
+    """Choices and rows so far, in memory and in the folder."""
+
+    def __init__(self, out: str | Path | None, settings: dict[str, Any]) -> None:
+        self.out = None if out is None else Path(out)
+        self.choices: dict[str, Any] = {}
+        self.rows: list[Row] = []
+        self.settings = settings
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._read(self.out)
+
+    def _read(self, out: Path) -> None:
+        if not (out / "choices.json").is_file():
+            return
+        found = json.loads((out / "choices.json").read_text(encoding="utf-8"))
+        own = json.loads(json.dumps(self.settings))
+        # More tasks or transfers may be added to a run; what was measured keeps its settings.
+        different = [
+            k for k in own["config"] if found["settings"]["config"].get(k) != own["config"][k]
+        ]
+        different += [k for k in ("development", "anchors") if found["settings"][k] != own[k]]
+        if different:
+            raise ArgumentError(
+                f"out={str(out)!r} holds a run with other settings ({', '.join(different)}); give "
+                "another folder, or the same settings to go on."
+            )
+        self.choices = found["choices"]
+        if (out / "rows.csv").is_file():
+            self.rows = [dict(row) for row in TransferBench.read(out).rows]
+
+    def choice(self, name: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A choice made on development tasks, once."""
+        if name not in self.choices:
+            self.choices[name] = choose()
+            self._write()
+        made: dict[str, Any] = self.choices[name]
+        return made
+
+    def has(self, expert: str, target: str, task: str) -> bool:
+        key = (expert, target, task)
+        return any((r["expert"], r["target"], r["task"]) == key for r in self.rows)
+
+    def add(self, expert: str, target: str, task: TransferTask, rows: Sequence[Row]) -> None:
+        where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
+        self.rows += [where | row for row in rows]
+        self._write()
+
+    def result(self) -> TransferBench:
+        return TransferBench(self.rows, self.choices, self.settings)
+
+    def _write(self) -> None:
+        if self.out is not None:
+            self.result().save_rows(self.out)
+
+
+def _check(
+    models: Mapping[str, Any],
+    transfers: Sequence[tuple[str, str]],
+    tasks: Sequence[TransferTask],
+    development: Sequence[TransferTask],
+) -> None:
+    for pair in check_list("transfers", transfers, of="(expert, target) names"):
+        unknown = [name for name in pair if name not in models]
+        if len(pair) != 2 or unknown or pair[0] == pair[1]:
+            raise ArgumentError(
+                f"transfers holds {pair!r}; give two different names of models={list(models)}."
+            )
+    if not transfers:
+        raise ArgumentError("transfers is empty; give at least one (expert, target).")
+    if not tasks or not development:
+        raise DataError("give at least one task, and one for development.")
+    names = [task.name for task in (*tasks, *development)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"tasks and development hold {twice[0]!r} twice; what is reported must be held out."
+        )
+
+
+def _settings(
+    config: TransferConfig,
+    transfers: Sequence[tuple[str, str]],
+    tasks: Sequence[TransferTask],
+    development: Sequence[TransferTask],
+    anchors: Sequence[str],
+    sides: Mapping[str, Side],
+) -> dict[str, Any]:
+    return {
+        "config": config.to_dict(),
+        "transfers": [list(pair) for pair in transfers],
+        "tasks": [task.name for task in tasks],
+        "development": [task.name for task in development],
+        "anchors": text_hash(list(anchors)),
+        "models": {name: side.host.facts() for name, side in sides.items()},
+        "forms": {name: side.form for name, side in sides.items()},
+    }

@@ -1,0 +1,84 @@
+"""The tables of the benchmark on real models as Markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .result import TransferBench
+
+
+def as_markdown(bench: TransferBench) -> str:
+    """What was chosen, the summary of each transfer, and the differences."""
+    summary, differences = bench.summary(), bench.differences()
+    parts = []
+    for expert, target in bench.transfers:
+        mine = summary[(summary.target == target) & summary.expert.isin([expert, target])]
+        parts += [f"**{expert} → {target}** ({_chosen(bench, expert, target)})", _summary(mine)]
+        gains = differences[(differences.expert == expert) & (differences.target == target)]
+        if len(gains):
+            parts.append(_differences(gains))
+    quantised = [n for n, facts in bench.settings.get("models", {}).items() if _is_4_bit(facts)]
+    if quantised:
+        parts.append(f"Weights that were 4-bit before: {', '.join(quantised)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _chosen(bench: TransferBench, expert: str, target: str) -> str:
+    steering = bench.choices.get(f"steering of {target}", {})
+    read = bench.choices.get(f"block of {expert} for {target}", {})
+    if not steering or not read:
+        return "choices not recorded"
+    return (
+        f"steered at {steering['hook']}, {steering['coefficient']:g} of its median norm; expert's "
+        f"direction from {read['hook']}; chosen on development tasks"
+    )
+
+
+def _summary(frame: pandas.DataFrame) -> str:
+    lines = [
+        "| labelled pairs | direction | effect, nats per answer token | of native with all pairs "
+        "| sd above random | right answer likelier | wrong way | labels right | neutral NLL |",
+        "|---" * 9 + "|",
+    ]
+    for row in frame.sort_values(["n_pairs"], kind="stable").itertuples():
+        cells = [
+            f"{row.n_pairs:.0f}",
+            row.method,
+            f"{row.effect:+.3f}{_interval(row.low, row.high)}",
+            _form(row.share, ".0%"),
+            _form(row.sd_above_floor, "+.1f"),
+            _form(row.accuracy, ".0%"),
+            _form(row.wrong_way, ".0%"),
+            _form(row.agreement, ".0%"),
+            _form(row.nll_rise, "+.3f"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _differences(frame: pandas.DataFrame) -> str:
+    lines = [
+        "| labelled pairs | difference | nats per answer token | tasks won |",
+        "|---|---|---|---|",
+    ]
+    for row in frame.sort_values(["n_pairs"], kind="stable").itertuples():
+        won = f"{round(row.won * row.tasks)} of {row.tasks}"
+        effect = f"{row.effect:+.3f}{_interval(row.low, row.high)}"
+        lines.append(f"| {row.n_pairs:.0f} | {row.difference} | {effect} | {won} |")
+    return "\n".join(lines)
+
+
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+
+
+def _form(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _is_4_bit(facts: dict[str, object]) -> bool:
+    return "Q4" in str(facts.get("quantisation") or "")

@@ -1,0 +1,216 @@
+"""The benchmark on real models, run on small ones: what its rows are, what it chooses, how it goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from expertsteer_lens import zoo
+from expertsteer_lens.benchmarks.transfer import (
+    Answered,
+    TransferBench,
+    TransferConfig,
+    TransferTask,
+    bench_transfer,
+)
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
+
+SMALL = TransferConfig(
+    n_pairs=(1, 2),
+    n_draws=3,
+    n_random=3,
+    n_shuffles=2,
+    target_depths=(0.5,),
+    coefficients=(0.05, 0.2),
+    expert_depths=(0.5, 0.7),
+    labelling=((1, 0), (3, 1)),
+    budget=5.0,
+)
+
+
+def task(name: str, first: int, *, question: str = "Glad?") -> TransferTask:
+    """Texts of the small world as answers; every question is asked once."""
+    pairs = zoo.contrast_pairs()
+    rows = [
+        Answered(question=f"{name} {i}?", positive=(str(p),), negative=(str(n),))
+        for i, (p, n) in enumerate(zip(pairs.positive, pairs.negative, strict=True))
+    ][first : first + 12]
+    return TransferTask(
+        name=name,
+        domain="moods",
+        pairs=tuple(rows[:8]),
+        tests=tuple(rows[8:]),
+        instruction="Be glad.",
+        question=question,
+    )
+
+
+@pytest.fixture(scope="module")
+def models():
+    expert, target = zoo.load_pair()
+    return {"expert": expert, "target": target}
+
+
+def arguments(models, **changes):
+    return {
+        "models": models,
+        "transfers": [("expert", "target")],
+        "tasks": [task("a", 0)],
+        "development": [task("dev", 12)],
+        "anchors": zoo.anchors(40),
+        "neutral": zoo.neutral_texts(4),
+        "config": SMALL,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def bench(models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    return bench_transfer(**arguments(models), out=out), out
+
+
+def test_every_method_has_its_rows(bench):
+    frame = bench[0].to_pandas()
+    counts = frame.groupby(["method", "n_pairs"]).size().to_dict()
+    assert counts["random", 0] == 3
+    assert counts["native", 8] == counts["expert, mapped", 8] == 1
+    assert counts["native", 1] == counts["expert as labeller", 2] == 3
+    assert counts["expert as labeller", 0] == 1
+    assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
+
+
+def test_the_expert_knows_what_the_floor_does_not(bench):
+    """The small expert knows moods: from one pair and through the map it moves the target as the
+    target's own labels do, and further than any random direction."""
+    summary = bench[0].summary().set_index(["method", "n_pairs"])
+    floor = bench[0].to_pandas().query("method == 'random'").effect.max()
+    for key in (("native", 8), ("expert, mapped", 8), ("expert as labeller", 2)):
+        assert summary.effect[key] > floor
+    assert summary.agreement["expert as labeller", 2] > 0.9
+    assert summary.share["native", 8] == pytest.approx(1.0)
+    assert summary.sd_above_floor["native", 8] > 2
+
+
+def test_the_strength_is_the_best_within_the_budget(bench):
+    choices = bench[0].choices
+    tried = choices["steering of target"]["tried"]
+    assert {row["coefficient"] for row in tried} == {0.05, 0.2}
+    best = max((row for row in tried if row["nll_rise"] <= 5.0), key=lambda row: row["effect"])
+    assert choices["steering of target"]["coefficient"] == best["coefficient"]
+
+
+def test_a_run_goes_on_where_it_stopped(bench, models):
+    """What is there is not measured again, another task is added, other settings are refused."""
+    first, out = bench
+    rows = (out / "rows.csv").read_text()
+    told = []
+    more = bench_transfer(
+        **arguments(models, tasks=[task("a", 0), task("b", 30)]), out=out, on_progress=told.append
+    )
+    assert not any(", a:" in line for line in told)
+    assert any(", b:" in line for line in told)
+    assert (out / "rows.csv").read_text().startswith(rows)
+    assert len(more.rows) == 2 * len(first.rows)
+    changed = TransferConfig(**{**SMALL.to_dict(), "n_draws": 4})
+    with pytest.raises(ArgumentError, match="n_draws"):
+        bench_transfer(**arguments(models, config=changed), out=out)
+
+
+def test_saved_and_read_again(bench, tmp_path):
+    out = bench[0].save(tmp_path / "saved")
+    again = TransferBench.read(out)
+    pd.testing.assert_frame_equal(
+        again.summary(), bench[0].summary(), check_dtype=False, atol=1e-3, rtol=1e-2
+    )
+    assert "| 8 | native | " in (out / "bench.md").read_text()
+    assert "expert as labeller" in (out / "bench.html").read_text()
+    with pytest.raises(ArtifactError, match="holds no benchmark"):
+        TransferBench.read(tmp_path)
+
+
+def test_paired_differences_are_of_the_same_tasks(bench):
+    gains = bench[0].differences().set_index(["difference", "n_pairs"])
+    means = bench[0].by_task().set_index(["method", "n_pairs"]).effect
+    expected = means["expert as labeller", 1] - means["self as labeller", 1]
+    assert gains.effect["expert as labeller - self as labeller", 1] == pytest.approx(expected)
+
+
+def test_single_pairs_are_drawn_once_each():
+    from expertsteer_lens.benchmarks.transfer.rows import draws
+
+    config = TransferConfig(n_draws=20)
+    singles = [int(pair) for pair in draws(8, 1, config)]
+    assert sorted(singles) == list(range(8))
+    assert len(draws(8, 4, config)) == 20
+    assert draws(8, 8, config) == []
+
+
+def test_labels_in_the_reduced_basis_are_those_of_label_texts(models):
+    from expertsteer_lens.benchmarks.transfer.models import Side
+    from expertsteer_lens.benchmarks.transfer.rows import label, rows_of
+    from expertsteer_lens.pipeline.labelling import best_cut, score_states
+
+    side, one = Side("expert", models["expert"], 16), task("a", 0)
+    states, labels, pairs = side.states(one), side.labels(one), torch.tensor([3, 5])
+    rows = rows_of(pairs)
+    scores = score_states(
+        [states[name][rows] for name in states],
+        labels[rows].float(),
+        [states[name] for name in states],
+        n_rounds=2,
+        flatten=3,
+    )
+    expected = (scores > best_cut(scores)).long()
+    expected[rows] = labels[rows]
+    assert label(side, one, pairs, (3, 2, False), side.form).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "word"),
+    [
+        ({"transfers": [("expert", "nobody")]}, ArgumentError, "nobody"),
+        ({"transfers": [("expert", "expert")]}, ArgumentError, "different"),
+        ({"transfers": []}, ArgumentError, "empty"),
+        ({"tasks": []}, DataError, "at least one task"),
+        ({"development": [task("a", 12)]}, DataError, "held out"),
+        (
+            {"config": TransferConfig(budget=1e-9, target_depths=(0.5,), coefficients=(5.0,))},
+            ArgumentError,
+            "budget",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(models, changes, error, word):
+    with pytest.raises(error, match=word):
+        bench_transfer(**arguments(models, **changes))
+
+
+def test_a_task_must_hold_its_test_out(tmp_path):
+    row = {"question": "Why?", "positive": "So.", "negative": ["No."]}
+    other = {**row, "question": "How?"}
+    data = {"name": "mine", "pairs": [row, other], "tests": [{**row, "question": "When?"}]}
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(data))
+    assert TransferTask.from_json(path).domain == "mine"
+    path.write_text(json.dumps({**data, "tests": [row]}))
+    with pytest.raises(DataError, match="held out"):
+        TransferTask.from_json(path)
+    path.write_text(json.dumps({"name": "mine", "pairs": [1]}))
+    with pytest.raises(DataError, match="form of a task"):
+        TransferTask.from_json(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        TransferTask.from_json(path)
+
+
+def test_plain_models_are_shown_question_and_answer():
+    one = task("a", 0)
+    behaviour = one.behaviour("plain", instructed=True)
+    assert behaviour.prompts[0] == "Be glad.\nQuestion: a 8?\nAnswer:"
+    assert behaviour.positive[0][0].startswith(" ")
+    chat = one.behaviour("chat")
+    assert chat.prompts[0].messages == (("user", "a 8?"),)
+    assert not chat.positive[0][0].startswith(" ")
