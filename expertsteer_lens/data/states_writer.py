@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from expertsteer_lens._atomic import hold, write_file, write_text
 from expertsteer_lens._checked_json import DIGEST, digest_of
 from expertsteer_lens.errors import ArtifactError
 
+from .capture_plan import CapturePlan, starts_of
 from .states_folder import (
     FORMAT,
     FORMAT_VERSION,
@@ -36,25 +36,6 @@ from .states_folder import (
 )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CapturePlan:
-    """What a capture will write, known before the model is run."""
-
-    key: dict[str, Any]
-    """What the rows are: equal keys, equal rows (but for rounding)."""
-    made_with: dict[str, Any]
-    """What rounding depends on: a capture is only gone on with where it is equal."""
-    batches: list[list[int]]
-    """Prompts of each pass."""
-    row_counts: list[int]
-    """Rows of each prompt."""
-    norm_counts: list[int] | None
-    """Token norms of each prompt; None: no norms are kept."""
-    labels: Tensor | None
-    """Of the rows."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
 class StatesWriter:
     """Takes the batches of a capture in any order, and knows which are there already.
 
@@ -66,8 +47,8 @@ class StatesWriter:
         """Number and checksum of each batch that is there."""
         self.is_complete = False
         self._files: dict[str, StatesFile] = {}
-        self._row_starts = _starts(plan.row_counts)
-        self._norm_starts = _starts(plan.norm_counts or [])
+        self._row_starts = starts_of(plan.row_counts)
+        self._norm_starts = starts_of(plan.norm_counts or [])
         self._resume()
 
     def write(
@@ -298,46 +279,6 @@ def writing(path: str | Path, plan: CapturePlan) -> Iterator[StatesWriter]:
         return
     with hold(folder / "capture", "wait for it, or give another folder as store=."):
         yield StatesWriter(folder, plan)
-
-
-class StatesInMemory:
-    """As `StatesWriter`, for states that are kept in memory: one matrix a hook point, whose rows
-    the batches fill."""
-
-    def __init__(self, plan: CapturePlan) -> None:
-        self.plan = plan
-        self.done: dict[int, str] = {}
-        self.states: dict[str, Tensor] = {}
-        self._norms: dict[str, list[Tensor]] = {}
-        self._starts = _starts(plan.row_counts)
-
-    def write(
-        self, number: int, states: Mapping[str, Tensor], norms: Mapping[str, Tensor] | None
-    ) -> None:
-        """See `StatesWriter.write`."""
-        prompts, counts = self.plan.batches[number], self.plan.row_counts
-        rows = torch.cat(
-            [torch.arange(self._starts[p], self._starts[p] + counts[p]) for p in prompts]
-        )
-        for name, value in states.items():
-            if name not in self.states:
-                self.states[name] = value.new_empty(sum(counts), value.shape[1])
-            self.states[name][rows] = value
-        for name, value in (norms or {}).items():
-            self._norms.setdefault(name, []).append(value)
-        self.done[number] = ""
-
-    def norms(self) -> dict[str, Tensor]:
-        """The norms of all tokens by hook name, batch after batch."""
-        return {name: torch.cat(parts) for name, parts in self._norms.items()}
-
-
-def _starts(counts: Sequence[int]) -> list[int]:
-    out, total = [], 0
-    for count in counts:
-        out.append(total)
-        total += count
-    return out
 
 
 def _bytes_of(value: Tensor) -> memoryview:

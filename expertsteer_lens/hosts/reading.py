@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +12,16 @@ from torch import Tensor
 from expertsteer_lens._checks import check_classes
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
+from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.states import CheckedStates
-from expertsteer_lens.data.states_writer import (
-    CapturePlan,
-    StatesInMemory,
-    StatesWriter,
-    writing,
-)
-from expertsteer_lens.data.texts import TEXTS_KEY
+from expertsteer_lens.data.states_writer import StatesWriter, writing
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 
-from .batching import TOKENS_PER_PASS, length_batches
+from .batching import TOKENS_PER_PASS
+from .capture_facts import capture_plan
 from .parts import TokenBatch
 from .token_ends import gives_offsets, token_ends, tokens_in
 
@@ -112,7 +104,7 @@ def capture(
         spans = [answer_span(text) for text in texts]
     pick = "mean" if positions == "answer" else positions
     chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
-    plan = _plan(
+    plan = capture_plan(
         host,
         texts,
         tokens,
@@ -135,51 +127,6 @@ def capture(
             _read_batches(host, tokens, chosen, pick, plan, writer, progress)
             writer.finish(_medians(writer.norms()))
     return ActivationStore.open(store)
-
-
-def _plan(
-    host: Host,
-    texts: Sequence[Text],
-    tokens: TokenBatch,
-    names: Sequence[str],
-    *,
-    positions: str | int,
-    spans: Sequence[Span] | None,
-    looked_at: list[int],
-    classes: Tensor | None,
-    prepend_bos: bool | None,
-    batch_size: int | None,
-    tokens_per_pass: int,
-) -> CapturePlan:
-    row_counts = looked_at if positions == "all" else [1] * len(texts)
-    given_spans = None if spans is None else [list(span) for span in spans]
-    facts = _provenance(host, texts, names, positions, prepend_bos, row_counts)
-    if given_spans is not None:
-        facts["spans"] = given_spans
-    return CapturePlan(
-        key={
-            **{name: facts[name] for name in _IDENTITY},
-            "tokens": _digest_of_tokens(tokens),
-            "template": _digest_of_template(host, texts),
-            "spans": given_spans,
-            "labels": None if classes is None else classes.tolist(),
-        },
-        made_with={
-            "host": host.kind,
-            "device": host.device.type,
-            "processor": platform.machine(),
-            "versions": facts["versions"],
-            "batch_size": batch_size,
-            "tokens_per_pass": tokens_per_pass,
-        },
-        batches=length_batches(
-            tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=tokens_per_pass
-        ),
-        row_counts=row_counts,
-        norm_counts=looked_at if positions in ("mean", "answer") and host.reads_norms else None,
-        labels=None if classes is None else classes.repeat_interleave(torch.tensor(row_counts)),
-        provenance=facts,
-    )
 
 
 def _read_batches(
@@ -236,33 +183,6 @@ def _medians(norms: dict[str, Tensor]) -> dict[str, Any]:
     """Median over all tokens, by hook name, as provenance; none where the rows are tokens."""
     found = {name: float(values.median()) for name, values in norms.items() if len(values)}
     return {MEDIAN_TOKEN_NORMS: found} if found else {}
-
-
-def _digest_of_tokens(tokens: TokenBatch) -> str:
-    """SHA-256 of the ids that the model is shown, text after text."""
-    digest = hashlib.sha256()
-    for row, length in zip(tokens.input_ids.cpu(), tokens.lengths.tolist(), strict=True):
-        digest.update(length.to_bytes(8, "little") + row[:length].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _digest_of_template(host: Host, texts: Sequence[Text]) -> str | None:
-    if not any(isinstance(text, Chat) for text in texts):
-        return None
-    return hashlib.sha256(str(host.tokenizer.chat_template).encode()).hexdigest()
-
-
-_IDENTITY = (
-    "fingerprint",
-    "dtype",
-    "basis",
-    "hook_names",
-    "positions",
-    "prepend_bos",
-    "rows_per_prompt",
-    TEXTS_KEY,
-)
-"""Those facts of a capture that say what its rows are."""
 
 
 def _tokens_in_spans(
@@ -325,42 +245,3 @@ def _check_finite(states: dict[str, Tensor], index: Sequence[int], counts: Seque
                 f"the activation of prompts[{int(prompt)}] at {name!r} holds NaN or Inf; look at "
                 "that text, and at the model's dtype (float16 overflows above 65504)."
             )
-
-
-def _provenance(
-    host: Host,
-    texts: Sequence[Text],
-    names: Sequence[str],
-    positions: str | int,
-    prepend_bos: bool | None,
-    counts: Sequence[int],
-) -> dict[str, Any]:
-    return {
-        "source": "capture",
-        "host": host.kind,
-        "name": host.name,
-        "fingerprint": host.fingerprint,
-        "d_model": host.d_model,
-        "n_layers": host.n_layers,
-        "dtype": str(host.dtype).removeprefix("torch."),
-        "basis": host.basis,
-        "hook_names": list(names),
-        "positions": positions,
-        "prepend_bos": prepend_bos
-        if prepend_bos is not None
-        else getattr(host.tokenizer, "bos_token_id", None) is not None,
-        "rows_per_prompt": list(counts) if positions == "all" else 1,
-        TEXTS_KEY: texts_sha256(texts),
-        "versions": dict(_versions()),
-    }
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    out = {}
-    for package in ("expertsteer-lens", "torch", "transformers", "transformer-lens", "nnsight"):
-        try:
-            out[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return out

@@ -362,7 +362,7 @@ def made_on(target: Host) -> dict[str, Any]:
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "device": target.device.type,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": numpy.__version__,
     }
 
