@@ -99,7 +99,7 @@ def _shown(host: Host, question: str, end: str) -> Text:
 def _answer_tokens(host: Host, asked: Text, answers: tuple[str, str]) -> tuple[int, int]:
     """The first tokens in which the two answers differ, if they are the first of both."""
     lead = "" if isinstance(asked, Chat) or answers[0].startswith(" ") else " "
-    rows = host.tokenize([asked, *(asked + lead + answer for answer in answers)])
+    rows = host.tokenize([asked, *(asked + (lead + answer) for answer in answers)])
     ids = [
         [i for i, real in zip(row, mask, strict=True) if real]
         for row, mask in zip(rows.input_ids.tolist(), rows.attention_mask.tolist(), strict=True)
