@@ -218,3 +218,24 @@ def test_a_question_that_cannot_be_asked_is_refused(question, answers, word):
     texts = zoo.contrast_pairs().texts[:6]
     with pytest.raises(ArgumentError, match=word):
         esl.label_texts(target, None, texts, question=question, answers=answers)
+
+
+def test_a_chat_model_is_asked_in_its_template():
+    """The answers are what the assistant says next, whatever stands in front of them."""
+    from expertsteer_lens.pipeline import ask_about
+
+    _, target = zoo.load_pair()
+    tokenizer = esl.as_host(target).tokenizer
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Once {{ m.content }} Now she "
+        "was"
+        "{% else %} {{ m.content }}{% endif %}{% endfor %}"
+    )
+    try:
+        texts = ["Ella had a boat.", "Rose played with Leo in the barn."]
+        found = ask_about(target, "{text}", texts, answers=("happy", "sad"))
+    finally:
+        tokenizer.chat_template = None
+    plain = [f"Once {text} Now she was" for text in texts]
+    by_hand = ask_about(target, "{text}", plain, answers=(" happy", " sad"))
+    assert found.tolist() == pytest.approx(by_hand.tolist(), abs=1e-4)
