@@ -59,9 +59,9 @@ test-tl3: $(VENV3)/.done ## goldens and host tests with TransformerLens 3.9 (Hoo
 	OMP_NUM_THREADS=1 $(BIN3)/python -m pytest $(PARALLEL) $(TL3_TESTS:%=tests/%.py)
 
 # Laid over the environment, so that nothing else is installed again. hqq wants termcolor.
-NEWEST = 'transformers<6' torchao bitsandbytes hqq termcolor
+NEWEST = 'transformers<6' torchao bitsandbytes hqq termcolor hotwire-vllm
 NEWEST_TESTS = test_cache_names.py test_architectures.py test_quantised.py \
-	test_ways_to_generate.py::test_a_quantised_cache_steers_as_a_hook_by_hand_does
+	test_ways_to_generate.py::test_a_quantised_cache_steers_as_a_hook_by_hand_does test_export.py
 test-newest: $(VENV)/.done ## caches, every architecture, and quantised models, with the newest transformers that is allowed
 	rm -rf build/newest
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest $(NEWEST)

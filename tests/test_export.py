@@ -293,6 +293,18 @@ class TestHotwire:
         with pytest.raises(ArgumentError, match=r"must end in \.pt"):
             to_hotwire(plan, tmp_path / "b.gguf")
 
+    def test_its_own_loader_finds_the_vector_of_each_layer(self, tmp_path):
+        state = pytest.importorskip("hotwire._state", reason="hotwire-vllm is not installed")
+        plan = plan_of()
+        to_hotwire(plan, tmp_path / "happy.pt", n_layers=4)
+        cpu, d = torch.device("cpu"), models.D_MODEL
+        store = state.SteerState(4, d, 8, cpu, torch.float32, n_slots=4)
+        store.load_store(str(tmp_path))
+        for layer, vector in zip((1, 2), plan.vectors, strict=True):
+            slot = store.slot_for("happy", layer, 1.0)
+            assert torch.equal(store.bank.bank[slot], vector.delta)
+            assert store.bank.scales[slot] == 1.0
+
     def test_a_layer_that_the_target_does_not_have_is_refused_in_every_format(self):
         plan = dataclasses.replace(plan_of(), target={"n_layers": 2})
         with pytest.raises(ArgumentError, match="steers layer 2, but its target has 2 layers"):
