@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expertsteer_lens._atomic import write_figure, write_file, write_text
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArtifactError
-from expertsteer_lens.files.atomic import write_figure, write_file, write_text
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 
 if TYPE_CHECKING:
