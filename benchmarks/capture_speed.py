@@ -7,7 +7,7 @@ the recipes people write by hand.
 
 Texts are questions of a file of JSON lines, whole and cut after their first sentence in turn, so
 that lengths are mixed. All ways run in one process, in turn, `--repeats` times; the table has
-medians, and of "speed / bare" the median over repeats of the quotient within one. "bare" is the host's own pass over our batches without a hook, its output head applied to
+medians. "bare" is the host's own pass over our batches without a hook, its output head applied to
 one token; "bare, all logits" applies it to all of them, as `model(...)` does. Both are given the
 tokens, while `capture` and the recipes tokenise. `capture` reads every layer's output. The recipes
 pad all texts to the longest: `output_hidden_states=True` on Hugging Face, `run_with_cache` of the
@@ -105,14 +105,8 @@ def measured(ways: dict[str, Callable[[], Any]], repeats: int, device: str) -> d
                 torch.cuda.synchronize()
             if repeat:
                 times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    clock = 1 if device == "cpu" else 0
     return {
-        name: (
-            *(statistics.median(t[i] for t in found) for i in (0, 1)),
-            statistics.median(
-                b[clock] / t[clock] for b, t in zip(times["bare"], found, strict=True)
-            ),
-        )
+        name: tuple(statistics.median(t[i] for t in found) for i in (0, 1))
         for name, found in times.items()
     }
 
@@ -162,9 +156,9 @@ def rows_of(args: argparse.Namespace, folder: str, n: int, kind: str) -> list[st
     return [
         f"| {pathlib.Path(folder).name} | {host.kind} | {name} | {cpu:.3f} | {wall:.3f} | "
         f"{real / (cpu if clock else wall):.0f} | "
-        f"{speed:.2f} | "
+        f"{found['bare'][clock] / (cpu if clock else wall):.2f} | "
         f"{padded if 'hand' not in name else most} |"
-        for name, (wall, cpu, speed) in found.items()
+        for name, (wall, cpu) in found.items()
     ]
 
 
