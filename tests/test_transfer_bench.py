@@ -214,3 +214,11 @@ def test_plain_models_are_shown_question_and_answer():
     chat = one.behaviour("chat")
     assert chat.prompts[0].messages == (("user", "a 8?"),)
     assert not chat.positive[0][0].startswith(" ")
+
+
+def test_of_a_stopped_run_only_whole_tasks_are_summed_up(bench):
+    """The target's own rows of a task that the expert has not come to are left out."""
+    own = [row for row in bench[0].rows if row["expert"] == "target"]
+    stopped = TransferBench([*bench[0].rows, *({**row, "task": "b"} for row in own)])
+    assert set(stopped.by_task().task) == {"a"}
+    assert set(stopped.summary().tasks) == {1}

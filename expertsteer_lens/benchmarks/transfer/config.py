@@ -12,7 +12,7 @@ from expertsteer_lens._checks import check_list, check_number
 class TransferConfig:
     """Settings of the benchmark on real models."""
 
-    n_pairs: tuple[int, ...] = (1, 2, 4)
+    n_pairs: tuple[int, ...] = (1, 4)
     """Numbers of labelled pairs, beside all of them."""
     n_draws: int = 20
     """Draws of the labelled pairs, for each number."""
@@ -20,13 +20,13 @@ class TransferConfig:
     """Random directions of equal norm: the floor."""
     n_shuffles: int = 5
     """Directions from shuffled labels."""
-    target_depths: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6)
+    target_depths: tuple[float, ...] = (0.35, 0.45, 0.6)
     """Candidates for the block that is steered, in shares of the target's depth."""
     coefficients: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)
     """Candidates for the strength, in median norms of the steered block."""
     budget: float = 0.10
     """Largest rise of the NLL of neutral texts, nats per token, that a strength may cost."""
-    expert_depths: tuple[float, ...] = (0.4, 0.5, 0.6, 0.75)
+    expert_depths: tuple[float, ...] = (0.5, 0.65)
     """Candidates for the block that the expert's direction is mapped from."""
     labelling: tuple[tuple[int, int], ...] = ((1, 0), (1, 1), (1, 4), (3, 4), (6, 1), (6, 4))
     """Candidates for (`flatten`, `n_rounds`) of `label_texts`, each with the question asked and

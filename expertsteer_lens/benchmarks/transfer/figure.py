@@ -41,6 +41,7 @@ def plot_transfer(bench: TransferBench) -> Any:
             layer="below",
             row=1,
             col=column,
+            exclude_empty_subplots=False,
         )
         for i, (method, (colour, symbol, dash)) in enumerate(CURVES.items()):
             part = mine[mine.method == method].sort_values("n_pairs")
@@ -89,11 +90,14 @@ def _title(bench: TransferBench) -> str:
     """The finding: where the expert's labels beat the target's own."""
     gains = bench.differences()
     gains = gains[gains.difference == "expert as labeller - self as labeller"]
-    won = sorted({int(n) for n in gains[gains.low > 0].n_pairs})
-    if not won:
+    won = gains[gains.low > 0].groupby(["expert", "target"]).n_pairs.unique()
+    if not len(won):
         return "The expert's labels are not distinguishable from the target's own"
-    counts = ", ".join(map(str, won))
-    return f"The expert's labels beat the target's own at {counts} labelled pairs"
+    where = "; ".join(
+        f"{expert} → {target} at {', '.join(str(int(n)) for n in sorted(counts))}"
+        for (expert, target), counts in won.items()
+    )
+    return f"The expert's labels beat the target's own: {where} labelled pairs"
 
 
 def _subtitle(bench: TransferBench) -> str:

@@ -143,39 +143,46 @@ class Maps:
     task's texts without their labels."""
 
     def __init__(
-        self, expert: Side, target: Side, anchors: Sequence[str], hook: str, form: Form, seed: int
+        self,
+        expert: Side,
+        target: Side,
+        anchors: Sequence[str],
+        hooks: Sequence[str],
+        hook: str,
+        form: Form,
+        seed: int,
     ) -> None:
         self.expert, self.target, self.hook, self.seed = expert, target, hook, seed
+        # The target is read for itself at other blocks: at the same there is nothing to map.
+        self.hooks = [h for h in dict.fromkeys(hooks) if expert is not target or h != hook]
+        if not self.hooks:
+            self.hooks = [target.hooks[target.hooks.index(hook) - 1]]
         self.form: Form = form
         self.anchors = list(anchors)
         self.config = ExpertSteerConfig(batch_size=expert.batch_size)
-        self._of_anchors: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._of_anchors: dict[str, Any] | None = None
 
     def fit(self, hooks: Sequence[str], task: TransferTask | None) -> dict[str, Aligner]:
-        """An aligner for each expert block; without a task from the anchors alone."""
-        pairs = [(hook, self.hook) for hook in hooks]
-        kept = self._of_anchors.get(tuple(hooks))
-        if kept is None:
-            kept = self._pair(self.anchors, range(len(self.anchors)), pairs).state()
-            self._of_anchors[tuple(hooks)] = kept
-        moments = PairedMoments.from_state(kept)
+        """An aligner for each of these expert blocks; without a task from the anchors alone."""
+        if self._of_anchors is None:  # of all blocks at once: the passes are what costs
+            self._of_anchors = self._pair(self.anchors, range(len(self.anchors))).state()
+        moments = PairedMoments.from_state(self._of_anchors)
         if task is not None:
             texts = task.contrast_pairs(self.form).texts
             # The two texts of a pair are a group: they share their question.
             groups = [len(self.anchors) + i // 2 for i in range(len(texts))]
-            moments.merge(self._pair(texts, groups, pairs))
-        fitted = fit_maps(moments, self.config.aligner, seed=self.seed)
+            moments.merge(self._pair(texts, groups))
+        pairs = [(hook, self.hook) for hook in hooks]
+        fitted = fit_maps(moments, self.config.aligner, seed=self.seed, pairs=pairs)
         return {hook: fitted[hook, self.hook] for hook in hooks}
 
-    def _pair(
-        self, texts: Sequence[Text], groups: Sequence[int], pairs: list[tuple[str, str]]
-    ) -> PairedMoments:
+    def _pair(self, texts: Sequence[Text], groups: Sequence[int]) -> PairedMoments:
         return pair_tokens(
             self.expert.host,
             self.target.host,
             texts,
             groups,
-            pairs,
+            [(hook, self.hook) for hook in self.hooks],
             self.config,
             self.seed,
             progress=False,

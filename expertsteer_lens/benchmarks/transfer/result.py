@@ -74,8 +74,16 @@ class TransferBench:
         return cls(rows, choices, settings)
 
     def by_task(self) -> pandas.DataFrame:
-        """Mean over draws: one line per expert, target, method, number of pairs and task."""
+        """Mean over draws: one line per expert, target, method, number of pairs and task.
+
+        Of a run that was stopped only the tasks that are complete: those whose rows are there for
+        the target and for every expert of it.
+        """
         frame = self.to_pandas()
+        done = frame.groupby(["target", "task"]).expert.nunique()
+        frame = frame.join(done.rename("n_experts"), on=["target", "task"])
+        needed = frame.groupby("target").expert.transform("nunique")
+        frame = frame[frame.n_experts == needed]
         figures = [c for c in FIGURES if c in frame]
         return frame.groupby([*KEYS, "domain", "task"], sort=False)[figures].mean().reset_index()
 

@@ -218,16 +218,12 @@ def choose_expert(
     steering: dict[str, Any],
     tasks: Sequence[TransferTask],
     neutral: list[Text],
-    config: TransferConfig,
 ) -> dict[str, Any]:
     """The expert's block whose mapped mean difference does most at the steered block."""
-    hooks = list(dict.fromkeys(maps.expert.at(depth) for depth in config.expert_depths))
-    if maps.expert is target:  # itself, but from another block: else there is nothing to map
-        hooks = [hook for hook in hooks if hook != steering["hook"]]
-    totals: dict[str, float] = dict.fromkeys(hooks, 0.0)
+    totals: dict[str, float] = dict.fromkeys(maps.hooks, 0.0)
     for task in tasks:
         meter = Meter(target, task, steering["hook"], steering["coefficient"], neutral)
-        for hook, aligner in maps.fit(hooks, task).items():
+        for hook, aligner in maps.fit(maps.hooks, task).items():
             mapped = aligner.encode(maps.expert.states(task, maps.form)[hook])
             direction = mean_difference(mapped, target.labels(task))
             totals[hook] += meter.effect(direction)["effect"] / len(tasks)

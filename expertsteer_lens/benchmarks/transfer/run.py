@@ -144,7 +144,12 @@ class _Target:
         )
         say(f"{name}: block {self.steering['hook']}, strength {self.steering['coefficient']:g}")
         hook = self.steering["hook"]
-        self.maps = {e.name: Maps(e, side, anchors, hook, form, config.seed) for e in experts}
+        self.maps = {
+            e.name: Maps(
+                e, side, anchors, list(map(e.at, config.expert_depths)), hook, form, config.seed
+            )
+            for e in experts
+        }
         self.settings = {e.name: self._choose(e, side.form if e is side else form) for e in experts}
 
     def _choose(self, expert: Side, form: Form) -> dict[str, Any]:
@@ -155,7 +160,7 @@ class _Target:
         read = self.kept.choice(
             f"block of {name} for {target}",
             lambda: choose_expert(
-                self.maps[name], self.side, self.steering, development, self.neutral, config
+                self.maps[name], self.side, self.steering, development, self.neutral
             ),
         )
         labelling = self.kept.choice(

@@ -21,9 +21,6 @@ def as_markdown(bench: TransferBench) -> str:
         gains = differences[(differences.expert == expert) & (differences.target == target)]
         if len(gains):
             parts.append(_differences(gains))
-    quantised = [n for n, facts in bench.settings.get("models", {}).items() if _is_4_bit(facts)]
-    if quantised:
-        parts.append(f"Weights that were 4-bit before: {', '.join(quantised)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,7 +75,3 @@ def _interval(low: float, high: float) -> str:
 
 def _form(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
-
-
-def _is_4_bit(facts: dict[str, object]) -> bool:
-    return "Q4" in str(facts.get("quantisation") or "")
