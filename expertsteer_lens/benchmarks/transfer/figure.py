@@ -101,7 +101,8 @@ def _title(bench: TransferBench) -> str:
 
 
 def _subtitle(bench: TransferBench) -> str:
-    n = len({row["task"] for row in bench.rows})
+    counts = bench.summary().tasks
+    n = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else str(counts.max())
     return (
         f"{n} tasks; whiskers: 95 % interval over tasks; grey: random directions ± 2 sd; same "
         "block and strength for all"
