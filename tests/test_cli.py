@@ -782,3 +782,22 @@ def test_a_model_labels_a_file_of_texts(tmp_path):
     right = [(p in good) + (n in bad) for p, n in zip(found.positive, found.negative, strict=True)]
     assert sum(right) >= 0.9 * 2 * len(found)
     assert len((tmp_path / "out" / "scores.csv").read_text("utf-8").splitlines()) == 41
+
+
+def test_texts_are_labelled_by_a_question_alone(tmp_path, capsys):
+    """What a model that cannot answer says is noise, but every text has a score; with neither pairs
+    nor a question nothing is loaded."""
+    heap = tmp_path / "heap.txt"
+    heap.write_text("\n".join(map(str, esl.zoo.contrast_pairs(8).texts)) + "\n", encoding="utf-8")
+    options = ("label", "--model", EXPERT, "--texts", heap, "--out", tmp_path / "out")
+    assert "--question" in refused(capsys, *options)
+    assert not (tmp_path / "out").exists()
+    result = run(*options, "--question", "Is she glad?")
+    assert result.exit_code == 0, result.output
+    assert "LabelledTexts(16 texts" in result.output
+
+
+def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
+    command = ("bench", "--real", tmp_path / "nowhere", "--data", tmp_path)
+    assert "fetch_real.py" in refused(capsys, *command)
+    assert "EXPERT:TARGET" in refused(capsys, *command, "--transfer", "one")

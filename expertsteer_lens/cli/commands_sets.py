@@ -104,6 +104,8 @@ def _bench_real(
     seed: int,
     as_json: bool,
 ) -> None:
+    import pandas as pd
+
     from expertsteer_lens.benchmarks.transfer import TransferConfig, bench_transfer
     from expertsteer_lens.benchmarks.transfer.real import read_real_data
     from expertsteer_lens.hosts.loading import load_model
@@ -139,7 +141,18 @@ def _bench_real(
     if as_json:
         print_json({"rows": rows_of(result.summary()), "out": str(out)})
         return
-    print_frame(result.differences().round(3), "paired differences, nats per answer token")
+    gains = result.differences()
+    shown = pd.DataFrame(
+        {
+            "models": gains.expert + " → " + gains.target,
+            "pairs": gains.n_pairs,
+            "difference": gains.difference,
+            "nats per token": [
+                f"{r.effect:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in gains.itertuples()
+            ],
+        }
+    )
+    print_frame(shown, f"paired differences over {gains.tasks.max()} tasks")
     say(str(out.resolve()))
 
 
