@@ -8,6 +8,9 @@ import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A test that loads a multimodal model must not have TransformerLens install torchvision, and with
+# it another torch, into the environment that the tests are running in.
+os.environ["PIP_NO_INDEX"] = os.environ["UV_OFFLINE"] = "1"
 
 import pytest
 import torch

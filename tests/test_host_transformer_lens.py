@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import sys
 import warnings
 import weakref
 from collections import OrderedDict
@@ -30,6 +31,7 @@ from expertsteer_lens.errors import (
     ModelStateError,
 )
 from expertsteer_lens.hosts import as_host, capture, fingerprints_match
+from expertsteer_lens.hosts.loading import nothing_installed
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.steer.plan import SteeringPlan
 
@@ -972,3 +974,18 @@ def test_a_native_bridge_without_tokenizer_can_be_steered_on_ids() -> None:
     assert torch.equal(steered[:, :-1], plain[:, :-1])
     assert (steered[:, -1] - plain[:, -1]).abs().max() > 1e-3
     assert report.n_edited == {HOOK: 1}
+
+
+def test_loading_a_model_installs_nothing(monkeypatch):
+    """TransformerLens runs pip where a processor asks for torchvision; that may replace torch."""
+    helpers = pytest.importorskip("transformer_lens.model_bridge.sources.transformers.helpers")
+    if not hasattr(helpers, "_ensure_torchvision"):
+        pytest.skip("this TransformerLens installs nothing by itself")
+    commands = []
+    monkeypatch.setattr("subprocess.check_call", lambda command, **_: commands.append(command))
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # cannot be imported
+    with nothing_installed():
+        assert not helpers._ensure_torchvision()
+    assert commands == []
+    assert helpers._ensure_torchvision()  # as it was
+    assert "torchvision" in commands[0]

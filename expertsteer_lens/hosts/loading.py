@@ -3,6 +3,9 @@ notebooks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,12 +115,37 @@ def wrap_model(
     if trust_remote_code:
         # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
         tokenizer.init_kwargs["trust_remote_code"] = True
-    bridge = TransformerBridge.boot_transformers(
-        name,  # only a label, as model and tokenizer are given
-        hf_model=model,
-        tokenizer=tokenizer,
-        device=str(next(model.parameters()).device),
-        trust_remote_code=trust_remote_code,
-    )
+    with nothing_installed():
+        bridge = TransformerBridge.boot_transformers(
+            name,  # only a label, as model and tokenizer are given
+            hf_model=model,
+            tokenizer=tokenizer,
+            device=str(next(model.parameters()).device),
+            trust_remote_code=trust_remote_code,
+        )
     agree_on_cache_name(bridge, bridge.original_model)  # before anybody generates with it
     return bridge
+
+
+@contextmanager
+def nothing_installed() -> Iterator[None]:
+    """Inside, TransformerLens installs no package.
+
+    Where a multimodal model's processor cannot be loaded it runs `pip install torchvision`, which
+    brings a torch of its own choice in place of the one that is running. Without torchvision the
+    Bridge has no processor, as it has none where the installation fails.
+    """
+    try:
+        from transformer_lens.model_bridge.sources.transformers import helpers
+    except ImportError:  # an older TransformerLens
+        yield
+        return
+    installs = getattr(helpers, "_ensure_torchvision", None)
+    if installs is None:
+        yield
+        return
+    helpers._ensure_torchvision = lambda: find_spec("torchvision") is not None
+    try:
+        yield
+    finally:
+        helpers._ensure_torchvision = installs
