@@ -5,7 +5,6 @@ from __future__ import annotations
 import models
 import pytest
 import torch
-import torch._dynamo.backends.common  # here, in one thread: torch.compile would load it in any
 from architectures import MIXED, made
 
 import expertsteer_lens as esl
