@@ -801,3 +801,5 @@ def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     command = ("bench", "--real", tmp_path / "nowhere", "--data", tmp_path)
     assert "fetch_real.py" in refused(capsys, *command)
     assert "EXPERT:TARGET" in refused(capsys, *command, "--transfer", "one")
+    assert "--task" in refused(capsys, *command, "--domain", "finance")
+    assert "--real" in refused(capsys, "bench", "--task", "3201")

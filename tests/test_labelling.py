@@ -211,6 +211,7 @@ def test_a_question_alone_labels_texts():
         (None, ("Yes", "No"), "nothing says what is positive"),
         ("  ", ("Yes", "No"), "question"),
         ("Glad?", ("Yes", "Yes"), "told apart"),
+        ("Glad?", ("Yes",), "two words"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_refused(question, answers, word):

@@ -105,18 +105,23 @@ def test_the_strength_is_the_best_within_the_budget(bench):
 def test_a_run_goes_on_where_it_stopped(bench, models):
     """What is there is not measured again, another task is added, other settings are refused."""
     first, out = bench
-    rows = (out / "rows.csv").read_text()
     told = []
     more = bench_transfer(
         **arguments(models, tasks=[task("a", 0), task("b", 30)]), out=out, on_progress=told.append
     )
     assert not any(", a:" in line for line in told)
     assert any(", b:" in line for line in told)
-    assert (out / "rows.csv").read_text().startswith(rows)
+    assert more.rows[: len(first.rows)] == TransferBench.read(out).rows[: len(first.rows)]
     assert len(more.rows) == 2 * len(first.rows)
-    changed = TransferConfig(**{**SMALL.to_dict(), "n_draws": 4})
-    with pytest.raises(ArgumentError, match="n_draws"):
-        bench_transfer(**arguments(models, config=changed), out=out)
+    other = {
+        "n_draws": {"config": TransferConfig(**{**SMALL.to_dict(), "n_draws": 4})},
+        "tasks": {"tasks": [task("a", 40)]},  # other texts under the same name
+        "models": {"models": {**models, "expert": zoo.load_pair()[1]}},
+        "neutral": {"neutral": zoo.neutral_texts(3)},
+    }
+    for named, changed in other.items():
+        with pytest.raises(ArgumentError, match="config" if named == "n_draws" else named):
+            bench_transfer(**{**arguments(models), **changed}, out=out)
 
 
 def test_saved_and_read_again(bench, tmp_path):
@@ -127,8 +132,21 @@ def test_saved_and_read_again(bench, tmp_path):
     )
     assert "| 8 | native | " in (out / "bench.md").read_text()
     assert "expert as labeller" in (out / "bench.html").read_text()
-    with pytest.raises(ArtifactError, match="holds no benchmark"):
+    with pytest.raises(ArtifactError, match="cannot be read"):
         TransferBench.read(tmp_path)
+    file = out / "run.json"
+    text = file.read_text()
+    for damaged, word in ((text[: len(text) // 2], "damaged"), (_one_digit(text), "checksum")):
+        file.write_text(damaged)
+        with pytest.raises(ArtifactError, match=word):
+            TransferBench.read(out)
+
+
+def _one_digit(text: str) -> str:
+    """The text with the first digit of the first effect changed."""
+    i = text.index('"effect": ') + len('"effect": ')
+    i += text[i] == "-"
+    return text[:i] + ("1" if text[i] != "1" else "2") + text[i + 1 :]
 
 
 def test_paired_differences_are_of_the_same_tasks(bench):
@@ -175,6 +193,8 @@ def test_labels_in_the_reduced_basis_are_those_of_label_texts(models):
         ({"transfers": [("expert", "expert")]}, ArgumentError, "different"),
         ({"transfers": []}, ArgumentError, "empty"),
         ({"tasks": []}, DataError, "at least one task"),
+        ({"anchors": []}, DataError, "anchors is empty"),
+        ({"neutral": []}, DataError, "neutral is empty"),
         ({"development": [task("a", 12)]}, DataError, "held out"),
         (
             {"config": TransferConfig(budget=1e-9, target_depths=(0.5,), coefficients=(5.0,))},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from expertsteer_lens.errors import ArgumentError
 
 from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
-from .options import AsJson, NRandom, Out, Seed
+from .options import AsJson, Out, Seed
 
 TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
@@ -25,7 +26,10 @@ def bench(
     studies: Annotated[
         bool, typer.Option(help="also the width and the domain of the expert")
     ] = True,
-    n_random: NRandom = 5,
+    n_random: Annotated[
+        int | None,
+        typer.Option(help="random directions; default 5, with --real 10", show_default=False),
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     real: Annotated[
@@ -63,8 +67,15 @@ def bench(
     With --real: real models and tasks from local folders, effect against the number of labelled
     pairs. Hours on two cores; a run that was stopped goes on from OUT."""
     if real is not None:
-        _bench_real(real, data, transfers, tasks, n_pairs, n_draws, out, seed, as_json)
+        if domains or not studies:
+            raise ArgumentError(
+                "--domain and --no-studies have no meaning with --real; use --task."
+            )
+        given = {"n_pairs": tuple(n_pairs or ()), "n_draws": n_draws, "n_random": n_random}
+        _bench_real(real, data, transfers, tasks, given, out, seed, as_json)
         return
+    if transfers or tasks or n_pairs or n_draws is not None:
+        raise ArgumentError("--transfer, --task, --n-pairs and --n-draws go with --real FOLDER.")
     from expertsteer_lens.benchmarks.offline import run_bench
     from expertsteer_lens.zoo.domains import DOMAINS
 
@@ -72,7 +83,7 @@ def bench(
         result = run_bench(
             domains=tuple(domains) if domains else DOMAINS,
             studies=studies,
-            n_random=n_random,
+            n_random=5 if n_random is None else n_random,
             seed=seed,
             on_progress=lambda line: say(f"  {line}"),
         )
@@ -98,8 +109,7 @@ def _bench_real(
     data: Path,
     transfers: list[str] | None,
     tasks: list[str] | None,
-    n_pairs: list[int] | None,
-    n_draws: int | None,
+    given: Mapping[str, Any],
     out: Path,
     seed: int,
     as_json: bool,
@@ -115,11 +125,8 @@ def _bench_real(
     if wrong:
         raise ArgumentError(f"--transfer {':'.join(wrong[0])!r} must be EXPERT:TARGET.")
     found = read_real_data(folder, data, only=None if tasks is None else tuple(tasks))
-    config = TransferConfig(seed=seed)
-    if n_pairs:
-        config = replace(config, n_pairs=tuple(n_pairs))
-    if n_draws is not None:
-        config = replace(config, n_draws=n_draws)
+    said = {name: value for name, value in given.items() if value not in (None, ())}
+    config = replace(TransferConfig(seed=seed), **said)
     models = {}
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         here = folder / name

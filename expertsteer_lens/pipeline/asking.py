@@ -12,8 +12,8 @@ from torch import Tensor
 from expertsteer_lens._checks import check_number
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.chat import Chat, Text, check_texts
-from expertsteer_lens.data.spans import Span, answer_span, content
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
+from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def ask_about(
         progress: show a bar.
 
     Raises:
-        ArgumentError: an empty question, or answers that begin with the same token.
-        DataError: no texts.
+        ArgumentError: an empty question, other than two answers, or answers that begin with the
+            same token.
+        DataError: no texts, spans that do not fit them, or logits that are not finite.
 
     Example:
         >>> from expertsteer_lens import zoo
@@ -64,8 +65,10 @@ def ask_about(
     check_number("batch_size", batch_size, low=1, integer=True)
     if not isinstance(question, str) or not question.strip():
         raise ArgumentError(f"question must be a text that asks something, got {question!r}.")
+    if len(answers) != 2 or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ArgumentError(f"answers must be two words, the wanted one first, got {answers!r}.")
     host = as_host(model)
-    spans = [answer_span(text) for text in given] if spans is None else spans
+    spans = [answer_span(text) for text in given] if spans is None else check_spans(spans, given)
     asked = [
         _asked(host, question, content(text)[start:end], answers)
         for text, (start, end) in zip(given, spans, strict=True)
@@ -78,6 +81,9 @@ def ask_about(
         batch = host.tokenize([asked[i] for i in index])
         log_probs = host.logits_at(batch, _last(batch)).double().log_softmax(-1).cpu()
         scores[index] = log_probs[:, tokens[0]] - log_probs[:, tokens[1]]
+    if not bool(scores.isfinite().all()):
+        i = int((~scores.isfinite()).nonzero()[0])
+        raise DataError(f"the model's answer about texts[{i}] is not finite; load it in float32.")
     return scores.float()
 
 

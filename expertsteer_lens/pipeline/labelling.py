@@ -280,7 +280,7 @@ def score_states(
         if labelled is not None and labels is not None:
             direction = _difference(labelled[i], labels)
         if flatten > 1:
-            rows, direction = _flattened(rows, direction, flatten)
+            rows, direction = flatten_axes(rows, direction, flatten)
         rows = rows / size
         layers.append(rows)
         total += _standard(rows @ direction)
@@ -322,7 +322,7 @@ def _standard(values: Tensor) -> Tensor:
     return centred / centred.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny)
 
 
-def _flattened(rows: Tensor, direction: Tensor, n_axes: int) -> tuple[Tensor, Tensor]:
+def flatten_axes(rows: Tensor, direction: Tensor, n_axes: int) -> tuple[Tensor, Tensor]:
     """Rows and direction with the leading principal axes shrunk to the size of the last of them."""
     _, sizes, axes = torch.linalg.svd(rows, full_matrices=False)
     n_axes = min(n_axes, int((sizes > sizes[0] * 1e-9).sum()))

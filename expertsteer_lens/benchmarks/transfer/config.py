@@ -13,7 +13,7 @@ class TransferConfig:
     """Settings of the benchmark on real models."""
 
     n_pairs: tuple[int, ...] = (1, 4)
-    """Numbers of labelled pairs, beside all of them."""
+    """Numbers of labelled pairs, beside all of them; a task with no more pairs has no such rows."""
     n_draws: int = 20
     """Draws of the labelled pairs, for each number."""
     n_random: int = 10
@@ -42,6 +42,9 @@ class TransferConfig:
         for name in ("target_depths", "expert_depths"):
             for share in check_list(name, getattr(self, name), of="shares"):
                 check_number(name, share, low=0.0, high=1.0)
+        for flatten, n_rounds in check_list("labelling", self.labelling, of="pairs of numbers"):
+            check_number("labelling", flatten, low=1, integer=True)
+            check_number("labelling", n_rounds, low=0, integer=True)
         for n in check_list("n_pairs", self.n_pairs, of="numbers"):
             check_number("n_pairs", n, low=1, integer=True)
         for c in check_list("coefficients", self.coefficients, of="numbers"):

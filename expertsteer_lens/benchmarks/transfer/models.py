@@ -18,6 +18,7 @@ from expertsteer_lens.measure.neutral import neutral_nll
 from expertsteer_lens.measure.prepared import Completions, CompletionScores
 from expertsteer_lens.pipeline.asking import ask_about
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
+from expertsteer_lens.pipeline.labelling import flatten_axes
 from expertsteer_lens.pipeline.token_pairs import pair_tokens
 from expertsteer_lens.steer.plan import SteeringPlan
 
@@ -39,7 +40,7 @@ class Side:
         self.form: Form = "chat" if template else "plain"
         self.hooks: list[str] = list(self.host.hook_names())
         self._states: dict[tuple[str, Form], ActivationStore] = {}
-        self._layers: dict[tuple[str, Form], list[Tensor]] = {}
+        self._layers: dict[tuple[str, Form, int], list[Tensor]] = {}
         self._asked: dict[str, Tensor] = {}
 
     def at(self, depth: float) -> str:
@@ -69,10 +70,12 @@ class Side:
     def layers(self, task: TransferTask, flatten: int, form: Form) -> list[Tensor]:
         """The states of every layer in the basis of their own principal axes, the leading ones
         shrunk: no more coordinates than texts, and the scores that `label_texts` gives."""
-        if (task.name, form) not in self._layers:
+        key = (task.name, form, flatten)
+        if key not in self._layers:
             states = self.states(task, form)
-            self._layers[task.name, form] = [_coordinates(states[name]) for name in states]
-        return [_shrunk(x, flatten) for x in self._layers[task.name, form]]
+            rows = [_coordinates(states[name]) for name in states]
+            self._layers[key] = [flatten_axes(x, x[0], flatten)[0] for x in rows]
+        return self._layers[key]
 
     def asked(self, task: TransferTask) -> Tensor | None:
         """How much rather the model says Yes than No when asked the task's question about each
@@ -194,12 +197,3 @@ def _coordinates(x: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
     coordinates: Tensor = u * s
     return coordinates
-
-
-def _shrunk(coordinates: Tensor, n_axes: int) -> Tensor:
-    """The leading axes shrunk to the size of the last of them; see `score_states`."""
-    sizes = coordinates.norm(dim=0)
-    scale = torch.ones_like(sizes)
-    scale[:n_axes] = sizes[n_axes - 1] / sizes[:n_axes]
-    shrunk: Tensor = coordinates * scale
-    return shrunk

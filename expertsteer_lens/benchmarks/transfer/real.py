@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from expertsteer_lens.errors import DataError
 
@@ -79,19 +80,41 @@ def read_real_data(
     unknown = sorted(set(only or ()) - set(makers))
     if unknown:
         raise DataError(f"task {unknown[0]!r} is none of {', '.join(makers)}.")
-    tasks = tuple(make() for name, make in makers.items() if only is None or name in only)
-    lines = (data / "gsm8k/test.jsonl").read_text(encoding="utf-8").split("\n")
-    worked = [json.loads(line) for line in lines[: N_WORKED + N_NEUTRAL]]
+    tasks = tuple(_made(n, make) for n, make in makers.items() if only is None or n in only)
+    worked = _made("gsm8k", partial(_read_worked, data / "gsm8k/test.jsonl"))
     with truthful.open(encoding="utf-8-sig", newline="") as file:
         facts = list(csv.DictReader(file))
     facts = facts[:: max(1, len(facts) // N_FACTS)][:N_FACTS]
-    truths = makers["truthfulqa"]()
+    truths = _made("truthfulqa", makers["truthfulqa"])
     tested = {row.question for row in (*truths.pairs, *truths.tests)}
-    asked = [(row["question"], row["answer"]) for row in worked[:N_WORKED]]
+    asked = worked[:N_WORKED]
     asked += [(row["Question"], row["Best Answer"]) for row in facts]
     return RealData(
         tasks=tasks,
-        development=tuple(read_field(fields, code) for code in DEVELOPMENT_FIELDS),
+        development=tuple(
+            _made(code, partial(read_field, fields, code)) for code in DEVELOPMENT_FIELDS
+        ),
         anchors=tuple(str(shown(q, a, "plain")) for q, a in asked if q not in tested),
-        neutral=tuple(row["question"] for row in worked[N_WORKED:]),
+        neutral=tuple(question for question, _ in worked[N_WORKED:]),
     )
+
+
+def _read_worked(path: Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")[: N_WORKED + N_NEUTRAL]
+    return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+
+
+T = TypeVar("T")
+
+
+def _made(name: str, read: Callable[[], T]) -> T:
+    """What is read, or an error that says which data cannot be."""
+    try:
+        return read()
+    except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"the data of {name!r} cannot be read ({type(error).__name__}: {error}); make the "
+            "folder again."
+        ) from error

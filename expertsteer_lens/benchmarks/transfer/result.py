@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertsteer_lens._atomic import write_figure, write_file, write_text
+from expertsteer_lens._checked_json import DIGEST, digest_of, read_object
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArtifactError
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
@@ -19,6 +20,7 @@ from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 if TYPE_CHECKING:
     import pandas
 
+RUN_FILE = "run.json"
 CEILING = "native"
 """The method, with all labelled pairs, that the others are given as a share of."""
 FLOOR = "random"
@@ -57,21 +59,13 @@ class TransferBench:
         """What `bench_transfer(out=folder)` wrote.
 
         Raises:
-            ArtifactError: nothing of the kind is there.
+            ArtifactError: nothing of the kind is there, or it was damaged or changed by hand.
         """
-        import pandas as pd
-
-        folder = Path(folder)
-        try:
-            facts = json.loads((folder / "choices.json").read_text(encoding="utf-8"))
-            frame = pd.read_csv(folder / "rows.csv", dtype={"task": str})
-            choices, settings = facts["choices"], facts["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{folder} holds no benchmark on real models: {error}.") from error
-        rows = [
-            {k: v for k, v in row.items() if not pd.isna(v)} for row in frame.to_dict("records")
-        ]
-        return cls(rows, choices, settings)
+        file = Path(folder) / RUN_FILE
+        content = read_object(file)
+        if content.get(DIGEST) != digest_of(content):
+            raise ArtifactError(f"{file} was changed or damaged: its checksum is another.")
+        return cls(content["rows"], content["choices"], content["settings"])
 
     def by_task(self) -> pandas.DataFrame:
         """Mean over draws: one line per expert, target, method, number of pairs and task.
@@ -154,24 +148,33 @@ class TransferBench:
         return plot_transfer(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `rows.csv`, `summary.csv`, `differences.csv`, `choices.json`, `bench.md` and
+        """Write `run.json`, `rows.csv`, `summary.csv`, `differences.csv`, `bench.md` and
         `bench.html` (needs plotly)."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        self.save_rows(out)
-        for name, frame in (("summary", self.summary()), ("differences", self.differences())):
-            write_file(out / f"{name}.csv", partial(frame.round(4).to_csv, index=False))
+        self.save_run(out)
+        tables = {
+            "rows": self.to_pandas(),
+            "summary": self.summary(),
+            "differences": self.differences(),
+        }
+        for name, frame in tables.items():
+            write_file(out / f"{name}.csv", partial(frame.round(5).to_csv, index=False))
         write_text(out / "bench.md", self.to_markdown())
         write_figure(out / "bench.html", self.plot())
         return out
 
-    def save_rows(self, out: Path) -> None:
-        """Write `rows.csv` and `choices.json`, from which `read` makes this anew."""
-        facts = {"settings": self.settings, "choices": self.choices}
-        write_text(out / "choices.json", json.dumps(facts, indent=1) + "\n")
-        if self.rows:
-            frame = self.to_pandas().round(5)
-            write_file(out / "rows.csv", lambda file: frame.to_csv(file, index=False))
+    def save_run(self, out: Path) -> None:
+        """Write `run.json`, which `read` makes this of again: one file, so that rows, choices and
+        settings are never of two moments."""
+        rows = [
+            {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+            for row in self.rows
+        ]
+        content = {"settings": dict(self.settings), "choices": dict(self.choices), "rows": rows}
+        content = json.loads(json.dumps(content))  # tuples become lists before they are counted
+        text = json.dumps({**content, DIGEST: digest_of(content)}, indent=None)
+        write_text(out / RUN_FILE, text.replace('{"expert"', '\n{"expert"') + "\n")
 
     def _above_floor(self, effect: float, target: str, tasks: Any) -> float | None:
         frame = self.to_pandas()

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from expertsteer_lens._checks import check_list
-from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
-from .result import TransferBench
+from .result import RUN_FILE, TransferBench
 from .rows import (
     choose_asking,
     choose_expert,
@@ -31,6 +31,8 @@ from .rows import (
 from .tasks import Form, TransferTask
 
 OnProgress = Callable[[str], object]
+GROWING = ("tasks", "models")
+"""Settings by name, to which a run that goes on may add."""
 
 
 def bench_transfer(
@@ -58,16 +60,17 @@ def bench_transfer(
         anchors: plain texts for the maps; about other things than the tasks.
         neutral: texts whose NLL says what a strength costs.
         config: see `TransferConfig`.
-        out: folder for `rows.csv` and `choices.json`. They are written after every task, and a
-            further run with the same settings goes on from there.
+        out: folder for `run.json`, which is written after every choice and every task. A further
+            run with the same settings goes on from there, also with further tasks or transfers.
         on_progress: told, in words, what is done.
 
     Returns:
         All rows, with tables, intervals over tasks and a figure.
 
     Raises:
-        ArgumentError: a transfer names a model that is not given, or `out` holds a run with other
-            settings.
+        ArgumentError: a transfer names a model that is not given, nothing is given as anchors or
+            neutral texts, or `out` holds a run with other settings, models or texts.
+        ArtifactError: the run in `out` is damaged.
         DataError: no task, or a task that is among the development tasks too.
 
     Example:
@@ -100,11 +103,23 @@ def bench_transfer(
     """
     config = TransferConfig() if config is None else config
     tasks, development = list(tasks), list(development)
+    anchors, neutral = check_texts("anchors", anchors), check_texts("neutral", neutral)
     _check(models, transfers, tasks, development)
     sides = {name: Side(name, model, config.batch_size) for name, model in models.items()}
-    kept = _Kept(out, _settings(config, transfers, tasks, development, anchors, sides))
     # One form for all: an expert is read once, whatever the target.
     form: Form = "chat" if all(s.form == "chat" for s in sides.values()) else "plain"
+    kept = _Kept(
+        out,
+        {
+            "config": config.to_dict(),
+            "form": form,
+            "anchors": text_hash(anchors),
+            "neutral": text_hash(neutral),
+            "development": {task.name: task.hash for task in development},
+            "tasks": {task.name: task.hash for task in tasks},
+            "models": {name: side.host.facts() for name, side in sides.items()},
+        },
+    )
     for target in dict.fromkeys(target for _, target in transfers):
         experts = dict.fromkeys([target, *(e for e, t in transfers if t == target)])
         _Target(
@@ -113,8 +128,8 @@ def bench_transfer(
             [sides[e] for e in experts],
             form,
             development,
-            list(anchors),
-            list(neutral),
+            anchors,
+            neutral,
             config,
             on_progress or (lambda line: None),
         ).measure(tasks)
@@ -206,23 +221,23 @@ class _Kept:
             self._read(self.out)
 
     def _read(self, out: Path) -> None:
-        if not (out / "choices.json").is_file():
+        if not (out / RUN_FILE).exists():
             return
-        found = json.loads((out / "choices.json").read_text(encoding="utf-8"))
-        own = json.loads(json.dumps(self.settings))
-        # More tasks or transfers may be added to a run; what was measured keeps its settings.
-        different = [
-            k for k in own["config"] if found["settings"]["config"].get(k) != own["config"][k]
-        ]
-        different += [k for k in ("development", "anchors") if found["settings"][k] != own[k]]
+        found = TransferBench.read(out)
+        before, now = found.settings, json.loads(json.dumps(self.settings))
+        # Tasks and models may be added to a run; what both know must be the same.
+        different = [name for name in now if name not in GROWING and before.get(name) != now[name]]
+        for group in GROWING:
+            old, new = before.get(group, {}), now[group]
+            different += [f"{group} {n!r}" for n in new if n in old and old[n] != new[n]]
         if different:
             raise ArgumentError(
-                f"out={str(out)!r} holds a run with other settings ({', '.join(different)}); give "
-                "another folder, or the same settings to go on."
+                f"out={str(out)!r} holds a run with another {', '.join(different)}; give another "
+                "folder, or the same to go on."
             )
-        self.choices = found["choices"]
-        if (out / "rows.csv").is_file():
-            self.rows = [dict(row) for row in TransferBench.read(out).rows]
+        grown = {group: {**before[group], **now[group]} for group in GROWING}
+        self.settings = {**now, **grown}
+        self.choices, self.rows = dict(found.choices), [dict(row) for row in found.rows]
 
     def choice(self, name: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A choice made on development tasks, once."""
@@ -233,6 +248,7 @@ class _Kept:
         return made
 
     def has(self, expert: str, target: str, task: str) -> bool:
+        """Whether these rows are there: they are written all at once."""
         key = (expert, target, task)
         return any((r["expert"], r["target"], r["task"]) == key for r in self.rows)
 
@@ -246,7 +262,7 @@ class _Kept:
 
     def _write(self) -> None:
         if self.out is not None:
-            self.result().save_rows(self.out)
+            self.result().save_run(self.out)
 
 
 def _check(
@@ -271,22 +287,3 @@ def _check(
         raise DataError(
             f"tasks and development hold {twice[0]!r} twice; what is reported must be held out."
         )
-
-
-def _settings(
-    config: TransferConfig,
-    transfers: Sequence[tuple[str, str]],
-    tasks: Sequence[TransferTask],
-    development: Sequence[TransferTask],
-    anchors: Sequence[str],
-    sides: Mapping[str, Side],
-) -> dict[str, Any]:
-    return {
-        "config": config.to_dict(),
-        "transfers": [list(pair) for pair in transfers],
-        "tasks": [task.name for task in tasks],
-        "development": [task.name for task in development],
-        "anchors": text_hash(list(anchors)),
-        "models": {name: side.host.facts() for name, side in sides.items()},
-        "forms": {name: side.form for name, side in sides.items()},
-    }

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.data.chat import Chat, Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import DataError
 
 N_WORDS = 24
@@ -104,6 +105,16 @@ class TransferTask:
             for side in ("positive", "negative")
         ]
         return ContrastPairs.from_lists(*sides)
+
+    @property
+    def hash(self) -> str:
+        """Digest of everything that is asked, answered and said to a model."""
+        rows = [
+            "\n".join((part, row.question, *row.positive, "", *row.negative))
+            for part, group in (("pairs", self.pairs), ("tests", self.tests))
+            for row in group
+        ]
+        return text_hash([*rows, self.instruction, self.question])
 
     @property
     def answers(self) -> list[str]:
@@ -212,9 +223,7 @@ def read_styles(
 
 def read_truthfulqa(path: str | Path, *, n_pairs: int, n_tests: int) -> TransferTask:
     """TruthfulQA as published (`TruthfulQA.csv`): the best answer wanted, the first incorrect one
-    not; the first questions are the pairs, the last ones the test.
-
-    The file keeps questions of one kind together, so pairs and tests are of different kinds.
+    not. Questions are taken evenly over the file, in turn for the pairs and for the test.
     """
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         rows = [
