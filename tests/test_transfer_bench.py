@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import pandas as pd
 import pytest
@@ -242,3 +243,17 @@ def test_of_a_stopped_run_only_whole_tasks_are_summed_up(bench):
     stopped = TransferBench([*bench[0].rows, *({**row, "task": "b"} for row in own)])
     assert set(stopped.by_task().task) == {"a"}
     assert set(stopped.summary().tasks) == {1}
+
+
+@pytest.mark.parametrize("target", ["smollm2", "gemma3"])
+def test_the_table_in_the_docs_is_that_of_the_rows(target):
+    """The run on real models is committed; its table is made of it, with the models' full names."""
+    folder = pathlib.Path(__file__).parents[1] / "benchmarks/results" / f"real_fields_{target}"
+    table = TransferBench.read(folder).to_markdown()
+    for name, full in {
+        "qwen": "Qwen2.5-Coder-0.5B-Instruct",
+        "smollm2": "SmolLM2-135M-Instruct",
+        "gemma3": "Gemma 3 270M base",
+    }.items():
+        table = table.replace(name, full)
+    assert (folder / "bench.md").read_text(encoding="utf-8") == table
