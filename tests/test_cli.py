@@ -802,4 +802,7 @@ def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     assert "fetch_real.py" in refused(capsys, *command)
     assert "EXPERT:TARGET" in refused(capsys, *command, "--transfer", "one")
     assert "--task" in refused(capsys, *command, "--domain", "finance")
-    assert "--real" in refused(capsys, "bench", "--task", "3201")
+    assert "bfloat16" in refused(capsys, *command, "--dtype", "half a float")
+    assert "--device" in refused(capsys, *command, "--device", "toaster")
+    for option in (("--task", "3201"), ("--dtype", "bfloat16"), ("--device", "cpu")):
+        assert "--real" in refused(capsys, "bench", *option)

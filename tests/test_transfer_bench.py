@@ -257,3 +257,15 @@ def test_the_table_in_the_docs_is_that_of_the_rows(target):
     }.items():
         table = table.replace(name, full)
     assert (folder / "bench.md").read_text(encoding="utf-8") == table
+
+
+def test_a_run_in_another_dtype_is_another_run(models, bench):
+    """The weights are rounded: states, choices and rows are others, and a run says which."""
+    half = {
+        name: zoo_model.bfloat16() for name, zoo_model in zip(models, zoo.load_pair(), strict=True)
+    }
+    result = bench_transfer(**arguments(half, tasks=[task("b", 4)], development=[task("d", 0)]))
+    assert {facts["dtype"] for facts in result.settings["models"].values()} == {"bfloat16"}
+    assert all("dtype" not in facts for facts in bench[0].settings["models"].values())
+    with pytest.raises(ArgumentError, match="models 'expert', models 'target'"):
+        bench_transfer(**arguments(half), out=bench[1])

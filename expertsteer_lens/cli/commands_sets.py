@@ -13,7 +13,7 @@ from expertsteer_lens.errors import ArgumentError
 
 from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
-from .options import AsJson, Out, Seed
+from .options import AsJson, ModelOptions, Out, Seed
 
 TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
@@ -60,6 +60,11 @@ def bench(
     n_draws: Annotated[
         int | None, typer.Option(help="with --real: draws of the labelled pairs", show_default="20")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="with --real: of the weights, e.g. bfloat16", show_default="float32"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="with --real: e.g. cuda:1")] = None,
 ) -> None:
     """Run the offline benchmark: 15 tasks in four domains on bundled models, every method under the
     same choices and budget. Under 15 minutes on two cores.
@@ -72,10 +77,13 @@ def bench(
                 "--domain and --no-studies have no meaning with --real; use --task."
             )
         given = {"n_pairs": tuple(n_pairs or ()), "n_draws": n_draws, "n_random": n_random}
-        _bench_real(real, data, transfers, tasks, given, out, seed, as_json)
+        options = ModelOptions(host="huggingface", dtype=dtype or "float32", device=device)
+        _bench_real(real, data, transfers, tasks, given, options, out, seed, as_json)
         return
-    if transfers or tasks or n_pairs or n_draws is not None:
-        raise ArgumentError("--transfer, --task, --n-pairs and --n-draws go with --real FOLDER.")
+    if transfers or tasks or n_pairs or dtype or device or n_draws is not None:
+        raise ArgumentError(
+            "--transfer, --task, --n-pairs, --n-draws, --dtype and --device go with --real FOLDER."
+        )
     from expertsteer_lens.benchmarks.offline import run_bench
     from expertsteer_lens.zoo.domains import DOMAINS
 
@@ -110,6 +118,7 @@ def _bench_real(
     transfers: list[str] | None,
     tasks: list[str] | None,
     given: Mapping[str, Any],
+    options: ModelOptions,
     out: Path,
     seed: int,
     as_json: bool,
@@ -118,8 +127,8 @@ def _bench_real(
 
     from expertsteer_lens.benchmarks.transfer import TransferConfig, bench_transfer
     from expertsteer_lens.benchmarks.transfer.real import read_real_data
-    from expertsteer_lens.hosts.loading import load_model
 
+    options.check()
     pairs = [tuple(pair.split(":")) for pair in transfers or TRANSFERS]
     wrong = [pair for pair in pairs if len(pair) != 2 or not all(pair)]
     if wrong:
@@ -131,7 +140,7 @@ def _bench_real(
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         here = folder / name
         say(f"loading {name}")
-        models[name] = load_model(str(here) if here.is_dir() else name, host="huggingface")
+        models[name] = options.load(str(here) if here.is_dir() else name)
     with tables_as_json(as_json):
         result = bench_transfer(
             models,

@@ -43,6 +43,12 @@ class Side:
         self._layers: dict[tuple[str, Form, int], list[Tensor]] = {}
         self._asked: dict[str, Tensor] = {}
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run says of this model; its dtype where that is not float32."""
+        dtype = str(self.host.dtype).removeprefix("torch.")
+        return self.host.facts() | ({} if dtype == "float32" else {"dtype": dtype})
+
     def at(self, depth: float) -> str:
         """The residual after the block at this share of the depth."""
         return self.hooks[min(round(depth * len(self.hooks)), len(self.hooks) - 2)]

@@ -117,7 +117,7 @@ def bench_transfer(
             "neutral": text_hash(neutral),
             "development": {task.name: task.hash for task in development},
             "tasks": {task.name: task.hash for task in tasks},
-            "models": {name: side.host.facts() for name, side in sides.items()},
+            "models": {name: side.facts for name, side in sides.items()},
         },
     )
     for target in dict.fromkeys(target for _, target in transfers):
