@@ -14,9 +14,10 @@ import expertsteer_lens as esl
 from expertsteer_lens.data.spans import answer_span
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.side_by_side import capture_side_by_side
 from expertsteer_lens.hosts.token_ends import NO_END, token_ends
 from expertsteer_lens.pipeline.fit_data import reading_of
-from expertsteer_lens.pipeline.token_pairs import candidate_pairs, pair_tokens, why_not_tokens
+from expertsteer_lens.pipeline.token_pairs import TokenPairs, candidate_pairs, why_not_tokens
 
 HOOK = "blocks.1.hook_resid_post"
 TEXTS = ["the cat was happy today", "the cat was very sad", "a boy ran home"]
@@ -121,9 +122,8 @@ class TestTokenPairs:
         expert, target = zoo
         texts = esl.zoo.anchors(6)
         hook = "blocks.1.hook_resid_post"
-        moments = pair_tokens(
-            expert, target, texts, range(6), [(hook, hook)], SMALL, 0, progress=False
-        )
+        pairs = TokenPairs([(hook, hook)], SMALL, 0)
+        moments = pairs.read(expert, target, texts, range(6), progress=False).moments
         rows_e, rows_t, groups = [], [], []
         for i, text in enumerate(texts):
             found = {}
@@ -225,17 +225,69 @@ class TestTokenPairs:
         with pytest.raises(DataError, match="other parts of these texts than their answers"):
             run.fit(wrong, target, pairs, anchors=anchors, progress=False)
 
+    def test_anchors_are_read_once_by_each_model(self, zoo, monkeypatch):
+        """States and token pairs come of the same passes, and are those of separate ones."""
+        seen: list[int] = []
+
+        def counting(read):
+            def counted(self, batch, *args, **kwargs):
+                seen.append(int(batch.attention_mask.sum()))
+                return read(self, batch, *args, **kwargs)
+
+            return counted
+
+        texts, names = esl.zoo.anchors(40), ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+        pairs = TokenPairs([(names[1], names[0])], SMALL, 0)
+        alone = [esl.capture(host.model, texts, names, positions="mean") for host in zoo]
+        separate = pairs.read(*zoo, texts, range(40), progress=False).moments
+        together = TokenPairs(pairs.pairs, SMALL, 0)
+        for host in {type(host) for host in zoo}:
+            monkeypatch.setattr(host, "read", counting(host.read))
+        stores = capture_side_by_side(
+            zoo,
+            texts,
+            (names, names),
+            together.hook_names,
+            together.taking(range(40)),
+            positions="mean",
+            batch_size=7,
+        )
+        assert sum(seen) == sum(int(host.tokenize(texts).lengths.sum()) for host in zoo)
+        for store, reference in zip(stores, alone, strict=True):
+            for name in names:
+                assert torch.allclose(store[name], reference[name], atol=1e-5)
+                assert store.median_norm(name) == pytest.approx(reference.median_norm(name))
+        assert together.moments.n == separate.n
+        for one, two in zip(together.moments.folds(), separate.folds(), strict=True):
+            for key, covariance in one.covariances.items():
+                assert torch.allclose(covariance, two.covariances[key], atol=1e-4)
+
+    def test_a_fit_reads_no_anchor_twice(self, zoo, monkeypatch):
+        """The pairs are read twice (once to find the layers), the anchors once."""
+        seen: list[int] = []
+        for host in {type(host) for host in zoo}:
+            read = host.read
+
+            def counted(self, batch, *args, read=read, **kwargs):
+                seen.append(len(batch))
+                return read(self, batch, *args, **kwargs)
+
+            monkeypatch.setattr(host, "read", counted)
+        fit = esl.ExpertSteer(SMALL).fit(
+            *zoo, esl.zoo.contrast_pairs(8), anchors=esl.zoo.anchors(30), progress=False
+        )
+        assert fit.data.maps_on == "tokens"
+        assert sum(seen) == 2 * (2 * 16 + fit.data.n_anchors)
+
     def test_candidates_are_few_and_in_the_middle_of_the_expert(self):
         names = [f"blocks.{i}.hook_resid_post" for i in range(24)]
         labels = torch.tensor([1.0, 0.0]).repeat(10)
         generator = torch.Generator().manual_seed(0)
         rows = {n: torch.randn(20, 8, generator=generator) for n in names}
         rows[names[9]][labels == 1] += 5.0
-        data = dataclasses.make_dataclass("D", ["expert_pair_states", "target_pair_states"])(
-            rows, esl.ActivationStore(rows, labels)
-        )
+        store = esl.ActivationStore(rows, labels)
         gradients = {n: torch.ones(8, dtype=torch.float64) for n in names}
-        chosen = candidate_pairs(esl.ExpertSteerConfig(), data, gradients)
+        chosen = candidate_pairs(esl.ExpertSteerConfig(), names, store, gradients)
         experts, targets = ({k[i] for k in chosen} for i in (0, 1))
         assert len(chosen) == 16
         assert names[9] in targets

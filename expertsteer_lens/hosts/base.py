@@ -27,7 +27,7 @@ from expertsteer_lens.interventions.edits import centre
 from .facts import execution_device, measure_basis, measure_fingerprint, training_noise
 from .facts import facts as facts_of
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
-from .row_picker import RowPicker
+from .row_picker import RowPicker, TokenRows
 from .scope import Scope
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ class Host:
         norms: dict[str, list[Tensor]] | None = None,
         *,
         basis: str | None = None,
+        also: TokenRows | None = None,
     ) -> dict[str, Tensor]:
         """The rows `[n, d]` that `positions` picks at each hook point (see `RowPicker`): copies on
         the CPU, float32, in the host's basis.
@@ -142,6 +143,7 @@ class Host:
         Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
         Where `norms` is given, the norm of each token looked at is added to it, by hook name.
         `basis` is `self.basis`, if it was asked for already: the answer looks at every parameter.
+        `also` is filled in the same pass.
 
         Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
         done to the live activation afterwards can reach them.
@@ -153,9 +155,15 @@ class Host:
         picker = RowPicker(positions, batch.attention_mask if tokens is None else tokens)
         # Measured by passes of its own, so not inside the hooks below.
         centred = (basis or self.basis) == "centred"
+        picker_also = None if also is None else RowPicker("all", also.mask)
+        fired: dict[str, Tensor] = {}
 
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
+                if picker_also is not None and also is not None and name in also.names:
+                    fired[name] = picker_also.rows(activation.detach())
+                if name not in wanted:
+                    return
                 rows[name] = picker.rows(activation.detach())
                 if norms is not None:
                     of_tokens = self._norms(activation.detach().float(), centred)
@@ -163,19 +171,24 @@ class Host:
 
             return fn
 
-        stop = _layer_after(names)
-        with self.intervene({name: reader(name) for name in names}):
+        wanted = set(names)
+        both = list(dict.fromkeys([*names, *(also.names if also is not None else ())]))
+        stop = _layer_after(both)
+        with self.intervene({name: reader(name) for name in both}):
             if stop is not None and stop < self.n_layers:
                 self.forward(batch, stop_at_layer=stop)
             else:  # to the end, but nobody reads the logits: one token's will do
                 one = torch.zeros_like(batch.input_ids, dtype=torch.bool)
                 one[0, 0] = True
                 self.logits_at(batch, one)
-        missing = [name for name in names if name not in rows]
+        missing = [name for name in both if name not in rows and name not in fired]
         if missing:
             raise InterventionError(
                 f"hook points {missing} did not fire in a forward pass of {self.name!r}."
             )
+        if also is not None:
+            for name, value in fired.items():
+                also.rows[name] = self._in_basis(value, centred).cpu()
         return {name: self._in_basis(rows[name], centred).cpu() for name in names}
 
     def _norms(self, activation: Tensor, centred: bool) -> Tensor:

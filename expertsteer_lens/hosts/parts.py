@@ -65,6 +65,11 @@ class TokenBatch:
         """The same batch on another device."""
         return TokenBatch(self.input_ids.to(device), self.attention_mask.to(device))
 
+    def part(self, index: Sequence[int]) -> TokenBatch:
+        """Some rows, as wide as the longest of them."""
+        width = int(self.lengths[index].max())
+        return TokenBatch(self.input_ids[index, :width], self.attention_mask[index, :width])
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from expertsteer_lens.errors import ArgumentError, DataError, HostError
 from .batching import TOKENS_PER_PASS
 from .capture_facts import capture_plan
 from .parts import TokenBatch
+from .row_picker import TokenRows
 from .token_ends import gives_offsets, token_ends, tokens_in
 
 if TYPE_CHECKING:
@@ -88,73 +90,135 @@ def capture(
     """
     from . import as_host
 
-    host = as_host(model)
-    host.check_ready()
-    texts = check_texts("prompts", prompts)
-    classes = None if labels is None else check_classes("labels", labels, len(texts))
-    given = list(hook_names) if hook_names is not None else host.hook_names()
-    names = list(dict.fromkeys(host.check_hook_names(given)))
-    if not names:
-        raise ArgumentError(
-            "hook_names is empty; give at least one name, or None for every block's output."
-        )
-    tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
-    _check_positions(positions, tokens.lengths)
-    if positions == "answer" and spans is None and any(isinstance(text, Chat) for text in texts):
-        spans = [answer_span(text) for text in texts]
-    pick = "mean" if positions == "answer" else positions
-    chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
-    plan = capture_plan(
-        host,
-        texts,
-        tokens,
-        names,
+    request = Request.of(
+        as_host(model),
+        prompts,
+        hook_names,
         positions=positions,
         spans=spans,
-        looked_at=(tokens.lengths if chosen is None else chosen.sum(1)).tolist(),
-        classes=classes,
-        prepend_bos=prepend_bos,
+        labels=labels,
         batch_size=batch_size,
         tokens_per_pass=tokens_per_pass,
+        prepend_bos=prepend_bos,
+        max_length=max_length,
     )
     if store is None:
-        held = StatesInMemory(plan)
-        _read_batches(host, tokens, chosen, pick, plan, held, progress)
-        facts = {**plan.provenance, **_medians(held.norms())}
-        return ActivationStore(CheckedStates.of(held.states), plan.labels, facts)
-    with writing(store, plan) as writer:
+        held = StatesInMemory(request.plan)
+        _read_batches(request, held, progress)
+        return request.result(held)
+    with writing(store, request.plan) as writer:
         if not writer.is_complete:
-            _read_batches(host, tokens, chosen, pick, plan, writer, progress)
+            _read_batches(request, writer, progress)
             writer.finish(_medians(writer.norms()))
     return ActivationStore.open(store)
 
 
-def _read_batches(
-    host: Host,
-    tokens: TokenBatch,
-    chosen: Tensor | None,
-    pick: str | int,
-    plan: CapturePlan,
-    into: StatesWriter | StatesInMemory,
-    progress: bool | None,
-) -> None:
-    """Run the passes that are not there yet."""
-    names, n_texts = plan.key["hook_names"], len(plan.row_counts)
-    missing = [number for number in range(len(plan.batches)) if number not in into.done]
-    cost = f"{n_texts} texts, {int(tokens.lengths.sum())} tokens"
-    if pick != "all" and isinstance(into, StatesInMemory):
-        n_bytes = 4 * host.d_model * len(names) * n_texts
-        cost += f", {n_bytes / 2**20:.0f} MiB of states are kept"
-    bar = progress_bar(missing, "capture", progress=progress, unit="batch", cost=cost)
-    for number in bar:
-        index = plan.batches[number]
-        part = _trimmed(tokens, index)
-        here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """What a capture will read of one model, checked before the model is run."""
+
+    host: Host
+    texts: list[Text]
+    tokens: TokenBatch
+    chosen: Tensor | None
+    """Mask `[n, pos]` of the tokens that are looked at; None: all real ones."""
+    pick: str | int
+    """How a row is made of these, see `RowPicker`."""
+    plan: CapturePlan
+
+    @classmethod
+    def of(
+        cls,
+        host: Host,
+        prompts: Sequence[Text],
+        hook_names: Sequence[str] | None,
+        *,
+        positions: str | int,
+        spans: Sequence[Span] | None = None,
+        labels: Tensor | Sequence[int] | None = None,
+        batch_size: int | None = None,
+        tokens_per_pass: int = TOKENS_PER_PASS,
+        prepend_bos: bool | None = None,
+        max_length: int | None = None,
+    ) -> Request:
+        """Arguments and errors are those of `capture`."""
+        host.check_ready()
+        texts = check_texts("prompts", prompts)
+        classes = None if labels is None else check_classes("labels", labels, len(texts))
+        given = list(hook_names) if hook_names is not None else host.hook_names()
+        names = list(dict.fromkeys(host.check_hook_names(given)))
+        if not names:
+            raise ArgumentError(
+                "hook_names is empty; give at least one name, or None for every block's output."
+            )
+        tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
+        _check_positions(positions, tokens.lengths)
+        if positions == "answer" and spans is None and any(isinstance(t, Chat) for t in texts):
+            spans = [answer_span(text) for text in texts]
+        chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
+        plan = capture_plan(
+            host,
+            texts,
+            tokens,
+            names,
+            positions=positions,
+            spans=spans,
+            looked_at=(tokens.lengths if chosen is None else chosen.sum(1)).tolist(),
+            classes=classes,
+            prepend_bos=prepend_bos,
+            batch_size=batch_size,
+            tokens_per_pass=tokens_per_pass,
+        )
+        pick = "mean" if positions == "answer" else positions
+        return cls(host=host, texts=texts, tokens=tokens, chosen=chosen, pick=pick, plan=plan)
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Where rows are read."""
+        names: list[str] = self.plan.key["hook_names"]
+        return names
+
+    def batch(self, number: int) -> TokenBatch:
+        """The tokens of one pass."""
+        return self.tokens.part(self.plan.batches[number])
+
+    def read(
+        self, number: int, into: StatesWriter | StatesInMemory, also: TokenRows | None = None
+    ) -> None:
+        """Run one pass and hand over its rows.
+
+        Raises:
+            DataError: NaN or Inf, naming hook point and prompt.
+        """
+        plan, index, part = self.plan, self.plan.batches[number], self.batch(number)
+        here = None if self.chosen is None else self.chosen[index, : part.input_ids.shape[1]]
         norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
-        states = host.read(part, names, pick, here, norms, basis=plan.provenance["basis"])
+        basis = plan.provenance["basis"]
+        states = self.host.read(
+            part, self.hook_names, self.pick, here, norms, basis=basis, also=also
+        )
         _check_finite(states, index, [plan.row_counts[i] for i in index])
         of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
-        into.write(number, {name: states[name] for name in names}, of_tokens)
+        into.write(number, {name: states[name] for name in self.hook_names}, of_tokens)
+
+    def result(self, held: StatesInMemory) -> ActivationStore:
+        """The store of all rows, once every pass has been read into `held`."""
+        facts = {**self.plan.provenance, **_medians(held.norms())}
+        return ActivationStore(CheckedStates.of(held.states), self.plan.labels, facts)
+
+
+def _read_batches(
+    request: Request, into: StatesWriter | StatesInMemory, progress: bool | None
+) -> None:
+    """Run the passes that are not there yet."""
+    plan = request.plan
+    missing = [number for number in range(len(plan.batches)) if number not in into.done]
+    cost = f"{len(request.texts)} texts, {int(request.tokens.lengths.sum())} tokens"
+    if request.pick != "all" and isinstance(into, StatesInMemory):
+        n_bytes = 4 * request.host.d_model * len(request.hook_names) * len(request.texts)
+        cost += f", {n_bytes / 2**20:.0f} MiB of states are kept"
+    for number in progress_bar(missing, "capture", progress=progress, unit="batch", cost=cost):
+        request.read(number, into)
 
 
 def read_tokens(
@@ -210,11 +274,6 @@ def _tokens_in_spans(
             "does the chat template rewrite the message? Read the whole text (reading='mean')."
         )
     return chosen.to(tokens.input_ids.device)
-
-
-def _trimmed(tokens: TokenBatch, index: Sequence[int]) -> TokenBatch:
-    width = int(tokens.lengths[index].max())
-    return type(tokens)(tokens.input_ids[index, :width], tokens.attention_mask[index, :width])
 
 
 def _check_positions(positions: str | int, lengths: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,18 @@ def take_rows(
     float32."""
     value = activation.float() if positions == "mean" else activation
     return take_positions(value, positions, attention_mask).float()
+
+
+@dataclass(eq=False)
+class TokenRows:
+    """Single tokens that a pass is asked for beside what represents its texts."""
+
+    names: Sequence[str]
+    """Hook points."""
+    mask: Tensor
+    """`[batch, pos]`: which tokens."""
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    """Filled by the pass: `[n_tokens, d]` by hook name, as `Host.read` returns rows."""
 
 
 class RowPicker:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from expertsteer_lens.data.chat import Chat, Text
@@ -49,6 +49,14 @@ def token_ends(host: Host, texts: Sequence[Text], batch: TokenBatch) -> Int[Tens
         row = _ends_in_content(encoded["offset_mapping"], _content_places(text, shown))
         ends[i, n - len(row) : n] = torch.tensor(row, dtype=torch.long)  # BOS may stand in front
     return ends
+
+
+def common_ends(
+    ends: Int[Tensor, "batch pos"], others: Int[Tensor, "batch other_pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """Which of the ends are also among the others', row by row."""
+    same = (ends[:, :, None] == others[:, None, :]).any(dim=2)
+    return same & (ends != NO_END)
 
 
 def tokens_in(ends: Int[Tensor, "batch pos"], spans: Sequence[Span]) -> Tensor:

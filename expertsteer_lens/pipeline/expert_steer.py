@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,20 +12,17 @@ from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
-from expertsteer_lens.data.parts import groups_of
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
 from .finished import check_finished, keeping
-from .fit_data import FitData, FitTexts, divide_texts, read_models, reading_of, spans_to_read
+from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
+from .read_models import Models
 from .rehearsal import check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
-from .token_pairs import candidate_pairs, pair_tokens, why_not_tokens
-
-if TYPE_CHECKING:
-    from expertsteer_lens.hosts import Host
+from .token_pairs import TokenPairs, candidate_pairs, why_not_tokens
 
 FEWEST_TOKEN_PAIRS = 50
 """With fewer, one state a text says as much."""
@@ -162,82 +159,77 @@ class ExpertSteer:
             check_finished(
                 finished, source, target_host, texts, reading, expert_hooks, target_hooks
             )
-        data = finished or read_models(
-            source,
-            target_host,
-            texts,
-            self.config,
+        models = Models(
+            expert=source,
+            target=target_host,
             expert_hook_names=expert_hooks,
             target_hook_names=target_hooks,
             reading=reading,
+            config=self.config,
             progress=progress,
         )
+        if finished is None:
+            data, gradients = self._read(models, texts, log)
+        else:
+            data, gradients = finished, None
+            log.done("capture", pairs=len(pairs), anchors=data.n_anchors, because="read before")
+        with keeping(data):
+            found = solve(
+                self.config,
+                self.seed,
+                target_host,
+                data,
+                log,
+                progress=progress,
+                gradients=gradients,
+            )
+            return collect(self.config, self.seed, target_host, data, found, log)
+
+    def _read(
+        self, models: Models, texts: FitTexts, log: StepLog
+    ) -> tuple[FitData, dict[str, Tensor] | None]:
+        """All states, and the gradients if they were measured: labelled texts and gradients say
+        which layers promise something, so that the anchors are read in one pass."""
+        config = self.config
+        labelled = models.read_pairs(texts)
         log.done(
             "capture",
-            pairs=len(pairs),
-            anchors=data.target_anchor_states.n,
-            expert_layers=len(expert_hooks),
-            target_layers=len(target_hooks),
-            reading=reading,
+            pairs=len(texts.pairs),
+            expert_layers=len(models.expert_hook_names),
+            target_layers=len(models.target_hook_names),
+            reading=models.reading,
         )
-        with keeping(data):
-            return self._solved(source, target_host, texts, data, log, progress)
-
-    def _solved(
-        self,
-        source: Any,
-        target: Host,
-        texts: FitTexts,
-        data: FitData,
-        log: StepLog,
-        progress: bool | None,
-    ) -> ExpertSteering:
-        """The steps after the states are read."""
-        gradients = None
-        if takes_gradients(self.config):
-            gradients = measure_gradients(self.config, target, data, log, progress)
-            if self.config.pair_tokens:
-                data = self._with_tokens(source, target, texts, data, gradients, log, progress)
-        found = solve(
-            self.config, self.seed, target, data, log, progress=progress, gradients=gradients
-        )
-        return collect(self.config, self.seed, target, data, found, log)
-
-    def _with_tokens(
-        self,
-        expert: Any,
-        target: Host,
-        texts: FitTexts,
-        data: FitData,
-        gradients: Mapping[str, Tensor],
-        log: StepLog,
-        progress: bool | None,
-    ) -> FitData:
-        """The data with the moments of token pairs; or as they are, and a step that says why."""
-        config = self.config
-        reason = why_not_tokens(expert, target)
-        if reason is None and not isinstance(KINDS[config.aligner.kind], MomentKind):
-            reason = f"aligner kind {config.aligner.kind!r} is fitted on rows"
-        moments = None
-        if reason is None:
-            unlabelled = list(texts.fit_texts)
-            groups = groups_of(unlabelled)
-            if config.align_on_pairs and texts.anchors is not None:
-                # The two texts of a pair are alike, and so one group.
-                first = max(groups) + 1
-                groups += [first + i // 2 for i in range(len(texts.pairs.texts))]
-                unlabelled += texts.pairs.texts
-            candidates = candidate_pairs(config, data, gradients)
-            moments = pair_tokens(
-                expert, target, unlabelled, groups, candidates, config, self.seed, progress=progress
+        gradients = tokens = reason = None
+        if takes_gradients(config):
+            gradients = measure_gradients(
+                config,
+                models.target,
+                list(labelled.target),
+                log,
+                models.progress,
+                behaviour=texts.validation_behaviour,
+                neutral=texts.calibration_texts,
+                readout=labelled.readout,
             )
-            if moments.n < FEWEST_TOKEN_PAIRS:
-                reason = f"only {moments.n} tokens of the anchors end at the same character"
-        if reason is not None or moments is None:
+        if gradients is not None and config.pair_tokens:
+            reason = why_not_tokens(models.expert, models.target)
+            if reason is None and not isinstance(KINDS[config.aligner.kind], MomentKind):
+                reason = f"aligner kind {config.aligner.kind!r} is fitted on rows"
+            if reason is None:
+                candidates = candidate_pairs(
+                    config, models.expert_hook_names, labelled.target, gradients
+                )
+                tokens = TokenPairs(candidates, config, self.seed)
+        data = models.read_anchors(texts, labelled, tokens)
+        log.done("anchors", texts=data.n_anchors)
+        if tokens is not None and tokens.moments.n < FEWEST_TOKEN_PAIRS:
+            reason = f"only {tokens.moments.n} tokens of the anchors end at the same character"
+        if reason is not None:
             log.done("token pairs", maps_on="one state a text", because=reason)
-            return data
-        log.done("token pairs", n=moments.n, texts=len(unlabelled), layer_pairs=len(candidates))
-        return data.with_tokens(moments, config)
+        elif tokens is not None:
+            data = data.with_tokens(tokens.moments, config)
+            log.done("token pairs", n=tokens.moments.n, layer_pairs=len(tokens.pairs))
+        return data, gradients
 
     def capture(
         self,

@@ -3,12 +3,10 @@ test."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,15 +18,10 @@ from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
 from expertsteer_lens.data.parts import check_disjoint, groups_of, halves, hashes_of, rows_of
 from expertsteer_lens.data.spans import Span, answer_span
-from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.hosts import capture
 from expertsteer_lens.hosts.token_ends import gives_offsets
-from expertsteer_lens.learn.directions import mean_difference
 
 if TYPE_CHECKING:
-    from expertsteer_lens.hosts import Host
-
     from .config import ExpertSteerConfig
 
 PairKey = tuple[str, str]
@@ -103,6 +96,11 @@ class FitData:
                     f"(they were read under {read[name]!r}); run ExpertSteer(...).fit again, or "
                     "leave it as it was."
                 )
+
+    @property
+    def n_anchors(self) -> int:
+        """Unlabelled texts that were read."""
+        return self.target_anchor_states.n
 
     @property
     def pair_groups(self) -> list[int] | None:
@@ -239,75 +237,6 @@ def divide_texts(
     )
 
 
-def read_models(
-    expert: Host | ActivationStore,
-    target: Host,
-    texts: FitTexts,
-    config: ExpertSteerConfig,
-    *,
-    expert_hook_names: list[str],
-    target_hook_names: list[str],
-    reading: str | int,
-    progress: bool | None,
-) -> FitData:
-    """The states of both models on the divided texts, at hook points that are on them.
-
-    Args:
-        expert: the model, or its states captured before.
-        target: the model to be steered.
-        texts: see `divide_texts`.
-        config: where and in what batches states are read.
-        expert_hook_names: where the expert is read.
-        target_hook_names: where the target is read.
-        reading: what state represents a text, see `reading_of`.
-        progress: show progress bars; None: where standard error is a terminal.
-    """
-    pairs = texts.pairs
-
-    def read(host: Host, of: Sequence[Text], names: list[str], labels: Any) -> ActivationStore:
-        return capture(
-            host.model,
-            of,
-            names,
-            labels=labels,
-            positions=reading,
-            spans=pairs.answer_spans if reading == "answer" and labels is not None else None,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-
-    if isinstance(expert, ActivationStore):
-        expert_anchors, expert_pairs = _rows_of_states(expert, expert_hook_names, texts, reading)
-    else:
-        expert_anchors = read(expert, texts.fit_texts, expert_hook_names, None)
-        expert_pairs = read(expert, pairs.texts, expert_hook_names, pairs.labels)
-    target_anchors = read(target, texts.fit_texts, target_hook_names, None)
-    target_pairs = read(target, pairs.texts, target_hook_names, pairs.labels)
-    final = target.hook_names()[-1]
-    store = (
-        target_pairs if final in target_pairs else read(target, pairs.texts, [final], pairs.labels)
-    )
-    return FitData(
-        expert_anchor_states=expert_anchors,
-        target_anchor_states=target_anchors,
-        expert_pair_states=expert_pairs,
-        target_pair_states=target_pairs,
-        readout=mean_difference(store[final], pairs.labels),
-        calibration_texts=tuple(texts.calibration_texts),
-        test_texts=tuple(texts.test_texts),
-        validation_behaviour=texts.validation_behaviour,
-        test_behaviour=texts.test_behaviour,
-        provenance={
-            "expert": _model_facts(expert_pairs),
-            "target": _model_facts(target_pairs),
-            "reading": reading,
-            "made_on": made_on(target),
-            **texts.facts,
-        },
-        text_hashes={"pairs": hashes_of(pairs.texts), "anchors": hashes_of(texts.fit_texts)},
-    )
-
-
 def reading_of(config: ExpertSteerConfig, *models: Any) -> str | int:
     """What state represents a text in all of these models: `config.reading`, but "mean" in place of
     "answer" where a tokenizer does not say which characters its tokens cover."""
@@ -354,57 +283,3 @@ def split_anchors(
     parts = order[2 * kept :], order[:kept], order[kept : 2 * kept]
     fit, calibration, test = ([texts[i] for i in rows_of(groups, part)] for part in parts)
     return fit, calibration, test
-
-
-def made_on(target: Host) -> dict[str, Any]:
-    """What decides the last digits of a fit: processor, threads, libraries."""
-    return {
-        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "device": target.device.type,
-        "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
-    }
-
-
-def _model_facts(store: ActivationStore) -> dict[str, Any]:
-    names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
-    return {name: store.provenance.get(name) for name in names}
-
-
-def _rows_of_states(
-    states: ActivationStore, names: Sequence[str], texts: FitTexts, positions: str | int
-) -> tuple[ActivationStore, ActivationStore]:
-    """The anchors' and the pairs' rows of states captured before.
-
-    Raises:
-        DataError: they are of other texts, or of another token of each.
-    """
-    pairs, anchors = texts.pairs, texts.anchors
-    expected = [*pairs.texts, *(anchors or ())]
-    command = "ExpertSteer(...).capture(expert, pairs, anchors=anchors)"
-    facts = states.provenance
-    if states.n != len(expected) or not are_states_of(facts, expected):
-        raise DataError(
-            f"expert holds states of {states.n} texts, which are not the {len(expected)} of pairs "
-            f"and anchors, in this order; make them with {command}."
-        )
-    if facts.get("positions", positions) != positions:
-        raise DataError(
-            f"expert holds states read at positions={facts['positions']!r}, but "
-            f"config.reading is {positions!r}; read and fit at the same token."
-        )
-    wanted = [list(span) for span in spans_to_read(pairs, anchors)]
-    if positions == "answer" and facts.get("spans", wanted) != wanted:
-        raise DataError(
-            "expert holds states of other parts of these texts than their answers; make them with "
-            "ExpertSteer(...).capture(expert, pairs, anchors=anchors)."
-        )
-    # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
-    row = {text: i for i, text in reversed(list(enumerate(expected)))}
-    fitted = states.select([row[text] for text in texts.fit_texts], hook_names=names)
-    labelled = states.select(range(len(pairs.texts)), hook_names=names)
-    return (
-        ActivationStore(fitted.activations, provenance=facts),  # without labels
-        ActivationStore(labelled.activations, pairs.labels, facts),
-    )

@@ -4,7 +4,7 @@ mathematics here."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from expertsteer_lens.align import (
     AlignerGrid,
     fit_aligner_grid_from_moments,
 )
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.learn.rfm import RFM, fit_rfm
@@ -92,7 +94,16 @@ def solve(
     if mi is None:
         mi = _score_pairs(config, seed, data, log, progress)
     if takes_gradients(config) and gradients is None:
-        gradients = measure_gradients(config, target, data, log, progress)
+        gradients = measure_gradients(
+            config,
+            target,
+            list(data.target_pair_states),
+            log,
+            progress,
+            behaviour=data.validation_behaviour,
+            neutral=data.calibration_texts,
+            readout=data.readout,
+        )
     if takes_gradients(config):
         chosen = _choose_by_attribution(config, seed, data, log, progress, gradients or {})
     else:
@@ -121,19 +132,24 @@ def _score_pairs(
 
 
 def measure_gradients(
-    config: ExpertSteerConfig, target: Host, data: FitData, log: StepLog, progress: bool | None
+    config: ExpertSteerConfig,
+    target: Host,
+    names: list[str],
+    log: StepLog,
+    progress: bool | None,
+    *,
+    behaviour: Behaviour | None,
+    neutral: Sequence[Text],
+    readout: Tensor,
 ) -> dict[str, Tensor]:
     """The gradient of the behaviour at every hook point of the target, `[d_target]`: of the
-    validation prompts' completions, or of the read-out where no behaviour was given."""
-    behaviour, names = data.validation_behaviour, list(data.target_pair_states)
+    validation prompts' completions, or of the read-out on neutral texts where there are none."""
     if behaviour is not None:
         gradients = behaviour_gradient(
             target, behaviour, names, batch_size=config.batch_size, progress=progress
         )
     else:
-        gradients = readout_gradient(
-            target, data.calibration_texts, data.readout, names, batch_size=config.batch_size
-        )
+        gradients = readout_gradient(target, neutral, readout, names, batch_size=config.batch_size)
     log.done(
         "attribute",
         metric="completions" if behaviour is not None else "read-out",

@@ -19,7 +19,7 @@ from expertsteer_lens.measure.prepared import Completions, CompletionScores
 from expertsteer_lens.pipeline.asking import ask_about
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
 from expertsteer_lens.pipeline.labelling import flatten_axes
-from expertsteer_lens.pipeline.token_pairs import pair_tokens
+from expertsteer_lens.pipeline.token_pairs import TokenPairs
 from expertsteer_lens.steer.plan import SteeringPlan
 
 from .tasks import Form, TransferTask
@@ -186,16 +186,10 @@ class Maps:
         return {hook: fitted[hook, self.hook] for hook in hooks}
 
     def _pair(self, texts: Sequence[Text], groups: Sequence[int]) -> PairedMoments:
-        return pair_tokens(
-            self.expert.host,
-            self.target.host,
-            texts,
-            groups,
-            [(hook, self.hook) for hook in self.hooks],
-            self.config,
-            self.seed,
-            progress=False,
-        )
+        pairs = [(hook, self.hook) for hook in self.hooks]
+        tokens = TokenPairs(pairs, self.config, self.seed)
+        hosts = self.expert.host, self.target.host
+        return tokens.read(*hosts, texts, groups, progress=False).moments
 
 
 def _coordinates(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from expertsteer_lens.hosts.huggingface import (
 )
 from expertsteer_lens.hosts.parts import EditFn, Observer, TokenBatch, guarded
 from expertsteer_lens.hosts.pass_tracking import is_stand_in, parameter_names, read_pass
+from expertsteer_lens.hosts.row_picker import TokenRows
 from expertsteer_lens.hosts.scope import Scope, scope_or_new
 from expertsteer_lens.interventions.positions import ForwardInfo
 
@@ -166,10 +167,14 @@ class NNsightHost(Host):
         norms: dict[str, list[Tensor]] | None = None,
         *,
         basis: str | None = None,
+        also: TokenRows | None = None,
     ) -> dict[str, Tensor]:
-        """See `Host.read`; from a server only the rows travel back, and no norms."""
+        """See `Host.read`; from a server only the rows travel back, and no norms; `also` is a
+        request of its own."""
         if not self.remote:
-            return super().read(batch, names, positions, tokens, norms, basis=basis)
+            return super().read(batch, names, positions, tokens, norms, basis=basis, also=also)
+        if also is not None:
+            also.rows |= self.read(batch, also.names, "all", also.mask, basis=basis)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,

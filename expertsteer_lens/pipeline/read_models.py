@@ -1,0 +1,213 @@
+"""Reading both models for a fit: the labelled texts first, then, knowing which layers promise
+something, the anchors, in one pass of each model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.parts import groups_of, hashes_of
+from expertsteer_lens.data.texts import are_states_of
+from expertsteer_lens.errors import DataError
+from expertsteer_lens.hosts import capture
+from expertsteer_lens.hosts.side_by_side import capture_side_by_side
+from expertsteer_lens.learn.directions import mean_difference
+
+from .config import ExpertSteerConfig
+from .fit_data import FitData, FitTexts, spans_to_read
+from .token_pairs import TokenPairs
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts import Host
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Models:
+    """What a fit reads, where and how.
+
+    Args:
+        expert: the model, or its states captured before.
+        target: the model to be steered.
+        expert_hook_names: where the expert is read, checked.
+        target_hook_names: where the target is read, checked.
+        reading: what state represents a text, see `reading_of`.
+        config: in what batches.
+        progress: show progress bars; None: where standard error is a terminal.
+    """
+
+    expert: Host | ActivationStore
+    target: Host
+    expert_hook_names: list[str]
+    target_hook_names: list[str]
+    reading: str | int
+    config: ExpertSteerConfig
+    progress: bool | None
+
+    def read_pairs(self, texts: FitTexts) -> PairStates:
+        """The states of both models on the labelled texts."""
+        if isinstance(self.expert, ActivationStore):
+            _, expert = _rows_of_states(self.expert, self.expert_hook_names, texts, self.reading)
+        else:
+            expert = self._labelled(self.expert, texts, self.expert_hook_names)
+        target = self._labelled(self.target, texts, self.target_hook_names)
+        final = self.target.hook_names()[-1]
+        ends = target if final in target else self._labelled(self.target, texts, [final])
+        return PairStates(expert, target, mean_difference(ends[final], texts.pairs.labels))
+
+    def read_anchors(
+        self, texts: FitTexts, labelled: PairStates, tokens: TokenPairs | None
+    ) -> FitData:
+        """The states of both models on the anchors, and all that is read.
+
+        Args:
+            texts: see `divide_texts`.
+            labelled: read before.
+            tokens: takes the pairs of tokens of the unlabelled texts, from the same passes.
+        """
+        expert, target = self.expert, self.target
+        if isinstance(expert, ActivationStore):
+            expert_anchors, _ = _rows_of_states(expert, self.expert_hook_names, texts, self.reading)
+            target_anchors = self._unlabelled(target, texts, self.target_hook_names)
+        elif tokens is None:
+            expert_anchors = self._unlabelled(expert, texts, self.expert_hook_names)
+            target_anchors = self._unlabelled(target, texts, self.target_hook_names)
+        else:
+            expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens)
+        return FitData(
+            expert_anchor_states=expert_anchors,
+            target_anchor_states=target_anchors,
+            expert_pair_states=labelled.expert,
+            target_pair_states=labelled.target,
+            readout=labelled.readout,
+            calibration_texts=tuple(texts.calibration_texts),
+            test_texts=tuple(texts.test_texts),
+            validation_behaviour=texts.validation_behaviour,
+            test_behaviour=texts.test_behaviour,
+            provenance={
+                "expert": _model_facts(labelled.expert),
+                "target": _model_facts(labelled.target),
+                "reading": self.reading,
+                "made_on": made_on(target),
+                **texts.facts,
+            },
+            text_hashes={
+                "pairs": hashes_of(texts.pairs.texts),
+                "anchors": hashes_of(texts.fit_texts),
+            },
+        )
+
+    def _with_tokens(
+        self, expert: Host, texts: FitTexts, tokens: TokenPairs
+    ) -> tuple[ActivationStore, ActivationStore]:
+        """The anchors' states, in the same passes their pairs of tokens; and, where they enter the
+        maps, the pairs of tokens of the labelled texts, without their labels."""
+        groups = groups_of(texts.fit_texts)
+        states = capture_side_by_side(
+            (expert, self.target),
+            texts.fit_texts,
+            (self.expert_hook_names, self.target_hook_names),
+            tokens.hook_names,
+            tokens.taking(groups),
+            positions=self.reading,
+            batch_size=self.config.batch_size,
+            progress=self.progress,
+        )
+        if self.config.align_on_pairs and texts.anchors is not None:
+            # The two texts of a pair are alike, and so one group.
+            also = texts.pairs.texts
+            after = [max(groups) + 1 + i // 2 for i in range(len(also))]
+            tokens.read(expert, self.target, also, after, progress=self.progress)
+        return states
+
+    def _labelled(self, host: Host, texts: FitTexts, names: list[str]) -> ActivationStore:
+        pairs = texts.pairs
+        spans = pairs.answer_spans if self.reading == "answer" else None
+        return self._capture(host, pairs.texts, names, labels=pairs.labels, spans=spans)
+
+    def _unlabelled(self, host: Host, texts: FitTexts, names: list[str]) -> ActivationStore:
+        return self._capture(host, texts.fit_texts, names)
+
+    def _capture(
+        self, host: Host, texts: Sequence[Text], names: list[str], **options: Any
+    ) -> ActivationStore:
+        return capture(
+            host.model,
+            texts,
+            names,
+            positions=self.reading,
+            batch_size=self.config.batch_size,
+            progress=self.progress,
+            **options,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PairStates:
+    """The states of both models on the labelled texts."""
+
+    expert: ActivationStore
+    target: ActivationStore
+    readout: Tensor
+    """See `FitData.readout`."""
+
+
+def made_on(target: Host) -> dict[str, Any]:
+    """What decides the last digits of a fit: processor, threads, libraries."""
+    return {
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "device": target.device.type,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+    }
+
+
+def _model_facts(store: ActivationStore) -> dict[str, Any]:
+    names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
+    return {name: store.provenance.get(name) for name in names}
+
+
+def _rows_of_states(
+    states: ActivationStore, names: Sequence[str], texts: FitTexts, positions: str | int
+) -> tuple[ActivationStore, ActivationStore]:
+    """The anchors' and the pairs' rows of states captured before.
+
+    Raises:
+        DataError: they are of other texts, or of another token of each.
+    """
+    pairs, anchors = texts.pairs, texts.anchors
+    expected = [*pairs.texts, *(anchors or ())]
+    command = "ExpertSteer(...).capture(expert, pairs, anchors=anchors)"
+    facts = states.provenance
+    if states.n != len(expected) or not are_states_of(facts, expected):
+        raise DataError(
+            f"expert holds states of {states.n} texts, which are not the {len(expected)} of pairs "
+            f"and anchors, in this order; make them with {command}."
+        )
+    if facts.get("positions", positions) != positions:
+        raise DataError(
+            f"expert holds states read at positions={facts['positions']!r}, but "
+            f"config.reading is {positions!r}; read and fit at the same token."
+        )
+    wanted = [list(span) for span in spans_to_read(pairs, anchors)]
+    if positions == "answer" and facts.get("spans", wanted) != wanted:
+        raise DataError(
+            "expert holds states of other parts of these texts than their answers; make them with "
+            "ExpertSteer(...).capture(expert, pairs, anchors=anchors)."
+        )
+    # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
+    row = {text: i for i, text in reversed(list(enumerate(expected)))}
+    fitted = states.select([row[text] for text in texts.fit_texts], hook_names=names)
+    labelled = states.select(range(len(pairs.texts)), hook_names=names)
+    return (
+        ActivationStore(fitted.activations, provenance=facts),  # without labels
+        ActivationStore(labelled.activations, pairs.labels, facts),
+    )
