@@ -19,6 +19,9 @@ from expertsteer_lens.evaluation import (
     NotMeasured,
     register_control,
 )
+from expertsteer_lens.evaluation.methods import few_labels_plan
+from expertsteer_lens.learn.directions import mean_difference
+from expertsteer_lens.pipeline.labelling import best_cut, score_states
 from expertsteer_lens.show.plots import plot_evaluation
 from expertsteer_lens.show.report import table_for_people
 
@@ -206,3 +209,44 @@ def test_rows_of_the_first_version_are_measured():
         correct=torch.ones(1),
     )
     assert row.measured
+
+
+@pytest.mark.parametrize("labeller", [None, "expert", "self"])
+def test_with_one_labelled_pair_the_direction_is_that_of_the_labels_a_model_gives(
+    fit, zoo, labeller
+):
+    plan, pairs, target = fit.plan(coefficient=0.1), zoo["pairs"], fit.target_pairs
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(fit.seed)).tolist()
+    for seed in (0, 3):
+        found = few_labels_plan(fit, plan, labeller, seed)
+        which = order[seed]
+        one = esl.ContrastPairs.from_lists([pairs.positive[which]], [pairs.negative[which]])
+        rows = [pairs.texts.index(t) for t in one.texts]
+        labels = torch.tensor([1, 0])
+        if labeller is not None:
+            model = zoo["expert" if labeller == "expert" else "target"]
+            said = esl.label_texts(
+                model, one, pairs.texts, config=esl.ExpertSteerConfig(reading="mean")
+            )
+            # Read as the fit read them: by the part in which the texts of a pair differ.
+            store = fit.data.expert_pair_states if labeller == "expert" else target
+            layers = [store[n] for n in list(store)[1:-1]]
+            scores = score_states([x[rows] for x in layers], labels.float(), layers)
+            agree = ((scores > best_cut(scores)).long() == said.labels).float().mean()
+            assert agree > 0.8
+            labels, rows = (scores > best_cut(scores)).long(), range(len(pairs.texts))
+            labels[pairs.texts.index(one.texts[0])] = 1
+            labels[pairs.texts.index(one.texts[1])] = 0
+        vector = found.vectors[0]
+        by_hand = mean_difference(target[vector.hook_name][list(rows)], labels)
+        assert torch.allclose(vector.direction, by_hand, atol=1e-5)
+
+
+def test_few_labels_are_rows_of_an_evaluation_with_all_methods(fit, zoo):
+    result = esl.evaluate(
+        fit.plan(coefficient=0.1), zoo["target"], fit=fit, methods="all", n_random=2, n_shuffles=2
+    )
+    table = result.to_pandas().set_index("method")
+    for name in ("native mean difference", "expert as labeller", "self as labeller"):
+        assert table.loc[f"{name}, 1 pair", "n"] == 2
+        assert table.loc[f"{name}, 1 pair", "role"] == "baseline"

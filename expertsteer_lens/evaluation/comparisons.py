@@ -19,6 +19,7 @@ from expertsteer_lens.errors import ArgumentError
 from .methods import (
     NotMeasured,
     base_plan,
+    few_labels_plan,
     learner,
     least_squares_plan,
     mapped_plan,
@@ -197,6 +198,10 @@ def _realigned(kind: str, setting: Setting, seed: int) -> SteeringPlan:
     return realigned_plan(setting.fitted, setting.plan, kind)
 
 
+def _few_labels(labeller: str | None, setting: Setting, seed: int) -> SteeringPlan:
+    return few_labels_plan(setting.fitted, setting.plan, labeller, seed)
+
+
 def _minus_base(setting: Setting, seed: int) -> SteeringPlan:
     assert setting.base is not None
     return base_plan(setting.fitted, setting.plan, setting.base)
@@ -232,6 +237,19 @@ COMPARISONS: dict[str, Comparison] = {
     "native logistic probe (ITI)": Comparison(
         make=partial(_native, "logistic probe"), role="baseline", methods="all"
     ),
+    **{
+        name: Comparison(
+            make=partial(_few_labels, labeller),
+            role="baseline",
+            methods="all",
+            seeds=lambda s: range(s.seed, s.seed + s.n_shuffles),
+        )
+        for name, labeller in (
+            ("native mean difference, 1 pair", None),
+            ("expert as labeller, 1 pair", "expert"),
+            ("self as labeller, 1 pair", "self"),
+        )
+    },
     "expert minus base (UNLOCK)": Comparison(
         make=_minus_base, role="baseline", applies=lambda s: s.base is not None
     ),

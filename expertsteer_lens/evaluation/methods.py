@@ -28,6 +28,7 @@ from expertsteer_lens.measure.gradients import behaviour_gradient
 from expertsteer_lens.pair.rules import PairingConfig, allowed_targets, select_layer_pairs
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
 from expertsteer_lens.pipeline.fit_data import PairKey, labels_of
+from expertsteer_lens.pipeline.labelling import best_cut, score_states
 from expertsteer_lens.pipeline.steps import fit_maps
 
 if TYPE_CHECKING:
@@ -146,6 +147,45 @@ def least_squares_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
                 directions[key] = mean_difference(aligner.encode(states[key[0]]), labels)
     except ArgumentError as error:
         raise NotMeasured(str(error).rstrip(".")) from error
+    return _at_best_layers(fit, plan, directions)
+
+
+def few_labels_plan(
+    fit: ExpertSteering, plan: SteeringPlan, labeller: str | None, seed: int
+) -> SteeringPlan:
+    """The target's own mean difference where only one of the fit's pairs is labelled.
+
+    Args:
+        fit: its pairs' texts are all there is, one pair of them with its labels.
+        plan: the plan under test.
+        labeller: "expert" or "self" (the target) labels the others, as `label_texts` does; None:
+            they are left out.
+        seed: which pair; pairs come in a drawn order, each once.
+
+    Raises:
+        NotMeasured: the labeller finds nothing that divides the texts.
+    """
+    target = fit.target_pairs
+    labels = labels_of(target)
+    n = int(labels.sum())
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(fit.seed))
+    given = torch.stack([(labels == side).nonzero()[order[seed % n], 0] for side in (1, 0)])
+    rows, found = given, labels[given]
+    if labeller is not None:
+        states = fit.data.expert_pair_states if labeller == "expert" else target
+        names = list(states)[1:-1] or list(states)
+        layers = [states[name] for name in names]
+        try:
+            scores = score_states([x[given] for x in layers], labels[given].float(), layers)
+        except DataError as error:
+            raise NotMeasured(str(error).rstrip(".")) from error
+        rows, found = torch.arange(len(labels)), (scores > best_cut(scores)).to(labels)
+        found[given] = labels[given]
+    names = list(target)
+    directions = {
+        ("target", names[j]): mean_difference(target[names[j]][rows], found)
+        for j in allowed_targets(len(names), fit.config.pairing)
+    }
     return _at_best_layers(fit, plan, directions)
 
 

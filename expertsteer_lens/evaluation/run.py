@@ -82,10 +82,12 @@ def evaluate(
         calibration_texts: other such texts, on which every row is calibrated; default: the fit's.
         methods: "controls": random directions, shuffled labels, wrong layer, native ceiling. "all":
             also the target's own PCA and logistic probe, the fit's maps with the mean difference,
-            other aligners, a least-squares map, and the paper's preset in two gauges.
+            other aligners, a least-squares map, the paper's preset in two gauges, and what is left
+            where only one of the pairs is labelled: the target's own direction from this pair, and
+            from labels that the expert, or the target itself, gives the other texts.
         n_random: random directions, drawn twice: at the same norm as the plan, and calibrated to
             the same budget.
-        n_shuffles: RFMs fitted on shuffled labels.
+        n_shuffles: RFMs fitted on shuffled labels, and draws of the labelled pair.
         budget: damage to the calibration texts, nats per token, in the fit's unit (else rise of
             NLL); default: the fit's, else 0.10.
         prompt_prefix: text put in front of every prompt for the prompting baseline; skipped if
