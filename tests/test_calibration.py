@@ -10,7 +10,7 @@ from reference import kl_per_token
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.measure.calibration import DEFAULT_GRID, calibrate
+from expertsteer_lens.measure.calibration import DEFAULT_GRID, _bisect, _within, calibrate
 from expertsteer_lens.measure.metrics import (
     behaviour_gradient,
     behaviour_metric,
@@ -63,7 +63,7 @@ def test_bisection_finds_the_same_coefficient_where_the_cost_grows(model, plan):
         walked = calibrate(plan, model, TEXTS, budget=budget, unit="kl")
         bisected = calibrate(plan, model, TEXTS, budget=budget, unit="kl", curve=False)
         assert walked.coefficient == bisected.coefficient
-        assert len(bisected.curve) <= 6
+        assert len(bisected.curve) <= 8  # the origin is one
 
 
 def test_the_curve_holds_the_measured_effects_and_the_unsteered_origin(model, plan):
@@ -175,3 +175,19 @@ def test_bad_arguments_are_explained(model, plan):
         calibrate(plan, model, TEXTS, unit="bits")
     with pytest.raises(DataError, match="texts is empty"):
         calibrate(plan, model, [])
+
+
+@pytest.mark.parametrize("n_within", range(1, len(DEFAULT_GRID) + 1))
+def test_the_search_finds_the_last_point_within_the_budget_from_wherever_it_begins(n_within):
+    steps = sorted(DEFAULT_GRID)
+    for near in steps:
+        rows = _bisect(
+            lambda c: {"coefficient": c, "cost": float(steps.index(c) >= n_within)},
+            steps,
+            0.5,
+            near,
+        )
+        assert _within(rows, steps, 0.5, "it") == steps[n_within - 1]
+        assert len(rows) == len({row["coefficient"] for row in rows}) <= 7
+        if near == steps[n_within - 1]:  # this one, and the next that is too large
+            assert len(rows) == (2 if n_within < len(steps) else 1)

@@ -169,8 +169,9 @@ def calibrate(
 
     With `curve` the grid is walked upwards and left once the cost exceeds five times the budget;
     the coefficient returned is the last one before the cost first exceeds the budget, so a curve
-    that dips again later is not exploited. Without, the grid is bisected: about four measurements,
-    the same answer wherever the cost grows with the coefficient.
+    that dips again later is not exploited. Without, the grid is searched from the plan's own
+    coefficient on: two or three measurements where that is near, seven at most with the default
+    grid, and the same answer wherever the cost grows with the coefficient.
 
     Args:
         plan: its directions, positions and edits; its own coefficients give only the ratio between
@@ -236,7 +237,8 @@ def calibrate(
         + ("" if behaviour is None else f" and {len(behaviour)} prompts")
         + ("; fewer where the budget is exceeded early" if curve else ""),
     ) as step:
-        upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget)
+        own = max(abs(v.coefficient) for v in plan.vectors)
+        upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget, own)
         best = _within(upward, steps, budget, "the plan")
         downward = _walk(measure, [-s for s in steps], budget) if negative else []
     origin = {"coefficient": 0.0, "cost": 0.0}
@@ -280,7 +282,8 @@ def _balanced(
             cost = _cost(neutral, alone.with_coefficient(coefficient), unit)
             return {"coefficient": coefficient, "cost": cost}
 
-        return _within(_bisect(measure, steps, budget), steps, budget, vector.hook_name)
+        rows = _bisect(measure, steps, budget, near=abs(vector.coefficient))
+        return _within(rows, steps, budget, vector.hook_name)
 
     return replace(plan, vectors=tuple(replace(v, coefficient=affords(v)) for v in plan.vectors))
 
@@ -328,17 +331,23 @@ def _walk(
 
 
 def _bisect(
-    measure: Callable[[float], dict[str, Any]], coefficients: Sequence[float], budget: float
+    measure: Callable[[float], dict[str, Any]],
+    coefficients: Sequence[float],
+    budget: float,
+    near: float,
 ) -> list[dict[str, Any]]:
     """Rows of the points visited, in order of coefficient; the last within and the first over are
-    neighbours."""
+    neighbours. The search begins at the point nearest to `near`, looks at the next point and the
+    third, and halves what is left."""
     rows = {}
     low, high = -1, len(coefficients)
+    at = min(range(high), key=lambda i: abs(coefficients[i] - near))
     while high - low > 1:
-        middle = (low + high) // 2
-        rows[middle] = measure(coefficients[middle])
-        if rows[middle]["cost"] <= budget:
-            low = middle
-        else:
-            high = middle
+        rows[at] = measure(coefficients[at])
+        is_within = rows[at]["cost"] <= budget
+        low, high = (at, high) if is_within else (low, at)
+        at = (low + high) // 2
+        if len(rows) < 3:
+            away = low + len(rows) if is_within else high - len(rows)
+            at = min(max(away, low + 1), high - 1)
     return [rows[i] for i in sorted(rows)]
