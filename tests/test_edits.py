@@ -16,6 +16,7 @@ from expertsteer_lens.interventions.edits import EDITS, Edit, VectorEdit, find_e
 
 EVERY_EDIT = {
     "add": lambda x, v, **k: edits.add(x, 1.5 * v, **k),
+    "add_relative": lambda x, v, **k: edits.add_relative(x, v, coefficient=0.6, **k),
     "ablate": edits.ablate,
     "rescale": lambda x, v, **k: edits.rescale(x, v, coefficient=-1.5, **k),
     "clamp": lambda x, v, **k: edits.clamp(x, v, low=2.0, high=2.0, **k),
@@ -214,6 +215,7 @@ def test_the_table_holds_the_functions_above(name: str) -> None:
     unit, c = v / v.norm(), 0.7
     same = {
         "add": lambda: edits.add(x, c * unit),
+        "add_relative": lambda: edits.add_relative(x, v, coefficient=c),
         "ablate": lambda: edits.ablate(x, v, coefficient=c),
         "rescale": lambda: edits.rescale(x, v, coefficient=c),
         "clamp": lambda: edits.clamp(x, v, low=torch.tensor(c)),  # which float32 rounds

@@ -98,13 +98,14 @@ def test_what_is_captured_is_what_the_network_computes(network: Any) -> None:
     assert rows.provenance["name"] == "Patches"
 
 
-@pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
 def test_steering_is_the_edit_at_the_places_asked_for(network: Any, edit: str) -> None:
     with torch.no_grad():
         mixed = torch.tanh(network.mix(network.embed(IMAGES.transpose(1, 2))))
     along = (mixed @ V)[..., None]
     wanted = {"add": mixed + 2 * V, "ablate": mixed - along * V, "rescale": mixed + along * V}
     wanted["clamp"] = mixed + (along.clamp(min=0.3) - along) * V
+    wanted["add_relative"] = mixed + mixed.norm(dim=-1, keepdim=True) * V
     strength = {"add": 2.0, "clamp": 0.3}.get(edit, 1.0)
     chosen = torch.tensor([False, True, False, True, False, False, False, False])
     want = torch.where(chosen[:, None], wanted[edit], mixed)

@@ -302,7 +302,7 @@ def test_shown_as_text_and_as_a_table() -> None:
 # -- effect ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
 def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
     model = model_of()
     plain = run(model)
@@ -317,18 +317,19 @@ def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
 
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
 def test_each_edit_does_what_the_pure_function_does(
     edit: str, family: str, preserve_norm: bool
 ) -> None:
     """In centred coordinates (gpt2) the edit sees Px, and the mean of x is left alone."""
-    model, c = model_of(family), 0.7 if edit in ("ablate", "rescale") else 3.0
+    model, c = model_of(family), 3.0 if edit in ("add", "clamp") else 0.7
     x = at(HOOK, model)
     centred = family == "gpt2"
     base, v = (edits.centre(x), edits.centre(direction())) if centred else (x, direction())
     keep = {"preserve_norm": preserve_norm}
     wanted = {
         "add": lambda: edits.add(base, c * v, **keep),
+        "add_relative": lambda: edits.add_relative(base, direction(), coefficient=c, **keep),
         "ablate": lambda: edits.ablate(base, direction(), coefficient=c, **keep),
         "clamp": lambda: edits.clamp(base, direction(), low=c, **keep),
         "rescale": lambda: edits.rescale(base, direction(), coefficient=c, **keep),
@@ -427,11 +428,11 @@ def test_vectors_at_one_hook_point_act_in_the_order_of_the_plan() -> None:
     torch.testing.assert_close(left, torch.full_like(left, 5.0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("edit", ["add", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
 def test_row_coefficients_steer_each_row_by_its_own_strength(edit: str) -> None:
     model, ids = model_of(), IDS[:1].expand(4, -1)
     factors = [0.0, 1.0, -1.0, 0.5]
-    plan = plan_of(vector(coefficient=0.8 if edit in ("ablate", "rescale") else 4.0, edit=edit))
+    plan = plan_of(vector(coefficient=4.0 if edit in ("add", "clamp") else 0.8, edit=edit))
     plain = run(model, ids)
     with plan.hooks(model, row_coefficients=factors) as report:
         together = run(model, ids)

@@ -81,6 +81,34 @@ def add(
     return _finish(activations, base + delta.to(base), mask, preserve_norm)
 
 
+def add_relative(
+    activations: Activations,
+    direction: Tensor,
+    *,
+    coefficient: float | Tensor,
+    mask: Mask = None,
+    preserve_norm: bool = False,
+) -> Activations:
+    """x + coefficient * |x| v: every token is steered by the same fraction of its own norm.
+
+    Residual norms differ from token to token, by orders of magnitude where a token is an attention
+    sink: a constant that is right for most tokens is nothing to these, and much to a small one.
+
+    Args:
+        activations: `[batch, pos, d]`.
+        direction: `[d]`.
+        coefficient: fraction of the norm; a number, or a tensor that broadcasts to `[batch, pos]`.
+        mask: tokens to edit; None edits every token.
+        preserve_norm: rescale each edited token to the norm it had.
+
+    Example:
+        >>> add_relative(torch.tensor([[[3.0, 4.0]]]), torch.tensor([2.0, 0.0]), coefficient=0.2)
+        tensor([[[4., 4.]]])
+    """
+    edited = _add_relative_edit(wide(activations), _unit(direction, activations), coefficient)
+    return _finish(activations, edited, mask, preserve_norm)
+
+
 def ablate(
     activations: Activations,
     direction: Tensor,
@@ -205,7 +233,7 @@ operations on its arguments."""
 
 CoefficientKind = Literal["length", "fraction"]
 COEFFICIENT_KINDS = ("length", "fraction")
-EditName = Literal["add", "ablate", "clamp", "rescale"]
+EditName = Literal["add", "add_relative", "ablate", "clamp", "rescale"]
 """The edits that come with the package; `register_edit` adds others."""
 
 
@@ -220,7 +248,8 @@ class Edit:
     function: EditFunction
     coefficient: CoefficientKind = "length"
     """ "length": along the direction, in the unit of the activations, so a plan may state it in
-    median norms. "fraction": of the projection on the direction, so it has no unit."""
+    median norms. "fraction": of the projection on the direction, or of the token's norm, so it has
+    no unit."""
     is_constant: bool = False
     """Whether the edit adds coefficient * (a vector that depends on the direction alone). Such an
     edit is done in the activations' own type, and is what other programs' files can hold."""
@@ -245,6 +274,11 @@ def _add_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tens
     return x + (coefficient[..., None] if by_row else coefficient) * direction  # type: ignore[index]
 
 
+def _add_relative_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
+    sizes = torch.as_tensor(coefficient, device=x.device) * x.norm(dim=-1)
+    return x + sizes[..., None] * direction
+
+
 def _ablate_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
     return _multiply_along(x, direction, 1.0 - coefficient)
 
@@ -264,6 +298,7 @@ def _clamp_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Te
 
 EDITS: dict[str, Edit] = {
     "add": Edit(_add_edit, coefficient="length", is_constant=True),
+    "add_relative": Edit(_add_relative_edit, coefficient="fraction"),
     "ablate": Edit(_ablate_edit, coefficient="fraction"),
     "clamp": Edit(_clamp_edit, coefficient="length"),
     "rescale": Edit(_rescale_edit, coefficient="fraction"),

@@ -46,6 +46,7 @@ class SteeringVector:
     |---|---|---|
     | add | x + s v | |
     | clamp | projection on v raised to at least s (s > 0), or lowered to at most s (s < 0) | |
+    | add_relative | x + coefficient norm(x) v | a fraction: relative_to must be "unit" |
     | ablate | x - coefficient (x.v) v | a fraction: relative_to must be "unit" |
     | rescale | x + coefficient (x.v) v | a fraction: relative_to must be "unit" |
 
@@ -69,7 +70,7 @@ class SteeringVector:
     median_norm: float | None = None
     """Median norm of the target's activations at this hook point, in the plan's basis."""
     edit: EditName | str = "add"
-    """ "add", "ablate", "clamp", "rescale", or one that was registered."""
+    """ "add", "add_relative", "ablate", "clamp", "rescale", or one that was registered."""
     preserve_norm: bool = False
     """Rescale each edited token to the norm it had."""
     gate: Gate | None = None
