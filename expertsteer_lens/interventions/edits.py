@@ -275,7 +275,7 @@ def _add_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tens
 
 
 def _add_relative_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
-    sizes = torch.as_tensor(coefficient, device=x.device) * x.norm(dim=-1)
+    sizes: Tensor = torch.as_tensor(coefficient, device=x.device) * x.norm(dim=-1)
     return x + sizes[..., None] * direction
 
 

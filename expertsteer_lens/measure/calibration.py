@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._progress import Step
+from expertsteer_lens._upward import upward
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -132,9 +133,7 @@ class Calibration:
 
     def plot(self) -> Any:
         """Plotly figure of effect and cost against the coefficient."""
-        from expertsteer_lens.show.plots import plot_dose_response
-
-        return plot_dose_response(self)
+        return upward("plot_dose_response")(self)
 
     _repr_html_ = repr_html
 

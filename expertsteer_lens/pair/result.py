@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._html import repr_html
+from expertsteer_lens._upward import upward
 from expertsteer_lens.data.activations import layer_or_none
 
 from .config import MIConfig
@@ -115,9 +116,7 @@ class LayerPairMI:
 
     def plot(self, **kwargs: Any) -> Any:
         """Heat map (a plotly Figure); arguments go to `plots.plot_layer_pair_mi`."""
-        from expertsteer_lens.show.plots import plot_layer_pair_mi
-
-        return plot_layer_pair_mi(self, **kwargs)
+        return upward("plot_layer_pair_mi")(self, **kwargs)
 
     _repr_html_ = repr_html
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._html import repr_html
+from expertsteer_lens._upward import upward
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
@@ -331,9 +332,7 @@ class SteeringPlan:
         Raises:
             ArtifactError: see `load`; or what is there is no plan.
         """
-        from expertsteer_lens.files.io import load
-
-        plan = load(
+        plan = upward("load")(
             path,
             revision=revision,
             token=token,
@@ -356,9 +355,7 @@ class SteeringPlan:
         evaluation: Any = None,
     ) -> str:
         """Upload the plan; see `expertsteer_lens.push_to_hub`."""
-        from expertsteer_lens.files.io import push_to_hub
-
-        return push_to_hub(
+        where: str = upward("push_to_hub")(
             self,
             repo_id,
             private=private,
@@ -368,6 +365,7 @@ class SteeringPlan:
             create_pr=create_pr,
             evaluation=evaluation,
         )
+        return where
 
     @property
     def hook_names_read(self) -> list[str]:
