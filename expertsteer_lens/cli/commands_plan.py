@@ -11,7 +11,7 @@ import typer
 
 from expertsteer_lens.errors import ArgumentError, DataError
 
-from .as_json import print_json, rows_of
+from .as_json import print_json, rows_of, tables_as_json
 from .io import (
     load_saved,
     print_evaluation,
@@ -25,6 +25,7 @@ from .io import (
     write_evaluation,
 )
 from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
+from .stopped import Stopped
 
 
 def show(
@@ -164,7 +165,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """A saved plan against random directions; with `--fit` also against shuffled labels and the
-    native ceiling."""
+    native ceiling. Where it is stopped (Ctrl-C), the rows that are finished are kept in OUT/stopped
+    (expertsteer-evaluation/stopped without --out), and the same command goes on from there."""
     from expertsteer_lens.data.parts import halves
     from expertsteer_lens.evaluation.run import evaluate as run
 
@@ -180,20 +182,25 @@ def evaluate(
             "and half to test."
         )
     model = models.load(target)
-    result = run(
-        loaded,
-        model,
-        fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
-        behaviour=prompts,
-        neutral=None if texts is None else tests,
-        calibration_texts=None if texts is None else calibrates,
-        n_random=n_random,
-        seed=seed,
-        progress=True,
-    )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_evaluation(out, result)
+    with tables_as_json(as_json):
+        stopped = Stopped(out or Path("expertsteer-evaluation"))
+        with stopped.kept_as("rows") as rows:
+            result = run(
+                loaded,
+                model,
+                fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
+                behaviour=prompts,
+                neutral=None if texts is None else tests,
+                calibration_texts=None if texts is None else calibrates,
+                n_random=n_random,
+                seed=seed,
+                progress=True,
+                finished=rows,
+            )
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_evaluation(out, result)
+        stopped.clear()
     if as_json:
         print_json({"verdict": result.verdict, **result.to_dict()})
     else:

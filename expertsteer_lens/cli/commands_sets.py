@@ -14,6 +14,7 @@ from expertsteer_lens.errors import ArgumentError
 from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
 from .options import AsJson, Out, Seed
+from .stopped import goes_on_from
 
 TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
@@ -132,7 +133,7 @@ def _bench_real(
         here = folder / name
         say(f"loading {name}")
         models[name] = load_model(str(here) if here.is_dir() else name, host="huggingface")
-    with tables_as_json(as_json):
+    with tables_as_json(as_json), goes_on_from(out):
         result = bench_transfer(
             models,
             [(expert, target) for expert, target in pairs],

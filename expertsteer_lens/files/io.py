@@ -43,7 +43,8 @@ def save(thing: Any, path: str | Path) -> Path:
     Args:
         thing: a `SteeringPlan`; or an `ExpertSteering` (all of a fit: states, maps, RFMs, scores,
             texts kept apart; no model), `ActivationStore`, `Aligner`, `RFM`, `LayerPairMI`,
-            `LayerPairs`, `Calibration` or `Evaluation`; or a registered kind of yours.
+            `LayerPairs`, `Calibration` or `Evaluation`; what `Interrupted.finished` holds; or a
+            registered kind of yours.
         path: the folder.
 
     Raises:

@@ -20,6 +20,7 @@ from .config import PRESETS, ExpertSteerConfig, Preset
 from .finished import check_finished, keeping
 from .fit_data import FitData, FitTexts, divide_texts, read_models, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
+from .readings import FinishedReadings
 from .rehearsal import check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
 from .token_pairs import candidate_pairs, pair_tokens, why_not_tokens
@@ -90,7 +91,7 @@ class ExpertSteer:
         target_hook_names: Sequence[str] | None = None,
         progress: bool | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
-        finished: FitData | None = None,
+        finished: FitData | FinishedReadings | None = None,
     ) -> ExpertSteering:
         """Run the four steps.
 
@@ -124,7 +125,7 @@ class ExpertSteer:
                 `Interrupted.finished`; they are not read again.
 
         Raises:
-            Interrupted: the user stopped it after the states were read; `.finished` has them.
+            Interrupted: the user stopped it after some states were read; `.finished` has them.
             ArgumentError, DataError, HookNameError, WidthError, ModelStateError: the input cannot
                 be used; see the message. What can be known before a model is run is said before.
         """
@@ -158,20 +159,21 @@ class ExpertSteer:
             or source.d_model == target_host.d_model,
         )
         reading = reading_of(self.config, source, target_host)
-        if finished is not None:
-            check_finished(
-                finished, source, target_host, texts, reading, expert_hooks, target_hooks
+        if isinstance(finished, FitData):
+            data = finished
+            check_finished(data, source, target_host, texts, reading, expert_hooks, target_hooks)
+        else:
+            data = read_models(
+                source,
+                target_host,
+                texts,
+                self.config,
+                expert_hook_names=expert_hooks,
+                target_hook_names=target_hooks,
+                reading=reading,
+                progress=progress,
+                finished=finished,
             )
-        data = finished or read_models(
-            source,
-            target_host,
-            texts,
-            self.config,
-            expert_hook_names=expert_hooks,
-            target_hook_names=target_hooks,
-            reading=reading,
-            progress=progress,
-        )
         log.done(
             "capture",
             pairs=len(pairs),
@@ -180,8 +182,7 @@ class ExpertSteer:
             target_layers=len(target_hooks),
             reading=reading,
         )
-        with keeping(data):
-            return self._solved(source, target_host, texts, data, log, progress)
+        return self._solved(source, target_host, texts, data, log, progress)
 
     def _solved(
         self,
@@ -194,13 +195,15 @@ class ExpertSteer:
     ) -> ExpertSteering:
         """The steps after the states are read."""
         gradients = None
-        if takes_gradients(self.config):
-            gradients = measure_gradients(self.config, target, data, log, progress)
-            if self.config.pair_tokens:
-                data = self._with_tokens(source, target, texts, data, gradients, log, progress)
-        found = solve(
-            self.config, self.seed, target, data, log, progress=progress, gradients=gradients
-        )
+        with keeping(data):
+            if takes_gradients(self.config):
+                gradients = measure_gradients(self.config, target, data, log, progress)
+                if self.config.pair_tokens:
+                    data = self._with_tokens(source, target, texts, data, gradients, log, progress)
+        with keeping(data):  # with the token pairs
+            found = solve(
+                self.config, self.seed, target, data, log, progress=progress, gradients=gradients
+            )
         return collect(self.config, self.seed, target, data, found, log)
 
     def _with_tokens(
@@ -228,7 +231,9 @@ class ExpertSteer:
                 groups += [first + i // 2 for i in range(len(texts.pairs.texts))]
                 unlabelled += texts.pairs.texts
             candidates = candidate_pairs(config, data, gradients)
-            moments = pair_tokens(
+            data.check_tokens_serve(config)
+            # There already where a fit goes on that was stopped after this step.
+            moments = data.token_moments or pair_tokens(
                 expert, target, unlabelled, groups, candidates, config, self.seed, progress=progress
             )
             if moments.n < FEWEST_TOKEN_PAIRS:

@@ -22,9 +22,10 @@ from expertsteer_lens.data.parts import check_disjoint, groups_of, halves, hashe
 from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, DataError
-from expertsteer_lens.hosts import capture
 from expertsteer_lens.hosts.token_ends import gives_offsets
 from expertsteer_lens.learn.directions import mean_difference
+
+from .readings import FinishedReadings, Readings
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
@@ -249,6 +250,7 @@ def read_models(
     target_hook_names: list[str],
     reading: str | int,
     progress: bool | None,
+    finished: FinishedReadings | None = None,
 ) -> FitData:
     """The states of both models on the divided texts, at hook points that are on them.
 
@@ -261,31 +263,34 @@ def read_models(
         target_hook_names: where the target is read.
         reading: what state represents a text, see `reading_of`.
         progress: show progress bars; None: where standard error is a terminal.
+        finished: what a fit with the same arguments had read.
+
+    Raises:
+        Interrupted: the user stopped it, and something was read before.
     """
     pairs = texts.pairs
+    readings = Readings(
+        reading=reading, batch_size=config.batch_size, progress=progress, finished=finished
+    )
+    spans = pairs.answer_spans if reading == "answer" else None
 
-    def read(host: Host, of: Sequence[Text], names: list[str], labels: Any) -> ActivationStore:
-        return capture(
-            host.model,
-            of,
-            names,
-            labels=labels,
-            positions=reading,
-            spans=pairs.answer_spans if reading == "answer" and labels is not None else None,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
+    def read_pairs(name: str, host: Host, names: list[str]) -> ActivationStore:
+        return readings.read(name, host, pairs.texts, names, labels=pairs.labels, spans=spans)
 
     if isinstance(expert, ActivationStore):
         expert_anchors, expert_pairs = _rows_of_states(expert, expert_hook_names, texts, reading)
     else:
-        expert_anchors = read(expert, texts.fit_texts, expert_hook_names, None)
-        expert_pairs = read(expert, pairs.texts, expert_hook_names, pairs.labels)
-    target_anchors = read(target, texts.fit_texts, target_hook_names, None)
-    target_pairs = read(target, pairs.texts, target_hook_names, pairs.labels)
+        expert_anchors = readings.read(
+            "expert on anchors", expert, texts.fit_texts, expert_hook_names
+        )
+        expert_pairs = read_pairs("expert on pairs", expert, expert_hook_names)
+    target_anchors = readings.read("target on anchors", target, texts.fit_texts, target_hook_names)
+    target_pairs = read_pairs("target on pairs", target, target_hook_names)
     final = target.hook_names()[-1]
     store = (
-        target_pairs if final in target_pairs else read(target, pairs.texts, [final], pairs.labels)
+        target_pairs
+        if final in target_pairs
+        else read_pairs("target on pairs (last layer)", target, [final])
     )
     return FitData(
         expert_anchor_states=expert_anchors,
