@@ -95,7 +95,7 @@ def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
         compare={"paper preset": paper.plan(coefficient=0.1)},
         progress=True,
     )
-    write_results(out, fit, plan, result, curve, texts)
+    write_results(out, fit, plan, result, curve, pairs)
     print_evaluation(result)
     say(f"\n{time.perf_counter() - started:.0f} s; open {out / 'report.html'}")
     say(str(out.resolve()))
@@ -291,7 +291,7 @@ def _fitted(
             "evaluated"
         )
     else:
-        write_results(out, found, plan, result, curve, [])
+        write_results(out, found, plan, result, curve, contrast)
         print_evaluation(result)
     stopped.clear()
     say(str((out / "plan").resolve()))

@@ -129,11 +129,11 @@ def _bench_real(
     said = {name: value for name, value in given.items() if value not in (None, ())}
     config = replace(TransferConfig(seed=seed), **said)
     models = {}
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        here = folder / name
-        say(f"loading {name}")
-        models[name] = load_model(str(here) if here.is_dir() else name, host="huggingface")
     with tables_as_json(as_json), goes_on_from(out):
+        for name in dict.fromkeys(name for pair in pairs for name in pair):
+            here = folder / name
+            say(f"loading {name}")
+            models[name] = load_model(str(here) if here.is_dir() else name, host="huggingface")
         result = bench_transfer(
             models,
             [(expert, target) for expert, target in pairs],

@@ -22,7 +22,10 @@ class FinishedReadings:
     """What a fit had read when the user stopped it before all was read."""
 
     stores: dict[str, ActivationStore]
-    """By what is read, e.g. "expert anchors"."""
+    """By what was read, e.g. "expert on anchors"."""
+
+    def __repr__(self) -> str:
+        return f"FinishedReadings({', '.join(self.stores)})"
 
 
 class Readings:
