@@ -692,6 +692,49 @@ class TestBadInput:
         path.write_bytes('{"positive": "é"}'.encode("utf-16"))
         assert "is not UTF-8 text" in refused(capsys, *self.fit(files, pairs=path))
 
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("preset", "anchord", "--preset must be one of"),
+            ("dtype", "float33", "--dtype must name"),
+            ("host", "jax", "--host must be one of"),
+        ],
+    )
+    def test_an_error_names_the_option(self, capsys, files, option, value, message):
+        assert message in refused(capsys, *self.fit(files, **{option: value}))
+
+    def test_an_error_names_the_option_that_may_be_repeated(self, capsys):
+        assert "--domain must be one of" in refused(capsys, "bench", "--domain", "law")
+        line = refused(capsys, *self.fit_with_benchmark("medqaa"))
+        assert line.startswith("ArgumentError: --benchmark must be one of")
+
+    @staticmethod
+    def fit_with_benchmark(name):
+        return ("fit", "--expert", EXPERT, "--target", TARGET, "--benchmark", name)
+
+    @pytest.mark.parametrize(
+        ("command", "option", "value"),
+        [
+            ("demo", "--n-random", "1"),
+            ("fit", "--n-random", "1"),
+            ("evaluate", "--seed", "-1"),
+            ("bench", "--n-random", "1"),
+            ("capture", "--batch-size", "0"),
+            ("steer", "--max-new-tokens", "0"),
+        ],
+    )
+    def test_numbers_out_of_range_are_refused_before_anything_is_done(
+        self, command, option, value, monkeypatch
+    ):
+        from expertsteer_lens import zoo
+
+        monkeypatch.setattr(zoo, "load_pair", None)
+        monkeypatch.setattr(offline, "run_bench", None)
+        result = run(command, option, value)
+        assert result.exit_code == 2
+        said = " ".join(result.output.replace("│", " ").split())
+        assert f"Invalid value for '{option}'" in said
+
     def test_unknown_commands_and_options_are_usage_errors(self):
         assert run("fly").exit_code == 2
         assert run("show").exit_code == 2

@@ -18,7 +18,7 @@ from .options import with_options
 EXIT_CODES = {
     0: "done",
     1: "an error, said in one line on standard error; or `reproduce` found another result",
-    2: "options that are not understood",
+    2: "options that are not understood, or numbers out of their range",
     130: "stopped by the user (Ctrl-C)",
 }
 """With what a command ends. An error that is none of ours is a traceback and 1."""

@@ -110,7 +110,7 @@ def capture(
         str,
         typer.Option(help="what stands for a text: answer, mean, last, or the index of a token"),
     ] = "answer",
-    batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 16,
     out: Out = Path("expert-states"),
     seed: Seed = 0,
 ) -> None:
@@ -148,6 +148,7 @@ def label(
     flatten: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="leading axes of variation to shrink, see esl.label_texts; default 1, with a "
             "question 6",
             show_default=False,
@@ -156,7 +157,7 @@ def label(
     n_rounds: Annotated[
         int | None,
         typer.Option(
-            help="rounds of self-training; default 4, with a question 1", show_default=False
+            min=0, help="rounds of self-training; default 4, with a question 1", show_default=False
         ),
     ] = None,
     out: Out = Path("labelled-texts"),

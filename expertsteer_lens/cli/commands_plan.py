@@ -102,7 +102,7 @@ def steer(
         typer.Option("--interactive", help="ask for prompts until an empty line or end of input"),
     ] = False,
     coefficient: Annotated[float | None, typer.Option(help="default: the plan's own")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate, at most")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate, at most")] = 60,
     allow_mismatch: Annotated[
         bool, typer.Option(help="use a plan fitted on other weights")
     ] = False,
@@ -240,7 +240,7 @@ def export(
         str | None, typer.Option(help="gguf: architecture noted in the file")
     ] = None,
     n_layers: Annotated[
-        int | None, typer.Option(help="hotwire: of the target; default: as the plan says")
+        int | None, typer.Option(min=1, help="hotwire: of the target; default: as the plan says")
     ] = None,
     allow_mismatch: Annotated[
         bool,

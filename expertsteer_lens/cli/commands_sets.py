@@ -29,7 +29,9 @@ def bench(
     ] = True,
     n_random: Annotated[
         int | None,
-        typer.Option(help="random directions; default 5, with --real 10", show_default=False),
+        typer.Option(
+            min=2, help="random directions; default 5, with --real 10", show_default=False
+        ),
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -56,10 +58,11 @@ def bench(
     ] = None,
     n_pairs: Annotated[
         list[int] | None,
-        typer.Option(help="with --real: numbers of labelled pairs; may be repeated"),
+        typer.Option(min=1, help="with --real: numbers of labelled pairs; may be repeated"),
     ] = None,
     n_draws: Annotated[
-        int | None, typer.Option(help="with --real: draws of the labelled pairs", show_default="20")
+        int | None,
+        typer.Option(min=1, help="with --real: draws of the labelled pairs", show_default="20"),
     ] = None,
 ) -> None:
     """Run the offline benchmark: 15 tasks in four domains on bundled models, every method under the

@@ -16,6 +16,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from expertsteer_lens._atomic import write_figure, write_file, write_text
+from expertsteer_lens._checks import check_choice
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
@@ -101,6 +102,7 @@ def texts_to_fit(texts: TextOptions, seed: int) -> tuple[Any, Any]:
     if texts.benchmark is not None and texts.pairs is not None:
         raise ArgumentError("give either --pairs FILE or --benchmark NAME, not both.")
     if texts.benchmark is not None:
+        check_choice("--benchmark", texts.benchmark, public.names())
         found = public.load(
             texts.benchmark, path=texts.benchmark_path, limit=texts.limit, seed=seed
         )
