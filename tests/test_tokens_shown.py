@@ -105,6 +105,7 @@ def test_read_are_the_tokens_whose_mean_capture_returns(models, positions):
     assert torch.allclose(rows[view.chosen].mean(0), value, atol=1e-4)
     assert torch.allclose(view.projection, rows @ rows[0], rtol=1e-3, atol=1e-3)
     assert view.what == "read"
+    assert "(projection on the direction; strongest" in view.to_html()  # nothing was edited
 
 
 def test_of_a_chat_only_the_answer_is_outlined(models):
