@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import html
+import pathlib
 
 import pytest
 import results
@@ -171,6 +173,25 @@ class TestInterruption:
         assert again.layer_pairs.keys() == fit.layer_pairs.keys()
         key = again.layer_pairs.keys()[0]
         assert torch.equal(again.direction(*key), fit.direction(*key))
+
+
+def test_whatever_has_a_table_shows_it_in_a_notebook():
+    package = pathlib.Path(esl.__file__).parent
+    without, n = [], 0
+    for path in package.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef) or any(
+                isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases
+            ):
+                continue
+            names = {b.name for b in node.body if isinstance(b, ast.FunctionDef)}
+            targets = [t for b in node.body if isinstance(b, ast.Assign) for t in b.targets]
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+            if "to_pandas" in names:
+                n += 1
+                without += [node.name] if "_repr_html_" not in names else []
+    assert n > 15
+    assert without == []
 
 
 def test_every_result_shows_itself_in_a_notebook_and_no_text_is_markup(fit, models):
