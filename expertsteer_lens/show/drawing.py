@@ -91,7 +91,7 @@ def heat_map(
             showgrid=False,
             zeroline=False,
         )
-    width = max(520, 200 + 60 * n_columns) if small else 900
+    width = max(600, 200 + 60 * n_columns) if small else 900  # room for the title
     figure.update_layout(width=width, height=max(420, 180 + 46 * n_rows))
     return figure
 

@@ -87,14 +87,14 @@ def plot_layer_pair_mi(
     minus = "" if what == "mi" else " minus its permutation null"
     i, j = divmod(int(matrix.argmax()), len(mi.target_hook_names))
     e, t = layer_label(mi.expert_hook_names[i]), layer_label(mi.target_hook_names[j])
-    most = f"{float(matrix[i, j]):.2f} {unit}"
-    title = f"Expert layer {e} and target layer {t} share most: {most}"
-    null = f"mutual information{minus}, {mi.config.estimator}, n = {mi.n_samples}<br>"
-    null += (
-        f"permutation null {float(mi.null_mean.mean()):.3f} {unit}"
-        if has_null
-        else "no permutation null was drawn"
-    )
+    most = "share most" if what == "mi" else "exceed chance most"
+    value = f"{float(matrix[i, j]):.2f} {unit}"
+    title = f"Expert layer {e} and target layer {t} {most}: {value}"
+    null = f"mutual information{minus}, {mi.config.estimator}, n = {mi.n_samples}"
+    if not has_null:
+        null += "; no permutation null was drawn"
+    elif what == "mi":
+        null += f"; permutation null {float(mi.null_mean.mean()):.3f} {unit}"
     null += "; outlined: chosen" if layer_pairs is not None else ""
     corrected = None
     if significance is not None:
