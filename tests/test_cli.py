@@ -313,6 +313,18 @@ class TestShow:
         assert plan.provenance["expert"]["fingerprint"] in result.output
         assert plan.vectors[0].hook_name in result.output
 
+    def test_names_are_whole_in_a_terminal_of_80_columns(self, fitted, found):
+        def shown(saved):
+            return CliRunner().invoke(cli.app, ["show", str(saved)], env={"COLUMNS": "80"}).stdout
+
+        plan = esl.load(fitted[0] / "plan")
+        rows = [line for line in shown(fitted[0] / "plan").splitlines() if line.startswith("│")]
+        assert any(plan.vectors[0].hook_name in row for row in rows)
+        table = shown(found / "fit").split("fitted pairs")[1]
+        assert len([line for line in table.splitlines() if line.startswith("│")]) == min(
+            10, len(esl.load(found / "fit").rfms)
+        )
+
     def test_brackets_in_names_are_not_styles(self, tmp_path):
         plan = esl.SteeringPlan.from_vectors(
             {"blocks.1.hook_resid_post": torch.ones(4)}, relative_to="unit"

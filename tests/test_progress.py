@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -78,3 +79,16 @@ def test_on_a_terminal_it_is_a_bar_and_no_line(monkeypatch, capsys, clock):
     err = capsys.readouterr().err
     assert "counting:   0%" in err
     assert "items in" not in err
+
+
+def test_a_model_is_loaded_into_a_log_without_the_loaders_bars():
+    """In a process of its own: the loader's bars would write to the standard error it began with."""
+    from expertsteer_lens import zoo
+
+    code = (
+        "import sys, expertsteer_lens as esl\n"
+        f"esl.load_model({str(zoo.model_path('target'))!r}, host='huggingface')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr

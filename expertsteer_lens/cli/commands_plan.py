@@ -66,6 +66,8 @@ def show(
 
 
 def _show_fit(fit: Any) -> None:
+    from expertsteer_lens.show.drawing import layer_label
+
     say(fit.summary())
     short = {
         "mutual_information": "MI",
@@ -73,16 +75,26 @@ def _show_fit(fit: Any) -> None:
         "rfm_validation_auc": "RFM AUC",
     }
     frame = fit.to_pandas()
-    print_frame(
-        frame.head(10).rename(columns=short),
-        f"the first of {len(frame)} fitted pairs",
-        names=True,
-    )
+    shown = frame.head(10).rename(columns=short)
+    for column in ("expert", "target"):  # short: a terminal has 80 columns
+        shown[column] = shown[column].map(layer_label)
+    shown = shown.rename(columns={"expert": "expert layer", "target": "target layer"})
+    print_frame(shown, f"the first of {len(frame)} fitted pairs")
 
 
 def _show_plan(plan: Any) -> None:
     say(repr(plan))
-    print_frame(plan.to_pandas(), "vectors")
+    frame = plan.to_pandas().rename(
+        columns={
+            "coefficient": "coeff.",
+            "relative_to": "unit",
+            "median_norm": "median norm",
+            "preserve_norm": "keeps norm",
+        }
+    )
+    # What says nothing is left out, so that the names fit into a terminal.
+    silent = [c for c in ("keeps norm", "gate") if not frame[c].astype(bool).any()]
+    print_frame(frame.drop(columns=["layer", *silent]), "vectors", names=True)
     names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
     facts = {k: v for k, v in plan.provenance.items() if k in names}
     say_json(facts)
