@@ -96,7 +96,8 @@ def pair_tokens(
     moments: PairedMoments | None = None
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    for index in progress_bar(batches, "token pairs", progress=progress, unit="batch"):
+    cost = f"{len(texts)} texts through both models, every token of them"
+    for index in progress_bar(batches, "token pairs", progress=progress, unit="batch", cost=cost):
         part = [texts[i] for i in index]
         batch_e, batch_t = expert.tokenize(part), target.tokenize(part)
         ends_e, ends_t = token_ends(expert, part, batch_e), token_ends(target, part, batch_t)
