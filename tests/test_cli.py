@@ -3,18 +3,28 @@ run by `.ci/run`."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import pathlib
+import re
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
+import pandas
 import pytest
 import results
 import torch
 from typer.testing import CliRunner
 
 import expertsteer_lens as esl
+from expertsteer_lens.benchmarks import offline, transfer
+from expertsteer_lens.benchmarks.offline import BenchRow
+from expertsteer_lens.benchmarks.transfer import real
 from expertsteer_lens.cli import app as cli
-from expertsteer_lens.cli import commands_plan
+from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets
 from expertsteer_lens.cli import io as _cli_io
 from expertsteer_lens.cli.options import TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -162,6 +172,20 @@ class TestFit:
         assert verdict.replace("&", "&amp;") in (out / "report.html").read_text()
         assert "plotly.min.js" in (out / "comparison.html").read_text()[:2000]
 
+    def test_the_report_shows_texts_and_tokens(self, fitted):
+        """Texts at several strengths, which tokens were read in the first pair, and which were
+        edited in a prompt and after it."""
+        page = (fitted[0] / "report.html").read_text()
+        assert page.count("class='esl-tokens'") == 3
+        assert "tokens read at" in page
+        assert "tokens edited at" in page
+        assert "<div class='esl-key'>generated</div>" in page
+        strength = esl.load(fitted[0] / "plan").vectors[0].coefficient
+        head = [f"<th>{s * strength:+.3g}</th>" for s in (-1, 0.5, 1, 1.5)]
+        assert "".join([head[0], "<th>unsteered</th>", *head[1:]]) in page
+        kept = esl.zoo.behaviour(n=12).split(0.5, seed=0)[1]
+        assert kept.prompts[0] in page
+
     def test_the_plan_is_that_of_the_library_with_the_same_settings(self, fitted, files):
         plan = esl.load(fitted[0] / "plan")
         assert plan.provenance["config"]["mi"]["n_permutations"] == 5
@@ -288,6 +312,18 @@ class TestShow:
         assert repr(plan) in result.output
         assert plan.provenance["expert"]["fingerprint"] in result.output
         assert plan.vectors[0].hook_name in result.output
+
+    def test_names_are_whole_in_a_terminal_of_80_columns(self, fitted, found):
+        def shown(saved):
+            return CliRunner().invoke(cli.app, ["show", str(saved)], env={"COLUMNS": "80"}).stdout
+
+        plan = esl.load(fitted[0] / "plan")
+        rows = [line for line in shown(fitted[0] / "plan").splitlines() if line.startswith("│")]
+        assert any(plan.vectors[0].hook_name in row for row in rows)
+        table = shown(found / "fit").split("fitted pairs")[1]
+        assert len([line for line in table.splitlines() if line.startswith("│")]) == min(
+            10, len(esl.load(found / "fit").rfms)
+        )
 
     def test_brackets_in_names_are_not_styles(self, tmp_path):
         plan = esl.SteeringPlan.from_vectors(
@@ -668,6 +704,49 @@ class TestBadInput:
         path.write_bytes('{"positive": "é"}'.encode("utf-16"))
         assert "is not UTF-8 text" in refused(capsys, *self.fit(files, pairs=path))
 
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("preset", "anchord", "--preset must be one of"),
+            ("dtype", "float33", "--dtype must name"),
+            ("host", "jax", "--host must be one of"),
+        ],
+    )
+    def test_an_error_names_the_option(self, capsys, files, option, value, message):
+        assert message in refused(capsys, *self.fit(files, **{option: value}))
+
+    def test_an_error_names_the_option_that_may_be_repeated(self, capsys):
+        assert "--domain must be one of" in refused(capsys, "bench", "--domain", "law")
+        line = refused(capsys, *self.fit_with_benchmark("medqaa"))
+        assert line.startswith("ArgumentError: --benchmark must be one of")
+
+    @staticmethod
+    def fit_with_benchmark(name):
+        return ("fit", "--expert", EXPERT, "--target", TARGET, "--benchmark", name)
+
+    @pytest.mark.parametrize(
+        ("command", "option", "value"),
+        [
+            ("demo", "--n-random", "1"),
+            ("fit", "--n-random", "1"),
+            ("evaluate", "--seed", "-1"),
+            ("bench", "--n-random", "1"),
+            ("capture", "--batch-size", "0"),
+            ("steer", "--max-new-tokens", "0"),
+        ],
+    )
+    def test_numbers_out_of_range_are_refused_before_anything_is_done(
+        self, command, option, value, monkeypatch
+    ):
+        from expertsteer_lens import zoo
+
+        monkeypatch.setattr(zoo, "load_pair", None)
+        monkeypatch.setattr(offline, "run_bench", None)
+        result = run(command, option, value)
+        assert result.exit_code == 2
+        said = " ".join(result.output.replace("│", " ").split())
+        assert f"Invalid value for '{option}'" in said
+
     def test_unknown_commands_and_options_are_usage_errors(self):
         assert run("fly").exit_code == 2
         assert run("show").exit_code == 2
@@ -704,12 +783,102 @@ class TestHelp:
         )
 
 
+PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "command_line.md"
+
+
+def documented(heading: str) -> dict[str, str]:
+    """The table under a heading of the page on the command line: first column, second column."""
+    part = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", part, flags=re.MULTILINE)[1:]
+    return {first.strip("`"): second for first, second in rows}
+
+
+def printed(command: str, *arguments: object) -> dict:
+    """The one object on standard output, which has the keys that the page names."""
+    result = run(command, *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    named = re.findall(r"`(\w+)`", documented("Tables as JSON")[command].split(" (")[0])
+    assert named
+    assert set(named) <= set(found)
+    return found
+
+
 class TestJson:
     """`--json` prints one object and nothing else on standard output."""
 
     def test_a_list_of_benchmarks(self):
-        found = json.loads(run("benchmarks", "--json").stdout)["benchmarks"]
+        found = printed("benchmarks")["benchmarks"]
         assert {"name", "domain", "licence"} <= set(found[0])
+
+    def test_every_command_that_prints_a_table_has_it(self):
+        from typer.main import get_command
+
+        commands = get_command(cli.app).commands
+        have = {n for n, c in commands.items() if any("--json" in p.opts for p in c.params)}
+        assert have == set(documented("Tables as JSON"))
+        calls = {}
+        for module in (commands_fit, commands_plan, commands_sets):
+            for node in ast.parse(inspect.getsource(module)).body:
+                if isinstance(node, ast.FunctionDef):
+                    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                    calls[node.name] = names - {node.name}
+        print_tables = {"print_frame", "print_texts", "print_evaluation"}
+        for _ in calls:  # who calls one that does, does
+            print_tables |= {name for name, called in calls.items() if called & print_tables}
+        assert {"show", "steer", "evaluate"} <= print_tables
+        assert print_tables & set(commands) <= have
+
+    def test_a_fit_with_its_evaluation(self, files, tmp_path):
+        arguments = ["--expert", EXPERT, "--target", TARGET, "--host", "huggingface"]
+        for name in ("pairs.jsonl", "anchors.txt", "behaviour.json", "config.json"):
+            arguments += [f"--{name.split('.')[0]}", files / name]
+        found = printed("fit", *arguments, "--n-random", 2, "--out", tmp_path / "o")
+        assert found["plan"] == str((tmp_path / "o/plan").resolve())
+        assert [s["step"] for s in found["steps"]][:2] == ["capture", "attribute"]
+        assert any(pair["chosen"] for pair in found["pairs"])
+        written = json.loads((tmp_path / "o/evaluation.json").read_text())
+        assert found["evaluation"]["verdict"] == written["verdict"]
+        assert len(found["evaluation"]["rows"]) == len(written["rows"])
+        arguments = [tmp_path / "o/plan", "--target", TARGET, "--host", "huggingface"]
+        arguments += ["--behaviour", files / "behaviour.json", "--neutral", files / "neutral.txt"]
+        found = printed("evaluate", *arguments, "--n-random", 2)
+        assert found["rows"][0]["method"] == "unsteered"
+        assert found["verdict"]
+
+    def test_the_demo(self, tmp_path, monkeypatch):
+        """The demo itself, on fewer texts."""
+        for name, n in {"contrast_pairs": 30, "anchors": 60, "behaviour": 8}.items():
+            monkeypatch.setattr(esl.zoo, name, partial(getattr(esl.zoo, name), n))
+        found = printed("demo", "--n-random", 2, "--out", tmp_path / "demo")
+        assert found["out"] == str((tmp_path / "demo").resolve())
+        assert "paper preset" in {row["method"] for row in found["rows"]}
+        assert (tmp_path / "demo/report.html").is_file()
+
+    def test_the_benchmark(self, tmp_path, monkeypatch):
+        def run_bench(*, on_progress, **_):
+            on_progress("a line of progress")
+            kinds = (("unsteered", "base"), ("ExpertSteer (anchored)", "plan"))
+            rows = [
+                BenchRow("cure", "medicine", *kind, 1, 0.5, 0.4, 0.6, None, 0.7) for kind in kinds
+            ]
+            return esl.benchmarks.Bench(tuple(rows), (), {}, 1.0)
+
+        monkeypatch.setattr(offline, "run_bench", run_bench)
+        monkeypatch.setattr(esl.benchmarks.Bench, "save", lambda *_: None)
+        found = printed("bench", "--out", tmp_path / "b")
+        assert found["out"] == str(tmp_path / "b")
+        assert [row["role"] for row in found["rows"]] == ["base", "plan"]
+
+    def test_the_benchmark_on_real_models(self, tmp_path, monkeypatch):
+        nothing = SimpleNamespace(tasks=[], development=[], anchors=[], neutral=[])
+        summary = pandas.DataFrame({"method": ["m"], "effect": [0.5]})
+        result = SimpleNamespace(save=lambda out: None, summary=lambda: summary)
+        monkeypatch.setattr(real, "read_real_data", lambda *_, **__: nothing)
+        monkeypatch.setattr(transfer, "bench_transfer", lambda *_, **__: result)
+        arguments = ("--transfer", f"{EXPERT}:{TARGET}", "--out", tmp_path / "b")
+        found = json.loads(run("bench", "--real", tmp_path, *arguments, "--json").stdout)
+        assert found["rows"] == [{"method": "m", "effect": 0.5}]
 
     def test_a_plan_and_its_texts(self, tmp_path):
         width = esl.as_host(esl.zoo.load_pair(host="huggingface")[1]).d_model
@@ -751,14 +920,38 @@ class TestJson:
         assert seen == [[{"role": "user", "content": "Hi"}]]
 
 
-def test_who_stops_a_command_gets_exit_code_130(monkeypatch, tmp_path):
-    def stopped(*args):
-        raise KeyboardInterrupt("stopped after 2 of 5 rows, which are kept: ...")
+class TestExitCodes:
+    def test_the_page_names_those_there_are(self):
+        rows = documented("Exit codes")
+        assert {int(code): said for code, said in rows.items()} == cli.EXIT_CODES
+        shown = " ".join(run("--help").output.split())
+        assert all(f"{code} {said}" in shown for code, said in cli.EXIT_CODES.items())
 
-    monkeypatch.setattr(commands_plan, "load_saved", stopped)
-    result = run("steer", tmp_path, "--target", TARGET, "--prompt", "a")
-    assert result.exit_code == 130
-    assert result.stderr == "stopped after 2 of 5 rows\n"
+    def test_the_page_names_every_command(self):
+        from typer.main import get_command
+
+        table = PAGE.read_text(encoding="utf-8").split("\n## ")[0]
+        named = re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+        assert named == list(get_command(cli.app).commands)
+
+    @pytest.mark.parametrize(
+        ("code", "arguments"),
+        [(0, ["benchmarks"]), (1, ["show", "no/such/plan"]), (2, ["show", "--no-such-option"])],
+    )
+    def test_a_command_ends_with_them(self, code, arguments, capsys):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == code
+        assert "Traceback" not in capsys.readouterr().err
+
+    def test_who_stops_a_command_gets_130(self, monkeypatch, tmp_path):
+        def stopped(*args):
+            raise KeyboardInterrupt("stopped after 2 of 5 rows, which are kept: ...")
+
+        monkeypatch.setattr(commands_plan, "load_saved", stopped)
+        result = run("steer", tmp_path, "--target", TARGET, "--prompt", "a")
+        assert result.exit_code == 130
+        assert result.stderr == "stopped after 2 of 5 rows\n"
 
 
 def test_the_package_runs_as_a_module():

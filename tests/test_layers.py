@@ -21,6 +21,7 @@ BY_NAME = {
     "_moved": "old module paths",
     "_upward": "what is called from below, listed there",
     "zoo": "the larger half of it, when it is asked for",
+    "files": "its own files, when they are asked for",
     "files.codec": "the homes of classes that files name",
     "hosts": "one host's file, in the same folder",
 }

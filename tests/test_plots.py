@@ -45,6 +45,15 @@ class TestLayerPairMI:
         assert "permutation null 0.270 nats" in text
         assert "outlined" not in text
 
+    def test_titles_state_what_was_found(self):
+        mi, pairs = results.layer_pair_mi(), results.layer_pairs()
+        top = f"{float(mi.matrix.max()):.2f} nats"
+        title = plots.plot_layer_pair_mi(mi).layout.title.text
+        assert title.startswith(f"Expert layer 2 and target layer 3 share most: {top}<br>")
+        title = plots.plot_layer_pairs(pairs).layout.title.text
+        score = f"{pairs[0].score:+.2f}"
+        assert title.startswith(f"Expert layer 2 → target layer 3 ({score}) and 1 more, of 9 pairs")
+
     def test_hovering_tells_interval_and_null(self):
         hover = plots.plot_layer_pair_mi(results.layer_pair_mi()).data[0].text[1][2]
         assert (

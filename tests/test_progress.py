@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -78,3 +79,46 @@ def test_on_a_terminal_it_is_a_bar_and_no_line(monkeypatch, capsys, clock):
     err = capsys.readouterr().err
     assert "counting:   0%" in err
     assert "items in" not in err
+
+
+def test_a_model_is_loaded_into_a_log_without_the_loaders_bars():
+    """In a process of its own: the loader's bars would write to the standard error it began with."""
+    from expertsteer_lens import zoo
+
+    code = (
+        "import sys, expertsteer_lens as esl\n"
+        f"esl.load_model({str(zoo.model_path('target'))!r}, host='huggingface')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr
+
+
+def test_the_steps_of_a_fit_that_run_models_say_what_they_cost(monkeypatch, capsys):
+    import expertsteer_lens as esl
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(_progress, "LONG", 0.0)
+    expert, target = esl.zoo.load_pair(host="huggingface")
+    config = esl.ExpertSteerConfig(
+        mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
+        rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=1),
+        pairing=esl.PairingConfig(n_candidates=1, n_layers=1),
+    )
+    esl.ExpertSteer(config).fit(
+        expert,
+        target,
+        esl.zoo.contrast_pairs(n=12),
+        anchors=esl.zoo.anchors(n=30),
+        behaviour=esl.zoo.behaviour(n=8),
+        progress=True,
+    )
+    announced = [line for line in capsys.readouterr().err.splitlines() if ", about " in line]
+    for step, cost in (
+        ("capture", " tokens, "),
+        ("attribution", "4 prompts with their completions"),
+        ("token pairs", "texts through both models"),
+    ):
+        lines = [line for line in announced if line.startswith(f"{step}: ")]
+        assert lines, step
+        assert all(cost in line.partition("; ")[2] for line in lines)

@@ -139,6 +139,31 @@ class TestLaziness:
             "transformers"
         ]
 
+    def test_importing_the_package_brings_little_more_than_torch_and_jaxtyping(self):
+        """How long that takes says `python benchmarks/import_time.py`."""
+        code = (
+            "import sys, torch, jaxtyping\nbefore = set(sys.modules)\nimport {}\n"
+            "print(*sorted(set(sys.modules) - before))"
+        )
+
+        def brought(package: str) -> set[str]:
+            done = subprocess.run(
+                [sys.executable, "-c", code.format(package)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            return set(done.stdout.split())
+
+        heavy = {*HOSTS, "plotly", "pandas", "datasets", "sklearn", "scipy", "huggingface_hub"}
+        heavy |= {"safetensors", "tqdm", "typer", "rich", "joblib", "tokenizers"}
+        found = brought("expertsteer_lens")
+        assert not heavy & {name.split(".")[0] for name in found}
+        ours = {name.split(".")[1] for name in found if name.startswith("expertsteer_lens.")}
+        assert {"files", "errors"} <= ours
+        assert not {"hosts", "data", "steer", "learn", "align", "pair", "show", "cli"} & ours
+        assert "pandas" in brought("expertsteer_lens, pandas")  # what is brought is seen
+
     def test_an_unknown_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="has no attribute 'fit_rfn'"):
             _ = esl.fit_rfn

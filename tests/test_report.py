@@ -200,6 +200,7 @@ def test_a_browser_draws_every_figure_without_errors_and_fetches_nothing(tmp_pat
     )
     page = done.stdout
     assert re.findall(r"CONSOLE.*", done.stderr) == []
+    assert "Outlined tokens were read, underlined ones are edited" in page
     assert "<title>ExpertSteer report</title>" in page  # no script of a text was run
     assert page.count('class="main-svg"') >= page.count("plotly-graph-div") >= 6
     outside = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)

@@ -18,8 +18,10 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, ModelStateError
+from expertsteer_lens.evaluation.finished import FinishedRows
 from expertsteer_lens.files import codec, kinds
 from expertsteer_lens.hosts import Host
+from expertsteer_lens.pipeline.readings import FinishedReadings
 
 SMALL = esl.ExpertSteerConfig(
     reading="last",
@@ -90,6 +92,9 @@ def things(fit: esl.ExpertSteering) -> dict[str, Any]:
         fit.layer_pairs,
         results.calibration(),
         results.evaluation(),
+        fit.data,
+        FinishedReadings({"expert on pairs": fit.data.expert_pair_states}),
+        FinishedRows(results.evaluation().rows, "a digest"),
     ]
     return {type(thing).__name__: thing for thing in made}
 

@@ -6,12 +6,16 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
+import types
 
 import pytest
+import torch
 
 from expertsteer_lens._checks import WHY_NOTHING_HAPPENS, explained_at
+from expertsteer_lens.show.tokens import TokenView
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHECK = ROOT / "tools" / "site" / "check_links.py"
@@ -72,6 +76,33 @@ def test_a_notebook_is_stored_as_it_was_run_and_readable_without_scripts(
     assert not drawn, "figures are kept as pictures: make notebooks-stored"
     assert "/work/" not in path.read_text(encoding="utf-8")
     assert not re.search(r"^\s*(class |@dataclass)", "\n".join("".join(c["source"]) for c in code))
+
+
+def test_the_gallery_shows_tables_and_token_views_in_one_line_of_html(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("mkdocs", "mkdocs.config", "mkdocs.config.defaults", "mkdocs.structure"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    files = types.ModuleType("mkdocs.structure.files")
+    monkeypatch.setitem(sys.modules, files.__name__, files)
+    monkeypatch.setattr(sys.modules["mkdocs.config.defaults"], "MkDocsConfig", None, raising=False)
+    monkeypatch.setattr(files, "File", None, raising=False)
+    monkeypatch.setattr(files, "Files", None, raising=False)
+    hooks = runpy.run_path(str(ROOT / "tools" / "site" / "hooks.py"))
+
+    def shown(html: str) -> str:
+        text: str = hooks["output_markdown"]({"data": {"text/html": [html]}}, {}, "stem")
+        return text
+
+    table = shown("<style>x</style><pre>a plan,\n  b</pre>\n<table>\n <tr></tr></table>")
+    assert table == (
+        '<div class="nb-output"><pre>a plan,&#10;  b</pre> <table> <tr></tr></table></div>'
+    )
+    view = TokenView(("a", "b\n"), 1, "hook", "'all'", torch.tensor([True, False]), "edited")
+    page = shown(view.to_html())
+    assert "\n" not in page
+    assert "<style>" in page
+    assert "1 of 2 tokens edited at hook" in page
 
 
 def test_the_link_check_finds_missing_files_missing_anchors_and_loaded_scripts(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import html
+import pathlib
 
 import pytest
 import results
@@ -105,6 +107,7 @@ def test_read_are_the_tokens_whose_mean_capture_returns(models, positions):
     assert torch.allclose(rows[view.chosen].mean(0), value, atol=1e-4)
     assert torch.allclose(view.projection, rows @ rows[0], rtol=1e-3, atol=1e-3)
     assert view.what == "read"
+    assert "(projection on the direction; strongest" in view.to_html()  # nothing was edited
 
 
 def test_of_a_chat_only_the_answer_is_outlined(models):
@@ -173,6 +176,25 @@ class TestInterruption:
         assert again.layer_pairs.keys() == fit.layer_pairs.keys()
         key = again.layer_pairs.keys()[0]
         assert torch.equal(again.direction(*key), fit.direction(*key))
+
+
+def test_whatever_has_a_table_shows_it_in_a_notebook():
+    package = pathlib.Path(esl.__file__).parent
+    without, n = [], 0
+    for path in package.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef) or any(
+                isinstance(base, ast.Name) and base.id == "Protocol" for base in node.bases
+            ):
+                continue
+            names = {b.name for b in node.body if isinstance(b, ast.FunctionDef)}
+            targets = [t for b in node.body if isinstance(b, ast.Assign) for t in b.targets]
+            names |= {t.id for t in targets if isinstance(t, ast.Name)}
+            if "to_pandas" in names:
+                n += 1
+                without += [node.name] if "_repr_html_" not in names else []
+    assert n > 10
+    assert without == []
 
 
 def test_every_result_shows_itself_in_a_notebook_and_no_text_is_markup(fit, models):

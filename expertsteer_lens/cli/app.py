@@ -15,13 +15,20 @@ from . import commands_fit, commands_plan, commands_sets
 from .io import visible
 from .options import with_options
 
+EXIT_CODES = {
+    0: "done",
+    1: "an error, said in one line on standard error; or `reproduce` found another result",
+    2: "options that are not understood, or numbers out of their range",
+    130: "stopped by the user (Ctrl-C)",
+}
+"""With what a command ends. An error that is none of ours is a traceback and 1."""
+
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Steer a language model with directions taught by another model.",
-    epilog="Exit codes: 0 done, 1 an error (one line says which) or a fit not reproduced, "
-    "2 options not understood, 130 stopped by the user.",
+    epilog="Exit codes: " + "; ".join(f"{code} {said}" for code, said in EXIT_CODES.items()) + ".",
 )
 for _command in (
     commands_fit.demo,
@@ -40,8 +47,8 @@ for _command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0, done; 1, our errors and files that cannot be read, in one line
-    without a traceback; 2, options that are not understood; 130, stopped by the user."""
+    """Entry point; ends with one of `EXIT_CODES`. Our errors and files that cannot be read are one
+    line without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no arrows gets question marks
             stream.reconfigure(errors="replace")

@@ -37,6 +37,7 @@ from .options import (
     TextOptions,
     parse_reading,
 )
+from .stopped import Stopped, goes_on_from
 
 
 def demo(
@@ -94,7 +95,7 @@ def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
         compare={"paper preset": paper.plan(coefficient=0.1)},
         progress=True,
     )
-    write_results(out, fit, plan, result, curve, texts)
+    write_results(out, fit, plan, result, curve, pairs)
     print_evaluation(result)
     say(f"\n{time.perf_counter() - started:.0f} s; open {out / 'report.html'}")
     say(str(out.resolve()))
@@ -109,7 +110,7 @@ def capture(
         str,
         typer.Option(help="what stands for a text: answer, mean, last, or the index of a token"),
     ] = "answer",
-    batch_size: Annotated[int, typer.Option(help="texts per forward pass")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 16,
     out: Out = Path("expert-states"),
     seed: Seed = 0,
 ) -> None:
@@ -122,9 +123,10 @@ def capture(
     contrast, _ = texts_to_fit(texts, seed)
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
     loaded = models.load(model)
-    states = ExpertSteer(config, seed=seed).capture(
-        loaded, contrast, anchors=anchors, progress=True, store=out
-    )
+    with goes_on_from(out):
+        states = ExpertSteer(config, seed=seed).capture(
+            loaded, contrast, anchors=anchors, progress=True, store=out
+        )
     say(repr(states))
     say(str(out.resolve()))
 
@@ -146,6 +148,7 @@ def label(
     flatten: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="leading axes of variation to shrink, see esl.label_texts; default 1, with a "
             "question 6",
             show_default=False,
@@ -154,7 +157,7 @@ def label(
     n_rounds: Annotated[
         int | None,
         typer.Option(
-            help="rounds of self-training; default 4, with a question 1", show_default=False
+            min=0, help="rounds of self-training; default 4, with a question 1", show_default=False
         ),
     ] = None,
     out: Out = Path("labelled-texts"),
@@ -210,7 +213,8 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Fit on your own two models and save the plan to OUT/plan; with a behaviour, evaluate it and
-    write the report too."""
+    write the report too. Where it is stopped (Ctrl-C), what is finished is kept in OUT/stopped, and
+    the same command goes on from there."""
     with tables_as_json(as_json):
         found, result = _fitted(
             expert, target, texts, models, behaviour, preset, config, n_random, save_fit, out, seed
@@ -253,20 +257,34 @@ def _fitted(
     models.check()
     expert_model = load_states_or_model(expert, models)
     target_model = models.load(target)
-    found = steer.fit(
-        expert_model,
-        target_model,
-        contrast,
-        anchors=anchors,
-        behaviour=prompts,
-        progress=True,
-        on_step=print_step,
-    )
+    stopped = Stopped(out)
+    with stopped.kept_as("states") as states:
+        found = steer.fit(
+            expert_model,
+            target_model,
+            contrast,
+            anchors=anchors,
+            behaviour=prompts,
+            progress=True,
+            on_step=print_step,
+            finished=states,
+        )
     if save_fit:
         save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
-    plan, curve = calibrated(found)
     result = None
-    if prompts is None:
+    with stopped.kept_as("rows", states=found.data) as rows:
+        plan, curve = calibrated(found)
+        if prompts is not None:
+            result = evaluate(
+                plan,
+                target_model,
+                fit=found,
+                n_random=n_random,
+                seed=seed,
+                progress=True,
+                finished=rows,
+            )
+    if result is None:
         out.mkdir(parents=True, exist_ok=True)
         save(plan, out / "plan")
         say(
@@ -274,11 +292,9 @@ def _fitted(
             "evaluated"
         )
     else:
-        result = evaluate(
-            plan, target_model, fit=found, n_random=n_random, seed=seed, progress=True
-        )
-        write_results(out, found, plan, result, curve, [])
+        write_results(out, found, plan, result, curve, contrast)
         print_evaluation(result)
+    stopped.clear()
     say(str((out / "plan").resolve()))
     return found, result
 

@@ -11,7 +11,7 @@ import typer
 
 from expertsteer_lens.errors import ArgumentError, DataError
 
-from .as_json import print_json, rows_of
+from .as_json import print_json, rows_of, tables_as_json
 from .io import (
     load_saved,
     print_evaluation,
@@ -25,6 +25,7 @@ from .io import (
     write_evaluation,
 )
 from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
+from .stopped import Stopped
 
 
 def show(
@@ -65,6 +66,8 @@ def show(
 
 
 def _show_fit(fit: Any) -> None:
+    from expertsteer_lens.show.drawing import layer_label
+
     say(fit.summary())
     short = {
         "mutual_information": "MI",
@@ -72,16 +75,26 @@ def _show_fit(fit: Any) -> None:
         "rfm_validation_auc": "RFM AUC",
     }
     frame = fit.to_pandas()
-    print_frame(
-        frame.head(10).rename(columns=short),
-        f"the first of {len(frame)} fitted pairs",
-        names=True,
-    )
+    shown = frame.head(10).rename(columns=short)
+    for column in ("expert", "target"):  # short: a terminal has 80 columns
+        shown[column] = shown[column].map(layer_label)
+    shown = shown.rename(columns={"expert": "expert layer", "target": "target layer"})
+    print_frame(shown, f"the first of {len(frame)} fitted pairs")
 
 
 def _show_plan(plan: Any) -> None:
     say(repr(plan))
-    print_frame(plan.to_pandas(), "vectors")
+    frame = plan.to_pandas().rename(
+        columns={
+            "coefficient": "coeff.",
+            "relative_to": "unit",
+            "median_norm": "median norm",
+            "preserve_norm": "keeps norm",
+        }
+    )
+    # What says nothing is left out, so that the names fit into a terminal.
+    silent = [c for c in ("keeps norm", "gate") if not frame[c].astype(bool).any()]
+    print_frame(frame.drop(columns=["layer", *silent]), "vectors", names=True)
     names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
     facts = {k: v for k, v in plan.provenance.items() if k in names}
     say_json(facts)
@@ -101,7 +114,7 @@ def steer(
         typer.Option("--interactive", help="ask for prompts until an empty line or end of input"),
     ] = False,
     coefficient: Annotated[float | None, typer.Option(help="default: the plan's own")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate, at most")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate, at most")] = 60,
     allow_mismatch: Annotated[
         bool, typer.Option(help="use a plan fitted on other weights")
     ] = False,
@@ -164,7 +177,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """A saved plan against random directions; with `--fit` also against shuffled labels and the
-    native ceiling."""
+    native ceiling. Where it is stopped (Ctrl-C), the rows that are finished are kept in OUT/stopped
+    (expertsteer-evaluation/stopped without --out), and the same command goes on from there."""
     from expertsteer_lens.data.parts import halves
     from expertsteer_lens.evaluation.run import evaluate as run
 
@@ -180,20 +194,25 @@ def evaluate(
             "and half to test."
         )
     model = models.load(target)
-    result = run(
-        loaded,
-        model,
-        fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
-        behaviour=prompts,
-        neutral=None if texts is None else tests,
-        calibration_texts=None if texts is None else calibrates,
-        n_random=n_random,
-        seed=seed,
-        progress=True,
-    )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_evaluation(out, result)
+    with tables_as_json(as_json):
+        stopped = Stopped(out or Path("expertsteer-evaluation"))
+        with stopped.kept_as("rows") as rows:
+            result = run(
+                loaded,
+                model,
+                fit=None if fit is None else load_saved(str(fit), "ExpertSteering", target=model),
+                behaviour=prompts,
+                neutral=None if texts is None else tests,
+                calibration_texts=None if texts is None else calibrates,
+                n_random=n_random,
+                seed=seed,
+                progress=True,
+                finished=rows,
+            )
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_evaluation(out, result)
+        stopped.clear()
     if as_json:
         print_json({"verdict": result.verdict, **result.to_dict()})
     else:
@@ -233,7 +252,7 @@ def export(
         str | None, typer.Option(help="gguf: architecture noted in the file")
     ] = None,
     n_layers: Annotated[
-        int | None, typer.Option(help="hotwire: of the target; default: as the plan says")
+        int | None, typer.Option(min=1, help="hotwire: of the target; default: as the plan says")
     ] = None,
     allow_mismatch: Annotated[
         bool,

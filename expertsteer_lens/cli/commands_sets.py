@@ -14,6 +14,7 @@ from expertsteer_lens.errors import ArgumentError
 from .as_json import print_json, rows_of, tables_as_json
 from .io import print_frame, say
 from .options import AsJson, ModelOptions, Out, Seed
+from .stopped import goes_on_from
 
 TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
@@ -28,7 +29,9 @@ def bench(
     ] = True,
     n_random: Annotated[
         int | None,
-        typer.Option(help="random directions; default 5, with --real 10", show_default=False),
+        typer.Option(
+            min=2, help="random directions; default 5, with --real 10", show_default=False
+        ),
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -55,10 +58,11 @@ def bench(
     ] = None,
     n_pairs: Annotated[
         list[int] | None,
-        typer.Option(help="with --real: numbers of labelled pairs; may be repeated"),
+        typer.Option(min=1, help="with --real: numbers of labelled pairs; may be repeated"),
     ] = None,
     n_draws: Annotated[
-        int | None, typer.Option(help="with --real: draws of the labelled pairs", show_default="20")
+        int | None,
+        typer.Option(min=1, help="with --real: draws of the labelled pairs", show_default="20"),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -137,11 +141,11 @@ def _bench_real(
     said = {name: value for name, value in given.items() if value not in (None, ())}
     config = replace(TransferConfig(seed=seed), **said)
     models = {}
-    for name in dict.fromkeys(name for pair in pairs for name in pair):
-        here = folder / name
-        say(f"loading {name}")
-        models[name] = options.load(str(here) if here.is_dir() else name)
-    with tables_as_json(as_json):
+    with tables_as_json(as_json), goes_on_from(out):
+        for name in dict.fromkeys(name for pair in pairs for name in pair):
+            here = folder / name
+            say(f"loading {name}")
+            models[name] = options.load(str(here) if here.is_dir() else name)
         result = bench_transfer(
             models,
             [(expert, target) for expert, target in pairs],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from expertsteer_lens._atomic import write_figure, write_file, write_text
+from expertsteer_lens._checks import check_choice
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .options import ModelOptions, TextOptions
 
 console = Console(highlight=False)
+
+STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5)
+"""Multiples of the plan's coefficient at which a report shows texts."""
 
 
 def read_texts(path: Path) -> list[Any]:
@@ -97,6 +102,7 @@ def texts_to_fit(texts: TextOptions, seed: int) -> tuple[Any, Any]:
     if texts.benchmark is not None and texts.pairs is not None:
         raise ArgumentError("give either --pairs FILE or --benchmark NAME, not both.")
     if texts.benchmark is not None:
+        check_choice("--benchmark", texts.benchmark, public.names())
         found = public.load(
             texts.benchmark, path=texts.benchmark_path, limit=texts.limit, seed=seed
         )
@@ -196,12 +202,14 @@ def load_states_or_model(name: str, models: ModelOptions) -> Any:
 def steered_texts(
     plan: Any,
     model: Any,
-    prompts: list[str],
+    prompts: list[Any],
     coefficient: float,
     max_new_tokens: int = 40,
     allow_mismatch: bool = False,
+    shares: Sequence[float] = (-1.0, 0.0, 1.0),
 ) -> list[Any]:
-    """Each prompt continued at minus, zero and plus the coefficient."""
+    """Each prompt continued at these multiples of the coefficient."""
+    from expertsteer_lens.data.spans import content
     from expertsteer_lens.hosts import as_host
     from expertsteer_lens.show.report import SteeredText
 
@@ -209,11 +217,33 @@ def steered_texts(
     out = []
     for prompt in prompts:
         texts = {}
-        for c in (-coefficient, 0.0, coefficient):
-            with plan.with_coefficient(c).hooks(model, allow_mismatch=allow_mismatch):
+        for c in sorted({share * coefficient for share in shares}):
+            with plan.with_coefficient(c).hooks(host.model, allow_mismatch=allow_mismatch):
                 texts[c] = host.generate([prompt], max_new_tokens=max_new_tokens)[0]
-        out.append(SteeredText(prompt, texts))
+        out.append(SteeredText(content(check_texts("prompt", [prompt])[0]), texts))
     return out
+
+
+def token_views(fit: Any, plan: Any, contrast: ContrastPairs, prompts: list[Any]) -> list[Any]:
+    """For the report: what was read in the first pair, and what the plan edits in a prompt and in
+    what follows."""
+    from expertsteer_lens.show.tokens import view_edits, view_reading
+
+    reading = fit.data.provenance["reading"]
+    chosen = fit.layer_pairs[0]
+    read = [
+        view_reading(
+            fit.target.model,
+            text,
+            chosen.target,
+            positions=reading,
+            span=span if reading == "answer" else None,
+            direction=fit.direction(chosen.expert, chosen.target),
+        )
+        for text, span in zip(contrast.texts[:2], contrast.answer_spans[:2], strict=True)
+    ]
+    edited = [v for p in prompts[:1] for v in view_edits(plan, fit.target, p, max_new_tokens=24)]
+    return read + edited
 
 
 def calibrated(fit: Any) -> tuple[Any, Any]:
@@ -225,9 +255,10 @@ def calibrated(fit: Any) -> tuple[Any, Any]:
 
 
 def write_results(
-    out: Path, fit: Any, plan: Any, result: Any, curve: Any, texts: list[Any]
+    out: Path, fit: Any, plan: Any, result: Any, curve: Any, contrast: ContrastPairs
 ) -> None:
-    """Figures, tables, the plan and the report of a fit that was evaluated."""
+    """Figures, tables, the plan and the report of a fit that was evaluated; texts and tokens in it
+    are of prompts kept for test."""
     from expertsteer_lens.files.io import save
     from expertsteer_lens.show.plots import plot_dose_response, plot_layer_pair_mi, plot_layer_pairs
     from expertsteer_lens.show.report import write_report
@@ -243,7 +274,15 @@ def write_results(
     write_evaluation(out, result)
     write_table(out / "layer_pairs.csv", fit.to_pandas())
     save(plan, out / "plan")
-    write_report(out / "report.html", fit, result, curve, texts)
+    prompts = list(fit.data.test_behaviour.prompts[:3])
+    write_report(
+        out / "report.html",
+        fit,
+        result,
+        curve,
+        steered_texts(plan, fit.target, prompts, plan.vectors[0].coefficient, shares=STRENGTHS),
+        tokens=token_views(fit, plan, contrast, prompts),
+    )
 
 
 def write_evaluation(out: Path, result: Any) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import torch
 import typer
+from typer.models import ArgumentInfo
 
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError, HostError
 
 Out = Annotated[Path, typer.Option("--out", help="folder for the results; made if missing")]
-Seed = Annotated[int, typer.Option(help="of every random choice")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of every random choice")]
 NRandom = Annotated[
-    int, typer.Option("--n-random", help="random directions behind the floor, at least 2")
+    int, typer.Option("--n-random", min=2, help="random directions behind the floor")
 ]
 PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
@@ -128,7 +129,7 @@ class TextOptions:
         Path | None, typer.Option(help="its local file; default: the hub")
     ] = None
     limit: Annotated[
-        int | None, typer.Option(help="most rows of the benchmark, drawn by the seed")
+        int | None, typer.Option(min=1, help="most rows of the benchmark, drawn by the seed")
     ] = None
     chat: Annotated[
         bool,
@@ -163,6 +164,30 @@ def parse_reading(value: str) -> Any:
     return int(value)
 
 
+def _option_of(parameter: inspect.Parameter) -> str:
+    """The option that a parameter stands for, as it is typed."""
+    for part in getattr(parameter.annotation, "__metadata__", ()):
+        if isinstance(part, ArgumentInfo):
+            return parameter.name
+        # The first name lies where typer looks for a default outside of Annotated.
+        names = (getattr(part, "default", None), *(getattr(part, "param_decls", None) or ()))
+        for name in names:
+            if isinstance(name, str) and name.startswith("--"):
+                return name
+    return "--" + parameter.name.replace("_", "-")
+
+
+def _named(message: str, options: Mapping[str, str]) -> str:
+    """A message that begins with the name of an argument, with the option's name in its place.
+
+    Example:
+        >>> _named("n_draws must be at least 1", {"n_draws": "--n-draws"})
+        '--n-draws must be at least 1'
+    """
+    name, space, rest = message.partition(" ")
+    return options.get(name, name) + space + rest
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take groups of options as one object: typer sees the single options.
 
@@ -191,11 +216,15 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
                 )
             )
 
+    options = {p.name: _option_of(p) for p in parameters}
+
     def run(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
         try:
             command(**given)
+        except ArgumentError as error:
+            raise ArgumentError(_named(str(error), options)) from error
         except KeyboardInterrupt as stop:
             # Here, since typer would end an interruption like an error, with exit code 1.
             typer.echo(str(stop).split(", which are kept")[0] or "stopped", err=True)

@@ -27,6 +27,9 @@ class FinishedRows:
     setting: str
     """Digest of the plan, the texts, the budget and the seed they were measured under."""
 
+    def __repr__(self) -> str:
+        return f"FinishedRows({len(self.rows)} rows)"
+
 
 class KeptRows:
     """Measures the rows of one evaluation, and keeps them if the user stops it.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from . import export
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .codec import register_class
 from .io import load, push_to_hub, save
 from .kinds import Kind, register_kind, result_kind
+
+if TYPE_CHECKING:
+    from . import export
 
 __all__ = [
     "Kind",
@@ -17,3 +22,11 @@ __all__ = [
     "result_kind",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when it is used: `export` brings plans and hosts, a tenth of the time of importing
+    # the package.
+    if name == "export":
+        return importlib.import_module(f"{__name__}.export")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -218,6 +218,7 @@ _HOMES = {
     "data.activations": ("ActivationStore",),
     "data.chat": ("Chat",),
     "data.contrast": ("Behaviour",),
+    "evaluation.finished": ("FinishedRows",),
     "evaluation.result": ("Evaluation", "EvaluationRow"),
     "learn.config": ("RFMConfig", "RFMRound"),
     "learn.predictor": ("KernelPredictor",),
@@ -229,6 +230,7 @@ _HOMES = {
     "pipeline.config": ("ExpertSteerConfig",),
     "pipeline.fit_data": ("FitData",),
     "pipeline.fitted": ("ExpertSteering",),
+    "pipeline.readings": ("FinishedReadings",),
 }
 CLASSES = {
     name: WrittenClass(_ours(module, name), _constructor_fields, _construct)

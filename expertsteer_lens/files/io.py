@@ -19,8 +19,6 @@ import torch
 
 from expertsteer_lens._atomic import readable, write_folder
 from expertsteer_lens._checked_json import digest_of, read_object
-from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.data.states_folder import is_states_folder
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 from .card import plan_card
@@ -43,7 +41,8 @@ def save(thing: Any, path: str | Path) -> Path:
     Args:
         thing: a `SteeringPlan`; or an `ExpertSteering` (all of a fit: states, maps, RFMs, scores,
             texts kept apart; no model), `ActivationStore`, `Aligner`, `RFM`, `LayerPairMI`,
-            `LayerPairs`, `Calibration` or `Evaluation`; or a registered kind of yours.
+            `LayerPairs`, `Calibration` or `Evaluation`; what `Interrupted.finished` holds; or a
+            registered kind of yours.
         path: the folder.
 
     Raises:
@@ -148,6 +147,10 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _load_folder(folder: Path, target: Any, allow_mismatch: bool) -> Any:
+    # Imported here, so that `import expertsteer_lens` does not bring data and hosts.
+    from expertsteer_lens.data.activations import ActivationStore
+    from expertsteer_lens.data.states_folder import is_states_folder
+
     if not (folder / "config.json").is_file() and is_states_folder(folder):
         if target is not None:
             raise ArgumentError(f"target= goes with a saved fit, but {folder} holds states.")

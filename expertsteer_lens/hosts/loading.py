@@ -4,7 +4,7 @@ notebooks."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,10 @@ from typing import Any, Literal
 import torch
 
 from expertsteer_lens._checks import check_choice
+from expertsteer_lens._progress import is_shown
 from expertsteer_lens.errors import ArgumentError
+
+from .model_copy import no_progress_bar
 
 LoadedAs = Literal["transformer_lens", "nnsight", "huggingface"]
 HOSTS = ("transformer_lens", "nnsight", "huggingface")
@@ -62,8 +65,10 @@ def load_model(
             raise ArgumentError(f"name_or_path: there is no GGUF file {name_or_path!r}.")
         where, label = str(file.parent), f"{file.name} (dequantised)"
         options["gguf_file"] = file.name
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **options)
+    # The loader's own bars know no log files.
+    with nullcontext() if is_shown(None) else no_progress_bar():
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype, **options)
     if "gguf_file" in options:
         _forget_quantisation(model)
         model.config.name_or_path = label

@@ -69,7 +69,7 @@ def _build(
     check(skeleton)
     state = {name: value.detach().clone() for name, value in state.items()}
     state.update({name: torch.zeros(wanted[name].shape, dtype=model.dtype) for name in missing})
-    with _no_progress_bar():
+    with no_progress_bar():
         made = kind.from_pretrained(
             None,
             config=config,
@@ -86,7 +86,8 @@ def _build(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """A block in which transformers shows no bars of its own."""
     from transformers.utils import logging
 
     was = logging.is_progress_bar_enabled()

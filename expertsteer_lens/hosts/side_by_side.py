@@ -98,7 +98,8 @@ def read_common_tokens(
     tokens = [host.tokenize(list(texts)) for host in hosts]
     longer = torch.maximum(*(t.lengths for t in tokens))
     batches = length_batches(longer.tolist(), batch_size=batch_size)
-    for index in progress_bar(batches, "token pairs", progress=progress, unit="batch"):
+    cost = f"{len(texts)} texts through both models, every token of them"
+    for index in progress_bar(batches, "token pairs", progress=progress, unit="batch", cost=cost):
         part = [texts[i] for i in index]
         here = [t.part(index) for t in tokens]
         masks = _tokens_of_both(hosts, part, here)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -165,3 +166,5 @@ class RFMHistory(tuple[RFMRound, ...]):
         import pandas as pd
 
         return pd.DataFrame(list(self), columns=list(RFMRound._fields))
+
+    _repr_html_ = repr_html

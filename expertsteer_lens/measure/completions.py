@@ -117,7 +117,8 @@ def score_batches(
     if batch_size is None:
         batch_size = default_batch(host.d_vocab)
     groups = _group_prompts(behaviour, batch_size)
-    for prompts in progress_bar(groups, "attribution", progress=progress):
+    cost = f"{len(behaviour)} prompts with their completions, forwards and backwards"
+    for prompts in progress_bar(groups, "attribution", progress=progress, unit="batch", cost=cost):
         yield _score_prompts(host, behaviour, prompts, plan)
 
 

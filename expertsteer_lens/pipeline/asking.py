@@ -77,7 +77,8 @@ def ask_about(
     scores = torch.zeros(len(asked), dtype=torch.float64)
     order = sorted(range(len(asked)), key=lambda i: len(content(asked[i])))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    for index in progress_bar(batches, "asked", progress=progress, unit="batch"):
+    cost = f"{len(asked)} texts, one question each"
+    for index in progress_bar(batches, "asked", progress=progress, unit="batch", cost=cost):
         batch = host.tokenize([asked[i] for i in index])
         log_probs = host.logits_at(batch, _last(batch)).double().log_softmax(-1).cpu()
         scores[index] = log_probs[:, tokens[0]] - log_probs[:, tokens[1]]

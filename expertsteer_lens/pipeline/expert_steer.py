@@ -19,7 +19,8 @@ from .config import PRESETS, ExpertSteerConfig, Preset
 from .finished import check_finished, keeping
 from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
-from .read_models import Models
+from .read_models import Models, PairStates
+from .readings import FinishedReadings, Readings
 from .rehearsal import check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
 from .token_pairs import TokenPairs, candidate_pairs, why_not_tokens
@@ -87,7 +88,7 @@ class ExpertSteer:
         target_hook_names: Sequence[str] | None = None,
         progress: bool | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
-        finished: FitData | None = None,
+        finished: FitData | FinishedReadings | None = None,
     ) -> ExpertSteering:
         """Run the four steps.
 
@@ -121,7 +122,7 @@ class ExpertSteer:
                 `Interrupted.finished`; they are not read again.
 
         Raises:
-            Interrupted: the user stopped it after the states were read; `.finished` has them.
+            Interrupted: the user stopped it after some states were read; `.finished` has them.
             ArgumentError, DataError, HookNameError, WidthError, ModelStateError: the input cannot
                 be used; see the message. What can be known before a model is run is said before.
         """
@@ -155,7 +156,7 @@ class ExpertSteer:
             or source.d_model == target_host.d_model,
         )
         reading = reading_of(self.config, source, target_host)
-        if finished is not None:
+        if isinstance(finished, FitData):
             check_finished(
                 finished, source, target_host, texts, reading, expert_hooks, target_hooks
             )
@@ -167,12 +168,15 @@ class ExpertSteer:
             reading=reading,
             config=self.config,
             progress=progress,
+            readings=Readings(
+                reading=reading,
+                batch_size=self.config.batch_size,
+                progress=progress,
+                finished=finished if isinstance(finished, FinishedReadings) else None,
+            ),
         )
-        if finished is None:
-            data, gradients = self._read(models, texts, log)
-        else:
-            data, gradients = finished, None
-            log.done("capture", pairs=len(pairs), anchors=data.n_anchors, because="read before")
+        known = finished if isinstance(finished, FitData) else None
+        data, gradients = self._read(models, texts, log, known)
         with keeping(data):
             found = solve(
                 self.config,
@@ -186,12 +190,13 @@ class ExpertSteer:
             return collect(self.config, self.seed, target_host, data, found, log)
 
     def _read(
-        self, models: Models, texts: FitTexts, log: StepLog
+        self, models: Models, texts: FitTexts, log: StepLog, known: FitData | None
     ) -> tuple[FitData, dict[str, Tensor] | None]:
         """All states, and the gradients if they were measured: labelled texts and gradients say
-        which layers promise something, so that the anchors are read in one pass."""
+        which layers promise something, so that the anchors are read in one pass. What is `known`
+        is not read again."""
         config = self.config
-        labelled = models.read_pairs(texts)
+        labelled = PairStates.of(known) if known is not None else models.read_pairs(texts)
         log.done(
             "capture",
             pairs=len(texts.pairs),
@@ -201,16 +206,17 @@ class ExpertSteer:
         )
         gradients = tokens = reason = None
         if takes_gradients(config):
-            gradients = measure_gradients(
-                config,
-                models.target,
-                list(labelled.target),
-                log,
-                models.progress,
-                behaviour=texts.validation_behaviour,
-                neutral=texts.calibration_texts,
-                readout=labelled.readout,
-            )
+            with models.keeping(known):
+                gradients = measure_gradients(
+                    config,
+                    models.target,
+                    list(labelled.target),
+                    log,
+                    models.progress,
+                    behaviour=texts.validation_behaviour,
+                    neutral=texts.calibration_texts,
+                    readout=labelled.readout,
+                )
         if gradients is not None and config.pair_tokens:
             reason = why_not_tokens(models.expert, models.target)
             if reason is None and not isinstance(KINDS[config.aligner.kind], MomentKind):
@@ -220,7 +226,10 @@ class ExpertSteer:
                     config, models.expert_hook_names, labelled.target, gradients
                 )
                 tokens = TokenPairs(candidates, config, self.seed)
-        data = models.read_anchors(texts, labelled, tokens)
+        with models.keeping(known):
+            data = known or models.read_anchors(texts, labelled, tokens)
+            if known is not None and tokens is not None:
+                models.read_tokens_again(known, texts, tokens)
         log.done("anchors", texts=data.n_anchors)
         if tokens is not None and tokens.moments.n < FEWEST_TOKEN_PAIRS:
             reason = f"only {tokens.moments.n} tokens of the anchors end at the same character"

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.errors import ArgumentError, Interrupted
+from expertsteer_lens.errors import Interrupted
 
 from .fit_data import FitData, FitTexts
+from .readings import check_same
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
@@ -63,9 +64,4 @@ def check_finished(
         "expert_hook_names": list(data.expert_pair_states) == list(expert_hook_names),
         "target_hook_names": list(data.target_pair_states) == list(target_hook_names),
     }
-    other = [name for name, is_same in same.items() if not is_same]
-    if other:
-        raise ArgumentError(
-            f"finished holds states of a fit with another {other[0]}; pass the arguments of the "
-            "fit that was stopped, or leave finished out."
-        )
+    check_same(same)

@@ -108,6 +108,12 @@ class FitData:
         keys, number = self.text_hashes.get("pairs"), dict[str, int]()
         return None if keys is None else [number.setdefault(k, len(number)) for k in keys]
 
+    def __repr__(self) -> str:
+        return (
+            f"FitData({self.target_pair_states.n} labelled texts, {self.target_anchor_states.n} "
+            f"anchors; maps on {self.maps_on})"
+        )
+
     def to_fields(self) -> dict[str, Any]:
         """What a file holds of it."""
         content = {f.name: getattr(self, f.name) for f in fields(self)}

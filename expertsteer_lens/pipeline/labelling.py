@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from expertsteer_lens._checks import check_classes, check_number
+from expertsteer_lens._html import repr_html
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs
@@ -98,6 +99,8 @@ class LabelledTexts:
                 "label": self.labels.tolist(),
             }
         )
+
+    _repr_html_ = repr_html
 
     def __len__(self) -> int:
         return len(self.texts)

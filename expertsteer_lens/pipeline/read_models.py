@@ -4,7 +4,8 @@ something, the anchors, in one pass of each model."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,24 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.parts import groups_of, hashes_of
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.hosts import capture
 from expertsteer_lens.hosts.side_by_side import capture_side_by_side
 from expertsteer_lens.learn.directions import mean_difference
 
 from .config import ExpertSteerConfig
+from .finished import keeping
 from .fit_data import FitData, FitTexts, spans_to_read
+from .readings import Readings
 from .token_pairs import TokenPairs
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
+
+
+EXPERT, TARGET = "expert on pairs", "target on pairs"
+EXPERT_ANCHORS, TARGET_ANCHORS = "expert on anchors", "target on anchors"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,6 +46,7 @@ class Models:
         reading: what state represents a text, see `reading_of`.
         config: in what batches.
         progress: show progress bars; None: where standard error is a terminal.
+        readings: reads, and knows what was read by a fit that was stopped.
     """
 
     expert: Host | ActivationStore
@@ -50,16 +56,19 @@ class Models:
     reading: str | int
     config: ExpertSteerConfig
     progress: bool | None
+    readings: Readings
 
     def read_pairs(self, texts: FitTexts) -> PairStates:
         """The states of both models on the labelled texts."""
         if isinstance(self.expert, ActivationStore):
             _, expert = _rows_of_states(self.expert, self.expert_hook_names, texts, self.reading)
         else:
-            expert = self._labelled(self.expert, texts, self.expert_hook_names)
-        target = self._labelled(self.target, texts, self.target_hook_names)
+            expert = self._labelled(EXPERT, self.expert, texts, self.expert_hook_names)
+        target = self._labelled(TARGET, self.target, texts, self.target_hook_names)
         final = self.target.hook_names()[-1]
-        ends = target if final in target else self._labelled(self.target, texts, [final])
+        ends = target
+        if final not in target:
+            ends = self._labelled(f"{TARGET} (last layer)", self.target, texts, [final])
         return PairStates(expert, target, mean_difference(ends[final], texts.pairs.labels))
 
     def read_anchors(
@@ -73,14 +82,20 @@ class Models:
             tokens: takes the pairs of tokens of the unlabelled texts, from the same passes.
         """
         expert, target = self.expert, self.target
-        if isinstance(expert, ActivationStore):
-            expert_anchors, _ = _rows_of_states(expert, self.expert_hook_names, texts, self.reading)
-            target_anchors = self._unlabelled(target, texts, self.target_hook_names)
-        elif tokens is None:
-            expert_anchors = self._unlabelled(expert, texts, self.expert_hook_names)
-            target_anchors = self._unlabelled(target, texts, self.target_hook_names)
-        else:
+        if not isinstance(expert, ActivationStore) and tokens is not None:
             expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens)
+        else:
+            if isinstance(expert, ActivationStore):
+                expert_anchors, _ = _rows_of_states(
+                    expert, self.expert_hook_names, texts, self.reading
+                )
+            else:
+                expert_anchors = self.readings.read(
+                    EXPERT_ANCHORS, expert, texts.fit_texts, self.expert_hook_names
+                )
+            target_anchors = self.readings.read(
+                TARGET_ANCHORS, target, texts.fit_texts, self.target_hook_names
+            )
         return FitData(
             expert_anchor_states=expert_anchors,
             target_anchor_states=target_anchors,
@@ -104,48 +119,59 @@ class Models:
             },
         )
 
+    def read_tokens_again(self, known: FitData, texts: FitTexts, tokens: TokenPairs) -> None:
+        """The pairs of tokens of a fit that was stopped: as they were kept, or read anew where
+        they were too large for its file."""
+        if known.token_moments is not None:
+            known.check_tokens_serve(self.config)
+            tokens.take_over(known.token_moments)
+        elif not isinstance(self.expert, ActivationStore):
+            groups = groups_of(texts.fit_texts)
+            tokens.read(self.expert, self.target, texts.fit_texts, groups, progress=self.progress)
+            self._tokens_of_pairs(self.expert, texts, tokens)
+
+    @contextmanager
+    def keeping(self, known: FitData | None) -> Iterator[None]:
+        """A block in which what was read is not lost if the user stops it.
+
+        Raises:
+            Interrupted: the user did, and something was read.
+        """
+        with keeping(known) if known is not None else self.readings.keeping():
+            yield
+
     def _with_tokens(
         self, expert: Host, texts: FitTexts, tokens: TokenPairs
     ) -> tuple[ActivationStore, ActivationStore]:
         """The anchors' states, in the same passes their pairs of tokens; and, where they enter the
         maps, the pairs of tokens of the labelled texts, without their labels."""
-        groups = groups_of(texts.fit_texts)
         states = capture_side_by_side(
             (expert, self.target),
             texts.fit_texts,
             (self.expert_hook_names, self.target_hook_names),
             tokens.hook_names,
-            tokens.taking(groups),
+            tokens.taking(groups_of(texts.fit_texts)),
             positions=self.reading,
             batch_size=self.config.batch_size,
             progress=self.progress,
         )
-        if self.config.align_on_pairs and texts.anchors is not None:
-            # The two texts of a pair are alike, and so one group.
-            also = texts.pairs.texts
-            after = [max(groups) + 1 + i // 2 for i in range(len(also))]
-            tokens.read(expert, self.target, also, after, progress=self.progress)
+        self._tokens_of_pairs(expert, texts, tokens)
         return states
 
-    def _labelled(self, host: Host, texts: FitTexts, names: list[str]) -> ActivationStore:
+    def _tokens_of_pairs(self, expert: Host, texts: FitTexts, tokens: TokenPairs) -> None:
+        if self.config.align_on_pairs and texts.anchors is not None:
+            # The two texts of a pair are alike, and so one group.
+            also, first = texts.pairs.texts, max(groups_of(texts.fit_texts)) + 1
+            groups = [first + i // 2 for i in range(len(also))]
+            tokens.read(expert, self.target, also, groups, progress=self.progress)
+
+    def _labelled(
+        self, name: str, host: Host, texts: FitTexts, hook_names: list[str]
+    ) -> ActivationStore:
         pairs = texts.pairs
         spans = pairs.answer_spans if self.reading == "answer" else None
-        return self._capture(host, pairs.texts, names, labels=pairs.labels, spans=spans)
-
-    def _unlabelled(self, host: Host, texts: FitTexts, names: list[str]) -> ActivationStore:
-        return self._capture(host, texts.fit_texts, names)
-
-    def _capture(
-        self, host: Host, texts: Sequence[Text], names: list[str], **options: Any
-    ) -> ActivationStore:
-        return capture(
-            host.model,
-            texts,
-            names,
-            positions=self.reading,
-            batch_size=self.config.batch_size,
-            progress=self.progress,
-            **options,
+        return self.readings.read(
+            name, host, pairs.texts, hook_names, labels=pairs.labels, spans=spans
         )
 
 
@@ -157,6 +183,11 @@ class PairStates:
     target: ActivationStore
     readout: Tensor
     """See `FitData.readout`."""
+
+    @classmethod
+    def of(cls, data: FitData) -> PairStates:
+        """Those that a fit had read."""
+        return cls(data.expert_pair_states, data.target_pair_states, data.readout)
 
 
 def made_on(target: Host) -> dict[str, Any]:

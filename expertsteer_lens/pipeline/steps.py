@@ -316,7 +316,9 @@ def _learn(
     )
     states = data.expert_pair_states
     groups, rfms = data.pair_groups, {}
-    for key, aligner in progress_bar(list(aligners.items()), "rfm", progress=progress):
+    for key, aligner in progress_bar(
+        list(aligners.items()), "rfm", progress=progress, unit="direction"
+    ):
         mapped = aligner.encode(states[key[0]])
         rfms[key] = fit_rfm(mapped, labels_of(states), config.rfm, seed=seed, groups=groups)
     auc = [r.validation_auc for r in rfms.values() if r.validation_auc is not None]

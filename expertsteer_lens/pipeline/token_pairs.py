@@ -124,6 +124,10 @@ class TokenPairs:
         )
         return self
 
+    def take_over(self, moments: PairedMoments) -> None:
+        """Begin with moments that were accumulated before."""
+        self._moments, self.pairs = moments, list(moments.pairs)
+
     @property
     def moments(self) -> PairedMoments:
         """Of all tokens so far."""

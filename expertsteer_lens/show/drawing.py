@@ -91,7 +91,7 @@ def heat_map(
             showgrid=False,
             zeroline=False,
         )
-    width = max(520, 200 + 60 * n_columns) if small else 900
+    width = max(600, 200 + 60 * n_columns) if small else 900  # room for the title
     figure.update_layout(width=width, height=max(420, 180 + 46 * n_rows))
     return figure
 
@@ -116,7 +116,7 @@ def set_style(figure: Any, title: str, subtitle: str) -> None:
         template="plotly_white",
         title={"text": f"{title}<br><sup>{subtitle}</sup>", "x": 0.02, "xanchor": "left"},
         font={"family": "Inter, Helvetica, Arial, sans-serif", "size": 14, "color": INK},
-        margin={"l": 80, "r": 60, "t": 90, "b": 80},
+        margin={"l": 80, "r": 60, "t": 90 + 16 * subtitle.count("<br>"), "b": 80},
         width=860,
         height=500,
     )

@@ -22,6 +22,7 @@ from .drawing import (
     RED,
     heat_map,
     import_plotly,
+    layer_label,
     role_colour,
     set_style,
 )
@@ -84,12 +85,16 @@ def plot_layer_pair_mi(
         for i, e in enumerate(mi.expert_hook_names)
     ]
     minus = "" if what == "mi" else " minus its permutation null"
-    title = f"Layer-pair mutual information{minus} ({mi.config.estimator}, n = {mi.n_samples})"
-    null = (
-        f"permutation null {float(mi.null_mean.mean()):.3f} {unit}"
-        if has_null
-        else "no permutation null was drawn"
-    )
+    i, j = divmod(int(matrix.argmax()), len(mi.target_hook_names))
+    e, t = layer_label(mi.expert_hook_names[i]), layer_label(mi.target_hook_names[j])
+    most = "share most" if what == "mi" else "exceed chance most"
+    value = f"{float(matrix[i, j]):.2f} {unit}"
+    title = f"Expert layer {e} and target layer {t} {most}: {value}"
+    null = f"mutual information{minus}, {mi.config.estimator}, n = {mi.n_samples}"
+    if not has_null:
+        null += "; no permutation null was drawn"
+    elif what == "mi":
+        null += f"; permutation null {float(mi.null_mean.mean()):.3f} {unit}"
     null += "; outlined: chosen" if layer_pairs is not None else ""
     corrected = None
     if significance is not None:
@@ -150,13 +155,21 @@ def plot_layer_pairs(pairs: LayerPairs) -> Any:
         pairs.scores,
         pairs.expert_hook_names,
         pairs.target_hook_names,
-        f"Layer pairs by {pairs.rule}",
-        subtitle,
+        _pairs_finding(pairs),
+        f"{subtitle} (rule {pairs.rule}); outlined: chosen",
         "score",
         hover,
         pairs,
         diverging=rule.signed,
     )
+
+
+def _pairs_finding(pairs: LayerPairs) -> str:
+    """Which pair was chosen first, of how many that were scored."""
+    first, n = pairs[0], int((~pairs.scores.isnan()).sum())
+    e, t = layer_label(first.expert), layer_label(first.target)
+    more = f" and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+    return f"Expert layer {e} → target layer {t} ({first.score:+.2f}){more}, of {n} pairs"
 
 
 def plot_dose_response(calibration: Calibration) -> Any:
@@ -334,9 +347,12 @@ def plot_bench(bench: _DrawnBench) -> Any:
         part = frame[frame["method"] == method]
         shift = 0.32 - 0.64 * i / max(1, len(methods) - 1)
         _add_tasks(figure, part, method, [tasks.index(t) + shift for t in part["task"]], i % 25)
+    own = frame[frame["role"] == "plan"].set_index("task")
+    plan, wins = own["method"].iloc[0], 0
     for j, task in enumerate(tasks):
         floor = frame[(frame["task"] == task) & (frame["role"] == "floor")].iloc[0]
         reach = 2 * floor["seed_sd"]
+        wins += int(own.loc[task, "effect"] > floor["effect"] + reach)
         figure.add_shape(
             type="rect",
             x0=floor["effect"] - reach,
@@ -349,9 +365,9 @@ def plot_bench(bench: _DrawnBench) -> Any:
         )
     set_style(
         figure,
-        "Benchmark: effect on test prompts",
-        "right against wrong answers; grey: random directions ± 2 sd; same budget and choices for "
-        "all",
+        f"{plan}: {wins} of {len(tasks)} tasks above random directions",
+        "effect on test prompts, right against wrong answers; grey: random directions ± 2 sd; same "
+        "budget and choices for all",
     )
     figure.update_xaxes(
         title="change of log p(right) − log p(wrong), nats", zerolinecolor="#9aa5b1"

@@ -156,7 +156,11 @@ def write_report(
         _figure(plot_dose_response(calibration)),
     ]
     if tokens:
-        body += ["<h2>Tokens</h2>", *(view.to_html() for view in tokens)]
+        said = _plain(
+            "Outlined tokens were read, underlined ones are edited; the colour is how far a token "
+            "lies along the direction already, before anything is added."
+        )
+        body += ["<h2>Tokens</h2>", said, *(view.to_html() for view in tokens)]
     if texts:
         body += ["<h2>Texts</h2>", _text_table(texts)]
     body += [

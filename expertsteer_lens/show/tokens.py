@@ -113,7 +113,8 @@ class TokenView:
         pieces = [self._token(i, values, top) for i in range(len(self.tokens))]
         key = f"{'underlined' if self.what == 'edited' else 'outlined'}: {self.what}"
         if colour is not None:
-            key += f"; blue: above 0, orange: below 0 ({UNITS[colour]}; strongest {top:.3g})"
+            unit = UNITS[colour] if self.what == "edited" else UNITS[colour].split(",")[0]
+            key += f"; blue: above 0, orange: below 0 ({unit}; strongest {top:.3g})"
         gate = f"; gate: {self.gate_rule}" if self.gate_rule else ""
         head = (
             f"{int(self.chosen.sum())} of {len(self.tokens)} tokens {self.what} at "

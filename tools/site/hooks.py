@@ -31,11 +31,17 @@ def output_markdown(output: dict[str, Any], pictures: dict[str, bytes], stem: st
         pictures[name] = base64.b64decode("".join(data["image/png"]))
         return f'<div class="nb-output" markdown>\n![output]({name})\n</div>'
     html = "".join(data.get("text/html", ""))
-    if "<table" in html:
-        html = re.sub(r"<style.*?</style>|\n\s*", "", html, flags=re.DOTALL)
-        return f'<div class="nb-output">{html}</div>'
+    if "<table" in html or "esl-tokens" in html:
+        if "esl-tokens" not in html:  # else the style is of this package
+            html = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)
+        pieces = re.split(r"(<pre.*?</pre>)", html, flags=re.DOTALL)
+        # In one line, or Markdown would read it; what stands in <pre> keeps its lines.
+        pieces[::2] = [re.sub(r"\n\s*", " ", piece) for piece in pieces[::2]]
+        pieces[1::2] = [piece.replace("\n", "&#10;") for piece in pieces[1::2]]
+        return f'<div class="nb-output">{"".join(pieces)}</div>'
     text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
-    return f"````text\n{text}\n````" if text else ""
+    # In a block of its own, whose lines the style sheet wraps: what was printed is read whole.
+    return f'<div class="nb-text" markdown>\n\n````text\n{text}\n````\n\n</div>' if text else ""
 
 
 def page_of(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:

@@ -1,0 +1,215 @@
+"""Ctrl-C on the command line, as a real SIGINT: what is finished is kept, and the same command goes
+on from there to what it would have found."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import expertsteer_lens as esl
+from expertsteer_lens.cli import app as cli
+from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.evaluation import run as evaluation_run
+from expertsteer_lens.pipeline import expert_steer, readings
+
+EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
+CONFIG = {
+    "mi": {"n_permutations": 5, "n_bootstrap": 10, "n_components": 8},
+    "rfm": {"bandwidth": 1.0, "center_gradients": False, "validation_fraction": 0.0, "n_rounds": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("texts")
+    pairs, behaviour = esl.zoo.contrast_pairs(n=30), esl.zoo.behaviour(n=8)
+    rows = [
+        {"positive": p, "negative": n} for p, n in zip(pairs.positive, pairs.negative, strict=True)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    (folder / "anchors.txt").write_text("\n".join(esl.zoo.anchors(n=60)))
+    content = {n: getattr(behaviour, n) for n in ("prompts", "positive", "negative")}
+    (folder / "behaviour.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def fit_command(files: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    given = {"pairs": "pairs.jsonl", "anchors": "anchors.txt", "behaviour": "behaviour.json"}
+    texts = [x for option, name in given.items() for x in (f"--{option}", str(files / name))]
+    config = ["--config", str(files / "config.json"), "--host", "huggingface", "--n-random", "2"]
+    models = ["--expert", EXPERT, "--target", TARGET]
+    return ["fit", *models, *texts, *config, "--save-fit", "--out", str(out), *more]
+
+
+def run(command: list[str]) -> Any:
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def whole(files: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What a fit leaves that nobody stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    result = run(fit_command(files, out))
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def interrupt_at(call: int, function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """The function, in whose call of this number (from 1) the process gets a SIGINT."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls) + 1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+STAGES = {
+    "reading": (readings, "capture", 3, "after the states of expert on anchors and expert on"),
+    "learning": (expert_steer, "solve", 1, "after the states of both models were read"),
+    "measuring": (evaluation_run._Run, "row_of", 3, "stopped after 2 of "),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_fit_goes_on_to_what_it_would_have_found(
+    stage: str,
+    files: pathlib.Path,
+    whole: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    where, name, call, said = STAGES[stage]
+    out, calls = tmp_path / "out", list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, interrupt_at(call, getattr(where, name), calls))
+        result = run(fit_command(files, out))
+    assert result.exit_code == 130
+    line = result.stderr.strip().splitlines()[-1]
+    assert said in line
+    assert f"kept in {out / 'stopped'}, and the same command goes on from there." in line
+    assert not (out / "plan").exists()
+    again = list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "capture", interrupt_at(0, readings.capture, again))
+        patch.setattr(expert_steer, "pair_tokens", interrupt_at(0, expert_steer.pair_tokens, again))
+        result = run(fit_command(files, out))
+    assert result.exit_code == 0, result.output
+    # Two stores of the target and the token pairs are left to read, or nothing.
+    assert len(again) == {"reading": 3, "learning": 0, "measuring": 0}[stage]
+    assert not (out / "stopped").exists()
+    one, two = esl.load(out / "plan"), esl.load(whole / "plan")
+    assert torch.equal(one.vectors[0].direction, two.vectors[0].direction)
+    assert one.vectors[0].coefficient == two.vectors[0].coefficient
+    first, second = ((p / "evaluation.json").read_text() for p in (out, whole))
+    assert json.loads(first)["rows"] == json.loads(second)["rows"]
+
+
+def test_a_stopped_evaluation_measures_no_row_twice(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan, fit = str(whole / "plan"), str(whole / "fit")
+    command = ["evaluate", plan, "--target", TARGET, "--fit", fit, "--host", "huggingface"]
+    command += ["--n-random", "2", "--json"]
+    kept, calls = tmp_path / "expertsteer-evaluation" / "stopped", list[int]()
+    with monkeypatch.context() as patch:
+        row_of = interrupt_at(4, evaluation_run._Run.row_of, calls)
+        patch.setattr(evaluation_run._Run, "row_of", row_of)
+        result = run(command)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "stopped after 3 of " in result.stderr
+    assert "kept in expertsteer-evaluation/stopped" in result.stderr
+    with pytest.raises(ArgumentError, match=r"stopped/rows holds rows of another evaluation") as no:
+        run_and_raise([*command, "--seed", "5"])
+    assert "another --out, or remove that folder" in str(no.value)
+    assert kept.is_dir()
+    again = list[int]()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            evaluation_run._Run, "row_of", interrupt_at(0, evaluation_run._Run.row_of, again)
+        )
+        result = run(command)
+    assert result.exit_code == 0
+    assert "going on with the rows" in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert len(again) + 3 == len(rows) - 1  # all but those that were kept and the unsteered model
+    assert not kept.parent.exists()
+
+
+def run_and_raise(command: list[str]) -> None:
+    error = CliRunner().invoke(cli.app, command).exception
+    assert error is not None
+    raise error
+
+
+def test_states_of_a_fit_with_other_texts_are_refused_by_name(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "capture", interrupt_at(2, readings.capture, []))
+        assert run(fit_command(files, out)).exit_code == 130
+    (tmp_path / "anchors.txt").write_text("\n".join(esl.zoo.anchors(n=50)))
+    with pytest.raises(ArgumentError, match=r"stopped/states holds states of .* another texts;"):
+        run_and_raise(fit_command(files, out, "--anchors", str(tmp_path / "anchors.txt")))
+
+
+def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
+    files: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """From outside, while the second text file of states is read: nothing of this process helps."""
+    script = (
+        "import os, signal, sys\n"
+        "from expertsteer_lens.hosts import reading\n"
+        "from expertsteer_lens.cli import main\n"
+        "inner, calls = reading._read_batches, []\n"
+        "def counted(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:\n"
+        "        print('READY', flush=True)\n"
+        "        signal.pause()\n"
+        "    return inner(*args)\n"
+        "reading._read_batches = counted\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", script, *fit_command(files, tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line == "READY\n" for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "states of expert on anchors were read; what was finished is kept in" in err
+    assert (tmp_path / "out/stopped/states/config.json").is_file()
+
+
+def test_a_stopped_capture_says_that_it_goes_on(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from expertsteer_lens.hosts import reading
+
+    command = ["capture", "--model", EXPERT, "--pairs", str(files / "pairs.jsonl")]
+    command += ["--host", "huggingface", "--out", str(tmp_path / "states")]
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_read_batches", interrupt_at(1, reading._read_batches, []))
+        result = run(command)
+    assert result.exit_code == 130
+    assert f"in {tmp_path / 'states'}, and the same command goes on" in result.stderr
+    assert run(command).exit_code == 0
