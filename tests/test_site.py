@@ -3,6 +3,7 @@ and the link check finds what it should. The site itself is built by `make site`
 
 from __future__ import annotations
 
+import base64
 import json
 import pathlib
 import re
@@ -76,6 +77,17 @@ def test_a_notebook_is_stored_as_it_was_run_and_readable_without_scripts(
     assert not drawn, "figures are kept as pictures: make notebooks-stored"
     assert "/work/" not in path.read_text(encoding="utf-8")
     assert not re.search(r"^\s*(class |@dataclass)", "\n".join("".join(c["source"]) for c in code))
+
+
+@pytest.mark.parametrize(
+    ("picture", "notebook"),
+    [("anchor_curve.png", "05_paper_preset"), ("few_labels.png", "07_few_labels")],
+)
+def test_curves_on_pages_are_those_of_the_notebooks(picture: str, notebook: str) -> None:
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text("utf-8"))["cells"]
+    drawn = [o.get("data", {}).get("image/png") for c in cells for o in c.get("outputs", [])]
+    found = {base64.b64decode("".join(data)) for data in drawn if data}
+    assert (ROOT / "docs" / picture).read_bytes() in found, "tools/site/tidy_notebooks.py copies it"
 
 
 def test_the_gallery_shows_tables_and_token_views_in_one_line_of_html(

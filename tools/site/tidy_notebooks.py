@@ -1,7 +1,9 @@
-"""Executed notebooks without what the run and the machine add; takes no arguments."""
+"""Executed notebooks without what the run and the machine add, and their pictures that pages show;
+takes no arguments."""
 
 from __future__ import annotations
 
+import base64
 import json
 import pathlib
 
@@ -22,6 +24,16 @@ def tidy(path: pathlib.Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
+def copy_picture(name: str, notebook: str, number: int) -> None:
+    """Keep a picture of a notebook in docs/, for a page that shows it."""
+    text = (ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8")
+    outputs = [o for c in json.loads(text)["cells"] for o in c.get("outputs", [])]
+    drawn = [d for o in outputs if (d := o.get("data", {}).get("image/png"))]
+    (ROOT / "docs" / name).write_bytes(base64.b64decode("".join(drawn[number])))
+
+
 if __name__ == "__main__":
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         tidy(path)
+    copy_picture("anchor_curve.png", "05_paper_preset", -1)
+    copy_picture("few_labels.png", "07_few_labels", 0)
