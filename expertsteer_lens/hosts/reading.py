@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from expertsteer_lens._checks import check_classes
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
+from expertsteer_lens.data.activations import ActivationStore, medians_of
 from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.states import CheckedStates
+from expertsteer_lens.data.states_shards import shard_folder, shard_of
 from expertsteer_lens.data.states_writer import StatesWriter, writing
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
@@ -43,6 +44,7 @@ def capture(
     max_length: int | None = None,
     progress: bool | None = False,
     store: str | Path | None = None,
+    shard: tuple[int, int] | Literal["auto"] | None = None,
 ) -> ActivationStore:
     """Run the prompts through the model and keep what passes the hook points, in the order of the
     prompts.
@@ -77,8 +79,14 @@ def capture(
             power, no room) goes on where it was when it is called again with the same arguments,
             and the folder becomes what it would have been, bit for bit on one machine; where the
             folder is complete no model is run. `ActivationStore.open` reads it later.
+        shard: where several processes share the work: (number of this one, how many there are), or
+            "auto" for what `accelerate launch` or `torchrun` says in the environment (alone where
+            nothing is said). Each takes every n-th pass, writes beside `store` into
+            `STORE.shard-0-of-2`, and returns those rows; `ActivationStore.merge(store)` then makes
+            the whole.
 
     Raises:
+        ArgumentError: `shard` without `store`, or more processes than passes.
         ArtifactError: `store` holds another capture or something else, another process writes it,
             or it cannot be written (no room, no permission); the batches before are kept.
         HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
@@ -88,6 +96,9 @@ def capture(
     """
     from . import as_host
 
+    part = shard_of(shard)
+    if part is not None and store is None:
+        raise ArgumentError("shard= goes with store=, where the processes write; give a folder.")
     host = as_host(model)
     host.check_ready()
     texts = check_texts("prompts", prompts)
@@ -120,12 +131,14 @@ def capture(
     if store is None:
         held = StatesInMemory(plan)
         _read_batches(host, tokens, chosen, pick, plan, held, progress)
-        facts = {**plan.provenance, **_medians(held.norms())}
+        facts = {**plan.provenance, **medians_of(held.norms())}
         return ActivationStore(CheckedStates.of(held.states), plan.labels, facts)
+    if part is not None:
+        plan, store = plan.share(*part), shard_folder(store, part)
     with writing(store, plan) as writer:
         if not writer.is_complete:
             _read_batches(host, tokens, chosen, pick, plan, writer, progress)
-            writer.finish(_medians(writer.norms()))
+            writer.finish(medians_of(writer.norms()))
     return ActivationStore.open(store)
 
 
@@ -147,12 +160,13 @@ def _read_batches(
         cost += f", {n_bytes / 2**20:.0f} MiB of states are kept"
     bar = progress_bar(missing, "capture", progress=progress, unit="batch", cost=cost)
     for number in bar:
-        index = plan.batches[number]
+        batch = plan.batches[number]
+        index = batch if plan.prompts is None else [plan.prompts[i] for i in batch]
         part = _trimmed(tokens, index)
         here = None if chosen is None else chosen[index, : part.input_ids.shape[1]]
         norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
         states = host.read(part, names, pick, here, norms, basis=plan.provenance["basis"])
-        _check_finite(states, index, [plan.row_counts[i] for i in index])
+        _check_finite(states, index, [plan.row_counts[i] for i in batch])
         of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
         into.write(number, {name: states[name] for name in names}, of_tokens)
 
@@ -177,12 +191,6 @@ def read_tokens(
     count = real.sum(1, keepdim=True)
     wanted = -1 if positions == "last" else int(positions)
     return real & (rank == (wanted if wanted >= 0 else count + wanted))
-
-
-def _medians(norms: dict[str, Tensor]) -> dict[str, Any]:
-    """Median over all tokens, by hook name, as provenance; none where the rows are tokens."""
-    found = {name: float(values.median()) for name, values in norms.items() if len(values)}
-    return {MEDIAN_TOKEN_NORMS: found} if found else {}
 
 
 def _tokens_in_spans(
