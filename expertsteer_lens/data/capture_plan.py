@@ -60,7 +60,6 @@ class CapturePlan:
         labels = self.labels
         if labels is not None:
             labels = torch.cat([labels[starts[p] : starts[p] + counts[p]] for p in prompts])
-        norms = self.norm_counts
         return CapturePlan(
             key={**self.key, "shard": [number, of]},
             made_with=self.made_with,
