@@ -53,9 +53,9 @@ sdist: $(VENV)/.done ## build the source distribution and run some of its tests 
 	cd build/sdist && PYTHONPATH=. OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -m "not slow" $(SDIST_TESTS:%=tests/%.py)
 
 TL3_TESTS = test_position_goldens test_host_transformer_lens test_host_hooked_module test_interrupts test_gates_on_hosts test_stacking \
-	test_plan test_positions
+	test_plan test_positions test_architectures test_ways_on_hosts
 
-test-tl3: $(VENV3)/.done ## goldens and host tests with TransformerLens 3.9 (HookedTransformer, SAELens)
+test-tl3: $(VENV3)/.done ## goldens, architectures and host tests with TransformerLens 3.9 (HookedTransformer, SAELens)
 	OMP_NUM_THREADS=1 $(BIN3)/python -m pytest $(PARALLEL) $(TL3_TESTS:%=tests/%.py)
 
 # Laid over the environment, so that nothing else is installed again. hqq wants termcolor.
@@ -67,8 +67,9 @@ test-newest: $(VENV)/.done ## caches, every architecture, and quantised models, 
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/newest $(NEWEST)
 	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(NEWEST_TESTS:%=tests/%)
 
-architectures: $(VENV)/.done ## every architecture on every host, and the table of them in the docs
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py
+architectures: $(VENV)/.done $(VENV3)/.done ## every architecture on every host, and the table of them in the docs
+	OMP_NUM_THREADS=1 $(BIN3)/python benchmarks/architectures.py --hooked build/hooked.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --hooked build/hooked.json
 	$(BIN)/python benchmarks/fill_readme.py
 
 check: $(VENV)/.done ## lint, formatting and types

@@ -62,6 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Where an old name's module is now, as Python's import asks; None for any other name."""
         package, _, name = fullname.rpartition(".")
         if package != __package__ or name not in MODULES:
             return None

@@ -85,7 +85,7 @@ ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_embd": D, "n_layer": 3, "n_head": 2, "n_positions": 64}),
     "gpt_j": ("GPTJConfig", {"n_embd": D, "n_layer": 3, "n_head": 2, "n_positions": 64, "rotary_dim": 8}),
-    "gpt_neo": ("GPTNeoConfig", {"hidden_size": D, "num_layers": 3, "num_heads": 2, "max_position_embeddings": 64, "intermediate_size": 48, **GPT_NEO}),
+    "gpt_neo": ("GPTNeoConfig", {"hidden_size": D, "num_layers": 3, "num_heads": 2, "max_position_embeddings": 64, **GPT_NEO}),
     "gpt_neox": ("GPTNeoXConfig", WIDE),
     "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **WIDE, **KV}),
     "opt": ("OPTConfig", OPT),

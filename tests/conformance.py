@@ -4,10 +4,16 @@ of a torch hook written by hand."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import pathlib
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import architectures
 import models
@@ -16,6 +22,7 @@ from reference import padded
 from torch import Tensor, nn
 
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.loading import nothing_installed
 from expertsteer_lens.steer.plan import SteeringPlan
 
 USUAL = (
@@ -34,11 +41,24 @@ REFUSED = {
     ("gemma3n", "nnsight"): r"carries \(4, 2, 24, 32\)",
     ("gemma3n", "transformer_lens"): "Could not determine supported architecture",
     ("opt_350m", "transformer_lens"): "Original component not set for .*final_layer_norm",
+    ("qwen2_5_vl", "transformer_lens"): "needs the optional torchvision library",
+    ("opt_350m", "hooked_transformer"): "'NoneType' object has no attribute 'weight'",
+    ("phi", "hooked_transformer"): "no attribute 'partial_rotary_factor'",
 }
 """What cannot be steered, by architecture and host, and what the error says."""
+NEEDS_TORCHVISION = ("qwen2_5_vl", "transformer_lens")
+"""Refused only where that is not installed; it is none of our requirements."""
+HOOKED = "gpt2 gpt_j gpt_neo gpt_neox gpt_oss opt opt_350m bloom phi phi3 llama llama_tied mistral"
+HOOKED += " mixtral qwen2 qwen3"
+REFUSED |= {
+    (family, "hooked_transformer"): "For(CausalLM|ConditionalGeneration) is not currently supported"
+    for family in architectures.CONFIGS
+    if family not in HOOKED.split()
+}
 SIZE = 0.15
 """Weights calm enough that float32 rounds every model, unsteered too, by less than 1e-5."""
-HOSTS = ("huggingface", "transformer_lens", "nnsight")
+HOSTS = ("huggingface", "transformer_lens", "nnsight", "hooked_transformer")
+"""The last is the `HookedTransformer` of TransformerLens 3, which has an environment of its own."""
 HOOK, LAYER = "blocks.1.hook_resid_post", 1
 PROMPTS = ([1, 7, 12, 30, 5, 9, 40, 41, 42], [1, 20, 21], [1, 9, 10, 11, 12, 13])
 N_NEW = 4
@@ -108,9 +128,27 @@ def _built(family: str) -> nn.Module:
     return architectures.built(family, size=SIZE, attn_implementation="eager")
 
 
+def can_try(host: str) -> bool:
+    """Whether the host is in this environment: TransformerLens is there in version 3 or 4."""
+    return models.has_hooked_transformer() == (host == "hooked_transformer")
+
+
 def loaded(family: str, host: str) -> tuple[Any, Any]:
     """A model on a host, and the object whose `generate` is called."""
     model = _built(family)
+    if host == "hooked_transformer":
+        from transformer_lens import HookedTransformer, loading_from_pretrained
+
+        names = mock.patch.object(loading_from_pretrained, "get_official_model_name", str)
+        with tempfile.TemporaryDirectory(prefix="tiny-") as folder, names:
+            model.config.save_pretrained(folder)
+            if family == "gpt2":  # as in the published ones
+                _also_say(folder, n_ctx=model.config.n_positions)
+            hooked = HookedTransformer.from_pretrained_no_processing(
+                folder, hf_model=model, tokenizer=models.tokenizer(), device="cpu"
+            )
+        hooked.tokenizer.padding_side = "left"  # ids are taken for padded where the tokenizer pads
+        return hooked, hooked
     if host == "huggingface":
         return model, model
     if host == "nnsight":
@@ -120,10 +158,16 @@ def loaded(family: str, host: str) -> tuple[Any, Any]:
         return lens, lens
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers(
-        f"tiny-{family}", hf_model=model, tokenizer=models.tokenizer(), device="cpu"
-    )
+    with nothing_installed():  # it installs torchvision, and another torch, for images
+        bridge = TransformerBridge.boot_transformers(
+            f"tiny-{family}", hf_model=model, tokenizer=models.tokenizer(), device="cpu"
+        )
     return bridge, bridge.original_model
+
+
+def _also_say(folder: str, **facts: Any) -> None:
+    path = pathlib.Path(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
 
 
 def generated(
@@ -131,6 +175,20 @@ def generated(
 ) -> tuple[list[list[int]], list[Tensor]]:
     """As `by_hand`, of prompts padded on the left."""
     ids, mask = padded(rows, "left")
+    if not hasattr(model, "config"):  # a HookedTransformer, which tells the padding by its id
+        options = {"max_new_tokens": N_NEW, "do_sample": False, "stop_at_eos": False}
+        out = model.generate(
+            ids,
+            use_past_kv_cache=cached,
+            prepend_bos=True,  # it is there
+            verbose=False,
+            return_type="tokens",
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        logits = torch.stack(out.logits, dim=1).float().log_softmax(-1)
+        return out.sequences[:, -N_NEW:].tolist(), list(logits)
     out = model.generate(input_ids=ids, attention_mask=mask, use_cache=cached, **GREEDY)
     logits = torch.stack(out.logits, dim=1).float().log_softmax(-1)
     return out.sequences[:, -N_NEW:].tolist(), list(logits)
@@ -143,7 +201,7 @@ def row(family: str, host: str) -> Row:
         try:
             model, runs = loaded(family, host)
             as_host(model).check_hook_names([HOOK])
-        except (ValueError, AttributeError, ImportError) as error:
+        except Exception as error:
             return Row(refused=_short(error))
         reference = _built(family)
         try:
@@ -174,7 +232,9 @@ def _short(error: Exception) -> str:
 
 def check(family: str, host: str) -> Row:
     """Assert that the architecture is exact on the host, or refused as `REFUSED` says."""
-    found, wanted = row(family, host), REFUSED.get((family, host))
+    with contextlib.redirect_stdout(io.StringIO()):  # HookedTransformer tells what it has loaded
+        found = row(family, host)
+    wanted = REFUSED.get((family, host))
     if wanted is not None:
         assert re.search(wanted, found.refused), found
         return found

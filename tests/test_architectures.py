@@ -1,11 +1,13 @@
 """Every architecture that is claimed is steered exactly, or refused with the reason.
 
-Here all of them on Hugging Face and some on every host; `make architectures` tries all on all and
-writes the table of `docs/model_kinds.md`."""
+Here all of them on Hugging Face and some on every host, with TransformerLens 3 all of them on
+HookedTransformer; `make architectures` tries all on all and writes the table of
+`docs/model_kinds.md`."""
 
 from __future__ import annotations
 
 import pathlib
+from importlib.util import find_spec
 
 import architectures
 import conformance
@@ -16,12 +18,19 @@ PAIRS = [
     (family, host)
     for family in architectures.CONFIGS
     for host in conformance.HOSTS
-    if host == "huggingface" or family in conformance.USUAL or (family, host) in conformance.REFUSED
+    if conformance.can_try(host)
+    and (
+        host in ("huggingface", "hooked_transformer")
+        or family in conformance.USUAL
+        or (family, host) in conformance.REFUSED
+    )
 ]
 
 
 @pytest.mark.parametrize(("family", "host"), PAIRS)
 def test_an_architecture_is_steered_exactly_or_refused(family: str, host: str) -> None:
+    if (family, host) == conformance.NEEDS_TORCHVISION and find_spec("torchvision"):
+        pytest.skip("with torchvision it is not refused")
     conformance.check(family, host)
 
 

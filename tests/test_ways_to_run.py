@@ -230,14 +230,15 @@ def test_guidance_runs_two_sequences_that_are_each_followed(
     assert out[0, len(PROMPTS[0]) :].tolist() == new
 
 
-def packed(model: Any, plan: SteeringPlan) -> list[list[int]]:
+def packed(model: Any, plan: SteeringPlan | None, steered: Any = None) -> list[list[int]]:
+    """By `generate_batch` of the model, with the plan on it or on what wraps it."""
     import transformers
 
     options: dict[str, Any] = {"generation_config": transformers.GenerationConfig(**GREEDY)}
     kind = getattr(transformers, "ContinuousBatchingConfig", None)
     if kind is not None:  # left to itself it makes a cache that fills the memory
         options["continuous_batching_config"] = kind(num_blocks=16, max_batch_tokens=64)
-    with plan.hooks(model):
+    with nullcontext() if plan is None else plan.hooks(model if steered is None else steered):
         found = model.generate_batch([list(p) for p in PROMPTS], **options)
     return [one.generated_tokens for one in found.values()]
 

@@ -136,6 +136,7 @@ def sums_from_moments(
     scale = coordinate_scale((counts[:, None] * variances).sum(0) / counts.sum(), standardise)
 
     def square(fold: int) -> Tensor:
+        """Sum of outer products `[d, d]` of the fold's rows, in units of `scale`."""
         about_mean = covariances[fold] + torch.outer(offsets[fold], offsets[fold])
         return counts[fold] * about_mean / (scale[:, None] * scale)
 

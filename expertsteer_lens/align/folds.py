@@ -58,6 +58,7 @@ def fold_of_groups(groups: Int[Tensor, " n"], n_folds: int, seed: int) -> Int[Te
 
 def _shuffle_folds(block: int, n_folds: int, seed: int) -> list[int]:
     def drawn(fold: int) -> bytes:
+        """What the fold is sorted by: the same for the same seed and block, on every machine."""
         return hashlib.sha256(f"{seed}:{block}:{fold}".encode()).digest()
 
     return sorted(range(n_folds), key=drawn)

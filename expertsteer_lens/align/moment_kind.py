@@ -119,6 +119,7 @@ class MomentKind(Kind):
         ridge, fold_ridges, path = self._choose_ridge(expert, pairs, config, rank)
 
         def solve(fold: ExpertFold, pair: PairFold | None, its_ridge: float) -> Solution:
+            """The map of one fold, of no higher rank than the fold has."""
             k = min(rank, fold.values.shape[0])
             basis, seed = expert.sums.basis, context.seed
             return self.solve(Problem(fold, pair, basis, k, its_ridge, d_target, config, seed))

@@ -39,6 +39,7 @@ def columns(question: str, choices: str, answer: str) -> Reader:
     of `choices`."""
 
     def read(row: Row, _: random.Random) -> Item:
+        """The row's three columns as an item."""
         return item(row[question], listed(row[choices], choices), row[answer])
 
     return read
@@ -49,6 +50,7 @@ def labelled_choices(question: str) -> Reader:
     `answerKey` one of the labels."""
 
     def read(row: Row, _: random.Random) -> Item:
+        """The row as an item, its choices by their labels."""
         choices = listed(row["choices"], "choices")
         table = dict(zip(choices["label"], choices["text"], strict=True))
         return item(row[question], table, str(row["answerKey"]).strip() or None)
@@ -60,6 +62,7 @@ def sentiment(column: str, names: Sequence[str]) -> Reader:
     """One text with one of a few class names (or its number)."""
 
     def read(row: Row, _: random.Random) -> Item:
+        """The row as a question about the text."""
         return item(
             f"{row[column]}\nWhat is the sentiment of this financial text?",
             list(names),

@@ -52,6 +52,16 @@ MEDIAN_TOKEN_NORMS = "median_token_norms"
 """Where the provenance of rows that are means over tokens has the tokens' median norms."""
 
 
+def medians_of(norms: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Median over all tokens, by hook name, as provenance; none where the rows are tokens.
+
+    >>> medians_of({"blocks.0.hook_resid_post": torch.tensor([3.0, 1.0, 2.0])})
+    {'median_token_norms': {'blocks.0.hook_resid_post': 2.0}}
+    """
+    found = {name: float(values.median()) for name, values in norms.items() if len(values)}
+    return {MEDIAN_TOKEN_NORMS: found} if found else {}
+
+
 @dataclass(frozen=True, eq=False)
 class ActivationStore(Mapping[str, Tensor]):
     """Activations `[n, d_model]` by hook name: row `i` of every tensor belongs to the same prompt
@@ -121,6 +131,35 @@ class ActivationStore(Mapping[str, Tensor]):
 
         states, labels, provenance = open_folder(Path(path), check=check)
         return cls(states, labels, provenance)
+
+    @classmethod
+    def merge(cls, path: str | Path) -> ActivationStore:
+        """Put together what several processes captured with `capture(..., store=path, shard=...)`:
+        `path` becomes, bit for bit, what one process would have written.
+
+        The folders of the processes, `PATH.shard-0-of-2` and so on, lie beside it (copy them there
+        from other machines) and may be removed afterwards. A merge that died goes on where it was.
+
+        Raises:
+            ArtifactError: a shard is missing, not complete, damaged or of another capture, or
+                `path` holds something else or cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from expertsteer_lens import capture, zoo
+            >>> expert, _ = zoo.load_pair(host="huggingface")
+            >>> texts = ["Mia is happy.", "Tom is sad and goes home.", "A dog."]
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     for process in range(2):
+            ...         how = {"batch_size": 1, "store": folder + "/states", "shard": (process, 2)}
+            ...         part = capture(expert, texts, **how)
+            ...     ActivationStore.merge(folder + "/states")
+            ActivationStore(6 hook points, n=3, d_model=128)
+        """
+        from .states_shards import merge_shards
+
+        merge_shards(path, medians_of)
+        return cls.open(path)
 
     @classmethod
     def from_cache(

@@ -28,6 +28,7 @@ from torch import Tensor
 from expertsteer_lens._checked_json import DIGEST, digest_of, read_object
 from expertsteer_lens.errors import ArtifactError
 
+from .capture_plan import labels_from
 from .states import CheckedStates
 
 FORMAT = "expertsteer_lens states"
@@ -158,23 +159,6 @@ def files_of(index: Mapping[str, Any]) -> dict[str, StatesFile]:
     if not out:
         raise ValueError("no hook point")
     return out
-
-
-def labels_to(labels: Tensor | None) -> Any:
-    """Labels as JSON."""
-    if labels is None:
-        return None
-    return {"dtype": str(labels.dtype).removeprefix("torch."), "values": labels.tolist()}
-
-
-def labels_from(saved: Any) -> Tensor | None:
-    """Inverse of `labels_to`."""
-    if saved is None:
-        return None
-    dtype = getattr(torch, saved["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"labels of type {saved['dtype']!r}")
-    return torch.tensor(saved["values"], dtype=dtype)
 
 
 def read_progress(folder: Path) -> dict[int, str]:

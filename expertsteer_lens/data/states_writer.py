@@ -20,7 +20,7 @@ from expertsteer_lens._atomic import hold, write_file, write_text
 from expertsteer_lens._checked_json import DIGEST, digest_of
 from expertsteer_lens.errors import ArtifactError
 
-from .capture_plan import CapturePlan, starts_of
+from .capture_plan import CapturePlan, labels_to, starts_of
 from .states_folder import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,7 +29,6 @@ from .states_folder import (
     StatesFile,
     check_file,
     files_of,
-    labels_to,
     map_file,
     read_index,
     read_progress,
@@ -241,6 +240,7 @@ class StatesWriter:
             "batches": plan.batches,
             "labels": labels_to(plan.labels),
             "provenance": plan.provenance,
+            **({} if plan.whole is None else {"whole": plan.whole}),
             **known,
         }
         index[DIGEST] = digest_of(index)

@@ -46,6 +46,8 @@ class Host:
     """What `as_host` saw in the model."""
     reads_norms: bool = True
     """Whether `read` fills `norms`."""
+    packs_requests: ClassVar[bool] = True
+    """Whether the model's `generate_batch` keeps several requests in one row apart."""
 
     def __init__(
         self,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from expertsteer_lens._checks import check_classes
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
+from expertsteer_lens.data.activations import ActivationStore, medians_of
 from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.states import CheckedStates
+from expertsteer_lens.data.states_shards import shard_folder, shard_of
 from expertsteer_lens.data.states_writer import StatesWriter, writing
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
@@ -45,6 +46,7 @@ def capture(
     max_length: int | None = None,
     progress: bool | None = False,
     store: str | Path | None = None,
+    shard: tuple[int, int] | Literal["auto"] | None = None,
 ) -> ActivationStore:
     """Run the prompts through the model and keep what passes the hook points, in the order of the
     prompts.
@@ -79,8 +81,14 @@ def capture(
             power, no room) goes on where it was when it is called again with the same arguments,
             and the folder becomes what it would have been, bit for bit on one machine; where the
             folder is complete no model is run. `ActivationStore.open` reads it later.
+        shard: where several processes share the work: (number of this one, how many there are), or
+            "auto" for what `accelerate launch` or `torchrun` says in the environment (alone where
+            nothing is said). Each takes every n-th pass, writes beside `store` into
+            `STORE.shard-0-of-2`, and returns those rows; `ActivationStore.merge(store)` then makes
+            the whole.
 
     Raises:
+        ArgumentError: `shard` without `store`, or more processes than passes.
         ArtifactError: `store` holds another capture or something else, another process writes it,
             or it cannot be written (no room, no permission); the batches before are kept.
         HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
@@ -90,6 +98,9 @@ def capture(
     """
     from . import as_host
 
+    part = shard_of(shard)
+    if part is not None and store is None:
+        raise ArgumentError("shard= goes with store=, where the processes write; give a folder.")
     request = Request.of(
         as_host(model),
         prompts,
@@ -106,10 +117,12 @@ def capture(
         held = StatesInMemory(request.plan)
         _read_batches(request, held, progress)
         return request.result(held)
+    if part is not None:
+        request, store = request.share(*part), shard_folder(store, part)
     with writing(store, request.plan) as writer:
         if not writer.is_complete:
             _read_batches(request, writer, progress)
-            writer.finish(_medians(writer.norms()))
+            writer.finish(medians_of(writer.norms()))
     return ActivationStore.open(store)
 
 
@@ -178,9 +191,18 @@ class Request:
         names: list[str] = self.plan.key["hook_names"]
         return names
 
+    def share(self, i: int, n: int) -> Request:
+        """Every n-th pass, from the i-th on; see `CapturePlan.share`."""
+        return replace(self, plan=self.plan.share(i, n))
+
     def batch(self, number: int) -> TokenBatch:
         """The tokens of one pass."""
-        return self.tokens.part(self.plan.batches[number])
+        return self.tokens.part(self._index(number))
+
+    def _index(self, number: int) -> list[int]:
+        """The prompts of one pass, among all prompts."""
+        batch, share = self.plan.batches[number], self.plan.prompts
+        return batch if share is None else [share[i] for i in batch]
 
     def read(
         self, number: int, into: StatesWriter | StatesInMemory, also: TokenRows | None = None
@@ -190,20 +212,20 @@ class Request:
         Raises:
             DataError: NaN or Inf, naming hook point and prompt.
         """
-        plan, index, part = self.plan, self.plan.batches[number], self.batch(number)
+        plan, index, part = self.plan, self._index(number), self.batch(number)
         here = None if self.chosen is None else self.chosen[index, : part.input_ids.shape[1]]
         norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
         basis = plan.provenance["basis"]
         states = self.host.read(
             part, self.hook_names, self.pick, here, norms, basis=basis, also=also
         )
-        _check_finite(states, index, [plan.row_counts[i] for i in index])
+        _check_finite(states, index, [plan.row_counts[i] for i in plan.batches[number]])
         of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
         into.write(number, {name: states[name] for name in self.hook_names}, of_tokens)
 
     def result(self, held: StatesInMemory) -> ActivationStore:
         """The store of all rows, once every pass has been read into `held`."""
-        facts = {**self.plan.provenance, **_medians(held.norms())}
+        facts = {**self.plan.provenance, **medians_of(held.norms())}
         return ActivationStore(CheckedStates.of(held.states), self.plan.labels, facts)
 
 
@@ -241,12 +263,6 @@ def read_tokens(
     count = real.sum(1, keepdim=True)
     wanted = -1 if positions == "last" else int(positions)
     return real & (rank == (wanted if wanted >= 0 else count + wanted))
-
-
-def _medians(norms: dict[str, Tensor]) -> dict[str, Any]:
-    """Median over all tokens, by hook name, as provenance; none where the rows are tokens."""
-    found = {name: float(values.median()) for name, values in norms.items() if len(values)}
-    return {MEDIAN_TOKEN_NORMS: found} if found else {}
 
 
 def _tokens_in_spans(

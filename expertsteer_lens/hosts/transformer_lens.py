@@ -7,6 +7,7 @@ registration."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -21,15 +22,23 @@ from .cache_names import agree_on_cache_name
 from .facts import hooks_suspended, training_noise
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import measuring, n_measuring, watch_causal_module, watch_generate
+from .pass_tracking import (
+    is_copy,
+    measuring,
+    n_measuring,
+    remove_handle,
+    watch_causal_module,
+    watch_generate,
+)
 from .resume import logits_only_at
-from .scope import Scope, scope_or_new
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
 
 
 class TransformerLensHost(Host):
     """A TransformerLens model that can be read and steered."""
 
     kind = "transformer_lens"
+    packs_requests = False  # a Bridge's attention takes such a row for one sequence, steered or not
 
     def __init__(self, model: Any) -> None:
         cfg = model.cfg
@@ -187,40 +196,54 @@ def _watch_blocks(model: Any, observer: Observer, scope: Scope) -> Iterator[None
     A pass is reported at the first block that runs: a block index that does not grow, or another
     shape, begins a new pass, so runs that start or stop at a layer are seen too."""
     measured_before = n_measuring(model)
-    last: tuple[int, Any] = (len(model.blocks), None)
-    ids: list[Tensor | None] = [None]
+    now = _PassOfThread()
 
-    def embedding(_: nn.Module, args: tuple[Any, ...]) -> None:
-        ids[0] = args[0]
+    def embedding(m: nn.Module, args: tuple[Any, ...]) -> None:
+        if not is_copy(m, model.embed):
+            now.ids = args[0]
 
-    def block(index: int) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal last
+    def block(index: int, original: nn.Module) -> Callable[..., None]:
+        # Without keywords: a pass of another thread that began while the hook was put on.
+        def before(m: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+            if kwargs is None or is_copy(m, original):
+                return
             residual = args[0] if args else kwargs.get("resid_pre")
             if not isinstance(residual, Tensor):
                 return
-            starts, last = index <= last[0] or residual.shape != last[1], (index, residual.shape)
+            starts = index <= now.block or residual.shape != now.shape
+            now.block, now.shape = index, residual.shape
             if not starts or n_measuring(model) > measured_before:
                 return
             if not scope():
                 scope.n_elsewhere += 1
                 return
-            entry = kwargs.get("past_kv_cache_entry")
-            tokens = ids[0] if ids[0] is not None and ids[0].shape == residual.shape[:2] else None
+            entry, ids = kwargs.get("past_kv_cache_entry"), now.ids
             observer.on_forward(
                 ForwardInfo(
                     batch=residual.shape[0],
                     n_new=residual.shape[1],
                     past=0 if entry is None else int(entry.past_keys.shape[1]),
                     attention_mask=kwargs.get("attention_mask"),
-                    input_ids=tokens,
+                    input_ids=ids if ids is not None and ids.shape == residual.shape[:2] else None,
                 )
             )
 
         return before
 
     with ExitStack() as stack:
-        stack.callback(model.embed.register_forward_pre_hook(embedding).remove)
-        for i, module in enumerate(model.blocks):
-            stack.callback(module.register_forward_pre_hook(block(i), with_kwargs=True).remove)
+        with CHANGING_HOOKS:
+            handles = [model.embed.register_forward_pre_hook(embedding)]
+            for i, module in enumerate(model.blocks):
+                hook = block(i, module)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for handle in handles:
+            stack.callback(remove_handle, handle)
         yield
+
+
+class _PassOfThread(threading.local):
+    """The pass that a thread is in: the last block that ran, and what it was given."""
+
+    block = 2**31
+    shape: Any = None
+    ids: Tensor | None = None

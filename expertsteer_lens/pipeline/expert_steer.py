@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -249,6 +249,7 @@ class ExpertSteer:
         hook_names: Sequence[str] | None = None,
         progress: bool | None = None,
         store: str | Path | None = None,
+        shard: tuple[int, int] | Literal["auto"] | None = None,
     ) -> ActivationStore:
         """The expert's states that `fit` takes in place of the expert, read as `config.reading`
         says; so that the two models need never be in memory together.
@@ -262,6 +263,7 @@ class ExpertSteer:
             hook_names: where it is read; default: the residual after every block.
             progress: show progress bars; default: where standard error is a terminal.
             store: a folder that the states are written to as they are read, see `capture`.
+            shard: which share of several processes to read, see `capture`.
         """
         reading = reading_of(self.config, as_host(expert))
         return capture(
@@ -273,6 +275,7 @@ class ExpertSteer:
             batch_size=self.config.batch_size,
             progress=progress,
             store=store,
+            shard=shard,
         )
 
 

@@ -127,6 +127,12 @@ class PlanRun:
 
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
+        if not self.host.packs_requests:
+            raise InterventionError(
+                f"the attention of {self.host.name!r} takes the several requests of a row for one "
+                "sequence (continuous batching), steered or not; use model.generate, or the "
+                "Hugging Face model before it is wrapped."
+            )
         rule = self.plan.positions
         if callable(rule) or needs_prompt_length(rule):
             raise InterventionError(packed_refusal(rule))

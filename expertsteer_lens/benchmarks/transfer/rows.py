@@ -77,6 +77,7 @@ def target_rows(
     rows = [_row("unsteered", 0, 0, meter.figures(meter.base)), _prompting(meter, task)]
 
     def add(method: str, n: int, draw: int, direction: Tensor, cost: bool = False) -> None:
+        """One more row, of the measured figures of a direction."""
         rows.append(_row(method, n, draw, meter.effect(direction)))
         if cost:
             rows[-1]["nll_rise"] = meter.cost(direction) - base_nll

@@ -221,24 +221,29 @@ class NNsightHost(Host):
             with self._edited([runs.worker(self.model, body) for body in bodies]) as edits:
                 yield _Registered(self.model, dict(zip(fns, edits, strict=True)), TorchHooks())
             return
-        checked = self._checked(fns)
-        workers = [
-            runs.HookWorker(self.model, runs.one_call(*call)) for call in self._calls_at(checked)
-        ]
-        with scope_or_new(scope) as acts:
+        inside = runs.current_worker() is not None
+        with scope_or_new(scope) as acts, runs.one_at_a_time(self.model):
+            checked = self._checked(fns, acts)
+            workers = [
+                runs.HookWorker(self.model, runs.one_call(*call))
+                for call in self._calls_at(checked)
+            ]
             outside = self._local().torch_hooks(
-                checked, active=lambda: acts() and not runs.run_in_progress(self.model)
+                checked, active=lambda: acts() and not runs.is_in_run(self.model, unknown=inside)
             )
             with self._edited(workers) as edits, outside as hooks:
                 yield _Registered(self.model, dict(zip(fns, edits, strict=True)), hooks)
 
     @staticmethod
-    def _checked(fns: Mapping[str, EditFn]) -> dict[str, EditFn]:
-        """Checked, and not called on the stand-ins of `model.scan`, which have no values."""
+    def _checked(
+        fns: Mapping[str, EditFn], acts: Callable[[], bool] = lambda: True
+    ) -> dict[str, EditFn]:
+        """Checked, and called neither in runs of which `acts` says that they are somebody else's,
+        nor on the stand-ins of `model.scan`, which have no values."""
 
         def checked(name: str, fn: EditFn) -> EditFn:
             strict = guarded(name, fn)
-            return lambda x: None if is_stand_in(x) else strict(x)
+            return lambda x: None if is_stand_in(x) or not acts() else strict(x)
 
         return {name: checked(name, fn) for name, fn in fns.items()}
 
@@ -311,8 +316,11 @@ class NNsightHost(Host):
             return runs.worker(self.model, runs.following(remotely.called(unpack)))
 
         edit = runs.HookWorker(self.model, calls, remote_form=remote_form)
+        stack = ExitStack()
+        stack.enter_context(runs.one_at_a_time(self.model))
         self.model._edits.append(edit)
-        return EditHandle(self.model, edit)
+        stack.callback(discard_edit, self.model, edit)
+        return EditHandle(edit, stack)
 
 
 class OpenRun:
@@ -402,12 +410,12 @@ class EditHandle:
     """A plan among the default edits of an nnsight model; `.remove()` takes off this one and no
     other."""
 
-    def __init__(self, model: Any, edit: Any) -> None:
-        self._model, self._edit = model, edit
+    def __init__(self, edit: Any, stack: ExitStack) -> None:
+        self._edit, self._stack = edit, stack
 
     def remove(self) -> None:
         """Take the edit off; nothing happens the second time, or after `clear_edits`."""
-        discard_edit(self._model, self._edit)
+        self._stack.close()
 
 
 def discard_edit(model: Any, edit: Any) -> None:

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Sequence
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from nnsight.intervention.interleaver import Event, Mediator, Pending
 
 from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.hosts.blocks import first_argument, first_of, with_first, with_first_argument
+from expertsteer_lens.hosts.scope import CHANGING_HOOKS
 
 CODE = "body(model)"
 
@@ -101,6 +105,13 @@ def stopping(path: str, keep: list[Any]) -> Body:
     return body
 
 
+ONE_RUN = (
+    "another thread is in a run of nnsight on this model, which takes every pass of the model for "
+    "its own; wait for its end, or run the wrapped module in every thread: "
+    "model._module.generate(...)."
+)
+
+
 class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
     """Plain functions at one or more hook points, called in turn, pass after pass.
 
@@ -125,24 +136,28 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
         """
         super().__init__(None, {}, {})
         self._model, self._make_calls, self._make_remote_form = model, calls, remote_form
-        # Of the run: nnsight's name of the place, side and function of each call; which is next.
+        # Of the run: its thread; nnsight's name of the place, side and function of each call; which
+        # is next.
+        self._thread: int | None = None
         self._calls: list[tuple[str, CallSide, Callable[[Any], Any]]] = []
         self._next = 0
 
     def start(self, interleaver: Any = None) -> None:
         """Wait for the first call of a run."""
-        self.interleaver, self._next = interleaver, 0
+        self.interleaver, self._next, self._thread = interleaver, 0, threading.get_ident()
         self._calls = [
             (location(self._model, path, side), side, fn) for path, side, fn in self._make_calls()
         ]
         self.counts_at_start = {
             place: interleaver.counts.get(place, 0) for place, _, _ in self._calls
         }
-        self.pending = Pending(Event.VALUE, self._calls[0][0], 0)
+        self.pending = Pending(Event.VALUE, self._calls[0][0], 0) if self._calls else None
 
     def handle(self, provider: str, value: Any) -> Any:
         """Serve this visit: what the module was given (arguments and keywords), or what it
         returned."""
+        if self._thread != threading.get_ident():
+            raise InterventionError(ONE_RUN)
         batcher = self.interleaver.batcher  # knows which rows of the batch are whose
         own = value if batcher is None else batcher.narrow(value, self.batch_group)
         edited = None
@@ -168,6 +183,10 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
             return value
         return edited if batcher is None else batcher.widen(value, self.batch_group, edited)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookWorker:
+        """On a copy of the model, which is another model, it does nothing."""
+        return HookWorker(None, list)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self._make_remote_form is None:
             raise InterventionError(
@@ -186,9 +205,73 @@ def location(model: Any, path: str, side: CallSide) -> str:
     return f"{module.path}.{'output' if side == 'output' else 'input'}"
 
 
-def run_in_progress(model: Any) -> bool:
-    """Whether a trace (or generate) of this model is being run now."""
-    return bool(model.interleaver.interleaving or model.interleaver.mediators)
+def is_in_run(model: Any, *, unknown: bool) -> bool:
+    """Whether this thread is in a trace (or generate) of the model.
+
+    Args:
+        model: the nnsight model.
+        unknown: what to say of a run that began before anybody looked whose it is.
+    """
+    if not (model.interleaver.interleaving or model.interleaver.mediators):
+        return False
+    mine = model.__dict__.get("interleave")
+    if not isinstance(mine, _OneAtATime) or mine.thread is None:
+        return unknown
+    return mine.thread == threading.get_ident()
+
+
+@contextmanager
+def one_at_a_time(model: Any) -> Iterator[None]:
+    """Inside the block, runs of the model in several threads do not overlap.
+
+    nnsight keeps the state of one run: where two overlap, the end of one takes the workers of the
+    other away. What is called while a run is under way nnsight takes for a part of it, and
+    `HookWorker` refuses it.
+    """
+    with CHANGING_HOOKS:
+        current = model.__dict__.get("interleave")
+        if not isinstance(current, _OneAtATime):
+            current = _OneAtATime(model)
+            model.__dict__["interleave"] = current
+        current.n_blocks += 1
+    try:
+        yield
+    finally:
+        with CHANGING_HOOKS:
+            current.n_blocks -= 1
+            if current.n_blocks == 0 and model.__dict__.get("interleave") is current:
+                del model.__dict__["interleave"]
+
+
+class _OneAtATime:
+    """nnsight's `interleave`, through which every run goes, of one model."""
+
+    def __init__(self, model: Any) -> None:
+        self.n_blocks = 0
+        self.thread: int | None = None
+        """That is in a run."""
+        self._model = model
+        self._lock = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, alone."""
+        with self._lock:
+            before, self.thread = self.thread, threading.get_ident()
+            try:
+                if before is None and self._model.interleaver.interleaving:
+                    raise InterventionError(ONE_RUN)
+                return type(self._model).interleave(self._model, *args, **kwargs)
+            finally:
+                self.thread = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """On a copy of the model: the copy's own method."""
+        copied = memo[id(self._model)]
+        return types.MethodType(type(copied).interleave, copied)
+
+    def __reduce__(self) -> Any:
+        """Elsewhere: the method of the model there."""
+        return types.MethodType, (type(self._model).interleave, self._model)
 
 
 def current_worker() -> Any:
