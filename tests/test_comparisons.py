@@ -23,7 +23,7 @@ from expertsteer_lens.evaluation.methods import few_labels_plan
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
 from expertsteer_lens.show.plots import plot_evaluation
-from expertsteer_lens.show.report import table_for_people
+from expertsteer_lens.show.report import next_step, table_for_people
 
 FAST = esl.ExpertSteerConfig(
     mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
@@ -186,10 +186,21 @@ class TestAControlOfTheUser:
             register_control("mine", plan, n_seeds=0)
 
 
-def test_a_method_whose_damage_never_fits_the_budget_is_named(fit, zoo):
+def test_a_method_whose_damage_never_fits_the_budget_is_a_row_that_says_so(fit, zoo, tmp_path):
+    """Random directions may be dear where the plan's own is cheap: the other rows are not lost."""
     tight = replace(fit, config=fit.config.changed({"budget": 1e-12, "budget_unit": "kl"}))
-    with pytest.raises(ArgumentError, match=r"random \(same budget\): the plan: even coefficient"):
-        esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], fit=tight, n_random=2)
+    result = esl.evaluate(fit.plan(coefficient=0.1), zoo["target"], fit=tight, n_random=2)
+    floor = [row for row in result.rows if row.role == "floor"]
+    assert len(floor) == 2
+    assert all("even coefficient 0.005 costs" in row.note for row in floor)
+    assert all(row.measured for row in result.rows if row.method == "random (same norm)")
+    assert all(map(math.isnan, result.floor))
+    assert "0 of 2 random directions fit the budget" in result.verdict
+    assert "inf" not in result.verdict
+    assert "cost more than the budget" in next_step(result)
+    assert "cost too much" in plot_evaluation(result).layout.title.text
+    esl.save(result, tmp_path / "kept")
+    assert esl.load(tmp_path / "kept").verdict == result.verdict
 
 
 def test_rows_of_the_first_version_are_measured():

@@ -146,10 +146,12 @@ class Evaluation:
     @property
     def floor(self) -> tuple[float, float]:
         """Mean and standard deviation of the effects of random directions under the same budget,
-        nats."""
+        nats; NaN where fewer than two of them fit it at any strength."""
         values = torch.tensor(
-            [r.effect for r in self.rows if r.role == "floor"], dtype=torch.float64
+            [r.effect for r in self.rows if r.role == "floor" and r.measured], dtype=torch.float64
         )
+        if len(values) < 2:
+            return math.nan, math.nan
         return float(values.mean()), float(values.std())
 
     @property
@@ -188,7 +190,14 @@ class Evaluation:
         plan, ceiling = self.plan, self.ceiling
         cost = f"neutral NLL {plan.nll_rise:+.2f}"
         floor = f"random directions {mean:+.2f} ± {sd:.2f}"
-        n_floor = sum(r.role == "floor" for r in self.rows)
+        drawn = [r for r in self.rows if r.role == "floor"]
+        n_floor = sum(r.measured for r in drawn)
+        if n_floor < 2:
+            return (
+                f"Nothing to tell the plan's {plan.effect:+.2f} nats from chance by: {n_floor} of "
+                f"{len(drawn)} random directions fit the budget at any strength."
+                + explained_at("no-floor")
+            )
         above = (plan.effect - mean) / sd if sd > 0 else float("inf")
         if ceiling is not None and ceiling.effect < mean + 2 * sd:
             return (

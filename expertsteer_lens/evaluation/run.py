@@ -15,7 +15,7 @@ from expertsteer_lens.data.contrast import Behaviour, text_hash
 from expertsteer_lens.data.parts import hashes_of, shared
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.measure.calibration import BudgetUnit, calibrate
+from expertsteer_lens.measure.calibration import BudgetUnit, OverBudgetError, calibrate
 from expertsteer_lens.measure.completions import repeated_trigrams
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.neutral import NeutralTexts
@@ -274,12 +274,12 @@ class _Run:
         """Make and measure one plan, or say why there is none."""
         try:
             plan = job.make()
+            if job.calibrate:
+                plan = self.calibrated(plan)
         except NotMeasured as reason:
             return EvaluationRow.unmeasured(
                 job.method, job.role, job.seed, str(reason), n_prompts=len(self.behaviour)
             )
-        if job.calibrate:
-            plan = self.calibrated(plan, job.method)
         return self.row(job.method, job.role, job.seed, plan)
 
     def row(
@@ -324,7 +324,12 @@ class _Run:
             **self.generation.figures(self.host, behaviour, plan),
         )
 
-    def calibrated(self, plan: SteeringPlan, method: str) -> SteeringPlan:
+    def calibrated(self, plan: SteeringPlan) -> SteeringPlan:
+        """The plan at the largest coefficient within the budget.
+
+        Raises:
+            NotMeasured: there is none.
+        """
         try:
             found = calibrate(
                 plan,
@@ -334,8 +339,8 @@ class _Run:
                 unit=self.unit,
                 curve=False,
             )
-        except ArgumentError as error:
-            raise ArgumentError(f"{method}: {error}") from error
+        except OverBudgetError as error:
+            raise NotMeasured(str(error).split(";")[0]) from error
         return found.apply(plan)
 
     def provenance(self, plan: SteeringPlan, rows: Sequence[EvaluationRow]) -> dict[str, Any]:

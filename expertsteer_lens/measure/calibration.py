@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas
 
 DEFAULT_GRID = (
+    0.005,
+    0.01,
     0.02,
     0.03,
     0.04,
@@ -48,6 +50,10 @@ BudgetUnit = Literal["nll", "kl"]
 BUDGET_UNITS: tuple[BudgetUnit, ...] = get_args(BudgetUnit)
 Band = Literal["no effect", "usable", "broken"]
 Sign = Literal["as labelled", "reversed", "unclear"]
+
+
+class OverBudgetError(ArgumentError):
+    """Even the smallest coefficient costs more than the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +175,7 @@ def calibrate(
     With `curve` the grid is walked upwards and left once the cost exceeds five times the budget;
     the coefficient returned is the last one before the cost first exceeds the budget, so a curve
     that dips again later is not exploited. Without, the grid is searched from the plan's own
-    coefficient on: two or three measurements where that is near, seven at most with the default
+    coefficient on: two or three measurements where that is near, eight at most with the default
     grid, and the same answer wherever the cost grows with the coefficient.
 
     Args:
@@ -294,7 +300,7 @@ def _within(
     over = [row["coefficient"] for row in rows if row["cost"] > budget]
     within = [row["coefficient"] for row in rows if not over or row["coefficient"] < over[0]]
     if not within:
-        raise ArgumentError(
+        raise OverBudgetError(
             f"{what}: even coefficient {steps[0]:g} costs {rows[0]['cost']:.3f} nats per token, "
             f"more than budget={budget:g}; "
             "raise budget, give a grid with smaller coefficients, or steer fewer layers."

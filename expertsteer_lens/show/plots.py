@@ -5,6 +5,7 @@ Every function takes a result object and returns a `plotly.graph_objects.Figure`
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
@@ -275,10 +276,11 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
     _add_floor_and_ceiling(figure, evaluation)
     missing = ", ".join(evaluation.not_measured)
     mean, sd = evaluation.floor
+    chance = "cost too much" if math.isnan(sd) else f"by {mean:+.2f} ± {sd:.2f}"
     set_style(
         figure,
         f"The plan moves the behaviour by {evaluation.plan.effect:+.2f} nats, random directions "
-        f"by {mean:+.2f} ± {sd:.2f}",
+        + chance,
         f"held-out prompts; same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on "
         "neutral text" + (f"; not measured: {missing}" if missing else ""),
     )
@@ -318,16 +320,17 @@ def _add_method(figure: Any, row: Any) -> None:
 def _add_floor_and_ceiling(figure: Any, evaluation: Evaluation) -> None:
     """Band and line, explained in the legend: a label inside the axes covers some marker."""
     mean, sd = evaluation.floor
-    figure.add_vrect(
-        x0=mean - 2 * sd, x1=mean + 2 * sd, fillcolor=FLOOR_FILL, line_width=0, layer="below"
-    )
-    figure.add_scatter(
-        x=[None],
-        y=[None],
-        mode="markers",
-        name="random floor ± 2 sd",
-        marker={"size": 14, "symbol": "square", "color": FLOOR_FILL},
-    )
+    if not math.isnan(sd):
+        figure.add_vrect(
+            x0=mean - 2 * sd, x1=mean + 2 * sd, fillcolor=FLOOR_FILL, line_width=0, layer="below"
+        )
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            name="random floor ± 2 sd",
+            marker={"size": 14, "symbol": "square", "color": FLOOR_FILL},
+        )
     if evaluation.ceiling is None:
         return
     dashed = {"color": ORANGE, "dash": "dash"}

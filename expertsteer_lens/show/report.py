@@ -197,6 +197,12 @@ def next_step(evaluation: Evaluation, calibration: Calibration | None = None) ->
     plan, (mean, sd) = evaluation.plan, evaluation.floor
     if not plan.measured:
         return "The plan itself was not measured; run evaluate again."
+    if math.isnan(sd):
+        return (
+            "Random directions cost more than the budget at any strength, so nothing says what "
+            "chance does: raise the budget, steer another layer, or look at the row "
+            "random (same norm)."
+        )
     reversed_ = calibration is not None and calibration.sign == "reversed"
     if reversed_ or plan.high < 0:
         return (
