@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pathlib
 
@@ -245,18 +246,44 @@ def test_of_a_stopped_run_only_whole_tasks_are_summed_up(bench):
     assert set(stopped.summary().tasks) == {1}
 
 
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks/results"
+
+
+@pytest.fixture(scope="module")
+def real_fields():
+    """The script that makes the tables of the committed runs."""
+    path = RESULTS.parent / "real_fields_overview.py"
+    spec = importlib.util.spec_from_file_location("real_fields_overview", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("target", ["smollm2", "gemma3"])
-def test_the_table_in_the_docs_is_that_of_the_rows(target):
-    """The run on real models is committed; its table is made of it, with the models' full names."""
-    folder = pathlib.Path(__file__).parents[1] / "benchmarks/results" / f"real_fields_{target}"
-    table = TransferBench.read(folder).to_markdown()
-    for name, full in {
-        "qwen": "Qwen2.5-Coder-0.5B-Instruct",
-        "smollm2": "SmolLM2-135M-Instruct",
-        "gemma3": "Gemma 3 270M base",
-    }.items():
-        table = table.replace(name, full)
-    assert (folder / "bench.md").read_text(encoding="utf-8") == table
+def test_the_tables_in_the_docs_are_those_of_the_rows(real_fields, target):
+    """The runs on real models are committed, and their tables are made of them."""
+    table = (RESULTS / f"real_fields_{target}" / "bench.md").read_text(encoding="utf-8")
+    assert table == real_fields.table(target)
+    assert (RESULTS / "real_fields.md").read_text("utf-8") == real_fields.overview_table()
+
+
+@pytest.mark.parametrize("target", ["smollm2", "gemma3"])
+def test_the_run_in_bfloat16_says_what_that_in_float32_says(target):
+    """The fields that were run in both: the same block and strength, nearly the same means."""
+    runs = [TransferBench.read(RESULTS / f"real_fields_{target}{end}") for end in ("", "_float32")]
+    for name in (f"steering of {target}", f"block of qwen for {target}"):
+        half, full = (run.choices[name] for run in runs)
+        assert half["hook"] == full["hook"]
+        assert half.get("coefficient") == full.get("coefficient")
+    key = ["expert", "task", "method", "n_pairs"]
+    half, full = (run.to_pandas().groupby(key).effect.mean() for run in runs)
+    both = pd.DataFrame({"half": half, "full": full}).dropna().reset_index()
+    assert both.task.nunique() >= 5
+    means = both.groupby(["expert", "method", "n_pairs"])[["half", "full"]].mean()
+    learnt = means[means.index.get_level_values("n_pairs") > 0].drop("paper's alignment", level=1)
+    assert (learnt.half - learnt.full).abs().max() < 0.01
 
 
 def test_a_run_in_another_dtype_is_another_run(models, bench):

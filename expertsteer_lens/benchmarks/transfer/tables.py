@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,9 +70,56 @@ def _differences(frame: pandas.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+def _interval(low: float, high: float, digits: int = 3) -> str:
+    return "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _form(value: float | None, form: str) -> str:
     return "" if value is None or math.isnan(value) else format(value, form)
+
+
+OVERVIEW = (
+    ("unsteered", 0),
+    ("random", 0),
+    ("prompting", 0),
+    ("self as labeller", 0),
+    ("expert as labeller", 0),
+    ("native", 1),
+    ("self as labeller", 1),
+    ("expert as labeller", 1),
+    ("shuffled labels", None),
+    ("native", None),
+    ("self, mapped", None),
+    ("expert, mapped", None),
+    ("paper's alignment", None),
+)
+"""Rows of the overview: method, and number of labelled pairs (None: all)."""
+
+
+def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
+    """One row a method, one column a transfer: mean effect and its interval over tasks.
+
+    Args:
+        benches: runs on the same tasks.
+        names: what models are called in the table.
+    """
+    columns = [(bench, *pair) for bench in benches for pair in bench.transfers]
+    heads = [f"{names.get(e, e)} → {names.get(t, t)}" for _, e, t in columns]
+    lines = [
+        f"| labelled pairs | direction | {' | '.join(heads)} |",
+        "|---" * (2 + len(heads)) + "|",
+    ]
+    for method, n in OVERVIEW:
+        cells = []
+        for bench, expert, target in columns:
+            frame = bench.summary()
+            frame = frame[(frame.target == target) & frame.expert.isin([expert, target])]
+            frame = frame[frame.method == method]
+            frame = frame[frame.n_pairs == (frame.n_pairs.max() if n is None else n)]
+            row = frame.iloc[0] if len(frame) else None
+            cells.append(
+                "" if row is None else f"{row.effect:+.2f}{_interval(row.low, row.high, 2)}"
+            )
+        shown = "all" if n is None else n
+        lines.append(f"| {shown} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,44 @@
+"""The overview of the committed runs of `expertsteer-lens bench --real`, and their tables:
+
+    python benchmarks/real_fields_overview.py
+
+Copies of the runs lie in `benchmarks/results/real_fields_*/run.json`; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from expertsteer_lens.benchmarks.transfer import TransferBench
+from expertsteer_lens.benchmarks.transfer.tables import overview
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+NAMES = {
+    "qwen": "Qwen2.5-Coder-0.5B-Instruct",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "gemma3": "Gemma 3 270M base",
+}
+SHORT = {"qwen": "Qwen 0.5B", "smollm2": "SmolLM2 135M", "gemma3": "Gemma 3 270M base"}
+
+
+def table(target: str) -> str:
+    """The tables of one run, with the models' full names."""
+    out: str = TransferBench.read(RESULTS / f"real_fields_{target}").to_markdown()
+    for name, full in NAMES.items():
+        out = out.replace(name, full)
+    return out
+
+
+def overview_table() -> str:
+    """All runs in one table."""
+    runs = [
+        TransferBench.read(RESULTS / f"real_fields_{target}") for target in ("smollm2", "gemma3")
+    ]
+    return overview(runs, SHORT)
+
+
+if __name__ == "__main__":
+    for target in ("smollm2", "gemma3"):
+        (RESULTS / f"real_fields_{target}" / "bench.md").write_text(table(target), encoding="utf-8")
+    (RESULTS / "real_fields.md").write_text(overview_table(), encoding="utf-8")
+    print(overview_table())
