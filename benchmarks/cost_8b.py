@@ -53,9 +53,9 @@ class Work:
     metric_batch: int = 16
     """Completions per pass without gradients."""
     candidates: int = 32
-    grid: int = 18
+    grid: int = 20
     """Coefficients walked by the calibration, at most."""
-    bisection: int = 5
+    bisection: int = 3
     """Passes over the calibration texts to calibrate one control."""
     n_random: int = 5
     n_shuffles: int = 3
