@@ -20,7 +20,7 @@ import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.evaluation import run as evaluation_run
-from expertsteer_lens.pipeline import expert_steer, readings
+from expertsteer_lens.pipeline import expert_steer, read_models, readings
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
 CONFIG = {
@@ -80,7 +80,8 @@ def interrupt_at(call: int, function: Callable[..., Any], calls: list[int]) -> C
 
 
 STAGES = {
-    "reading": (readings, "capture", 3, "after the states of expert on anchors and expert on"),
+    "reading": (readings, "capture", 2, "after the states of expert on pairs were read"),
+    "anchors": (read_models, "capture_side_by_side", 1, "of expert on pairs and target on pairs"),
     "learning": (expert_steer, "solve", 1, "after the states of both models were read"),
     "measuring": (evaluation_run._Run, "row_of", 3, "stopped after 2 of "),
 }
@@ -106,12 +107,12 @@ def test_a_stopped_fit_goes_on_to_what_it_would_have_found(
     assert not (out / "plan").exists()
     again = list[int]()
     with monkeypatch.context() as patch:
-        patch.setattr(readings, "capture", interrupt_at(0, readings.capture, again))
-        patch.setattr(expert_steer, "pair_tokens", interrupt_at(0, expert_steer.pair_tokens, again))
+        for room, reader in ((readings, "capture"), (read_models, "capture_side_by_side")):
+            patch.setattr(room, reader, interrupt_at(0, getattr(room, reader), again))
         result = run(fit_command(files, out))
     assert result.exit_code == 0, result.output
-    # Two stores of the target and the token pairs are left to read, or nothing.
-    assert len(again) == {"reading": 3, "learning": 0, "measuring": 0}[stage]
+    # The target on the pairs and both on the anchors are left to read, or the latter, or nothing.
+    assert len(again) == {"reading": 2, "anchors": 1, "learning": 0, "measuring": 0}[stage]
     assert not (out / "stopped").exists()
     one, two = esl.load(out / "plan"), esl.load(whole / "plan")
     assert torch.equal(one.vectors[0].direction, two.vectors[0].direction)
@@ -165,9 +166,10 @@ def test_states_of_a_fit_with_other_texts_are_refused_by_name(
     with monkeypatch.context() as patch:
         patch.setattr(readings, "capture", interrupt_at(2, readings.capture, []))
         assert run(fit_command(files, out)).exit_code == 130
-    (tmp_path / "anchors.txt").write_text("\n".join(esl.zoo.anchors(n=50)))
+    lines = (files / "pairs.jsonl").read_text().split("\n")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines[:-1]))
     with pytest.raises(ArgumentError, match=r"stopped/states holds states of .* another texts;"):
-        run_and_raise(fit_command(files, out, "--anchors", str(tmp_path / "anchors.txt")))
+        run_and_raise(fit_command(files, out, "--pairs", str(tmp_path / "pairs.jsonl")))
 
 
 def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
@@ -196,7 +198,7 @@ def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "states of expert on anchors were read; what was finished is kept in" in err
+    assert "states of expert on pairs were read; what was finished is kept in" in err
     assert (tmp_path / "out/stopped/states/config.json").is_file()
 
 
