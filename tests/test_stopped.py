@@ -9,7 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +27,14 @@ CONFIG = {
     "mi": {"n_permutations": 5, "n_bootstrap": 10, "n_components": 8},
     "rfm": {"bandwidth": 1.0, "center_gradients": False, "validation_fraction": 0.0, "n_rounds": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A process that was started in the background ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +186,7 @@ def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
     """From outside, while the second text file of states is read: nothing of this process helps."""
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from expertsteer_lens.hosts import reading\n"
         "from expertsteer_lens.cli import main\n"
         "inner, calls = reading._read_batches, []\n"
