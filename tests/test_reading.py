@@ -279,6 +279,29 @@ class TestTokenPairs:
         assert fit.data.maps_on == "tokens"
         assert sum(seen) == 2 * (2 * 16 + fit.data.n_anchors)
 
+    def test_the_two_texts_of_a_pair_are_one_group_and_no_anchors(self, zoo, monkeypatch):
+        """Groups are never divided between the folds; a pair's must not be an anchor's."""
+        taken: list[list[int]] = []
+        taking = TokenPairs.taking
+        monkeypatch.setattr(
+            TokenPairs,
+            "taking",
+            lambda self, groups: taken.append(list(groups)) or taking(self, groups),
+        )
+        esl.ExpertSteer(SMALL).fit(
+            *zoo, esl.zoo.contrast_pairs(8), anchors=esl.zoo.anchors(30), progress=False
+        )
+        anchors, pairs = taken
+        assert sorted(pairs) == pairs == [pairs[0] + i // 2 for i in range(16)]
+        assert not set(anchors) & set(pairs)
+
+    def test_states_kept_with_token_pairs_are_not_taken_by_a_fit_without(self, zoo):
+        given = (*zoo, esl.zoo.contrast_pairs(8))
+        with_tokens = esl.ExpertSteer(SMALL).fit(*given, progress=False)
+        without = dataclasses.replace(SMALL, pair_tokens=False)
+        with pytest.raises(ArgumentError, match=r"another config\.pair_tokens"):
+            esl.ExpertSteer(without).fit(*given, finished=with_tokens.data, progress=False)
+
     def test_candidates_are_few_and_in_the_middle_of_the_expert(self):
         names = [f"blocks.{i}.hook_resid_post" for i in range(24)]
         labels = torch.tensor([1.0, 0.0]).repeat(10)

@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 
 import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.cli.stopped import Stopped
+from expertsteer_lens.errors import ArgumentError, ArtifactError, Interrupted
 from expertsteer_lens.evaluation import run as evaluation_run
+from expertsteer_lens.files import io
 from expertsteer_lens.pipeline import expert_steer, read_models, readings
 
 EXPERT, TARGET = (str(esl.zoo.model_path(name)) for name in ("expert", "target"))
@@ -208,7 +210,38 @@ def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "states of expert on pairs were read; what was finished is kept in" in err
-    assert (tmp_path / "out/stopped/states/config.json").is_file()
+    assert (tmp_path / "out/stopped/states/FinishedReadings/config.json").is_file()
+
+
+def test_what_was_kept_is_removed_only_when_more_is_kept(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at the second stop: what was kept at the first is still there."""
+    data = esl.load(whole / "fit").data
+    less = readings.FinishedReadings({"expert on pairs": data.expert_pair_states})
+    stopped, seen = Stopped(tmp_path / "out"), []
+
+    def stop_with(thing: Any) -> None:
+        with stopped.kept_as("states") as found:
+            seen.append(found)
+            raise Interrupted("stopped, which are kept", thing)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise ArtifactError("no room")
+
+    with pytest.raises(Interrupted):
+        stop_with(less)
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "write_folder", full)
+        with pytest.raises(ArtifactError, match="no room"):
+            stop_with(data)
+    with pytest.raises(Interrupted):
+        stop_with(data)
+    assert seen[0] is None
+    assert [list(found.stores) for found in seen[1:]] == [["expert on pairs"]] * 2
+    with stopped.kept_as("states") as found:
+        assert found.n_anchors == data.n_anchors
+    assert [p.name for p in (tmp_path / "out/stopped/states").iterdir()] == ["FitData"]
 
 
 def test_a_stopped_capture_says_that_it_goes_on(

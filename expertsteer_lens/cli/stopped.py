@@ -30,6 +30,11 @@ def goes_on_from(out: Path) -> Iterator[None]:
         ) from stop
 
 
+KINDS = {"states": ("FitData", "FinishedReadings"), "rows": ("FinishedRows",)}
+"""What is kept under a name, each kind in a folder of its own, so that none is removed before the
+next one is written; the furthest first."""
+
+
 class Stopped:
     """What is kept in `OUT/stopped`: "states" that a fit had read, and "rows" of an evaluation.
 
@@ -53,10 +58,7 @@ class Stopped:
             ArgumentError: what was kept is of a command with other options.
             Interrupted: the user stopped it; the message says where it is kept.
         """
-        from expertsteer_lens.files.io import load
-
-        place = self.folder / name
-        before = load(place) if place.is_dir() else None
+        place, before = self.folder / name, self._read(name)
         if before is not None:
             say(f"going on with the {name} in {place}")
         try:
@@ -89,10 +91,20 @@ class Stopped:
             with suppress(OSError):  # OUT stays, unless it was made for this alone
                 self.folder.parent.rmdir()
 
+    def _read(self, name: str) -> Any:
+        from expertsteer_lens._atomic import readable
+        from expertsteer_lens.files.io import load
+
+        for kind in KINDS[name]:
+            if readable(self.folder / name / kind) is not None:
+                return load(self.folder / name / kind)
+        return None
+
     def _keep(self, thing: Any, name: str) -> None:
         from expertsteer_lens.files.io import save
 
-        place = self.folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)  # what is there may be of another kind
-        save(thing, place)
+        kind = type(thing).__name__
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        save(thing, self.folder / name / kind)
+        for other in set(KINDS[name]) - {kind}:
+            shutil.rmtree(self.folder / name / other, ignore_errors=True)

@@ -243,16 +243,16 @@ def calibrate(
         + ("; fewer where the budget is exceeded early" if curve else ""),
     ) as step:
         own = max(abs(v.coefficient) for v in plan.vectors)
-        upward = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget, own)
-        best = _within(upward, steps, budget, "the plan")
-        downward = _walk(measure, [-s for s in steps], budget) if negative else []
+        rising = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget, own)
+        best = _within(rising, steps, budget, "the plan")
+        falling = _walk(measure, [-s for s in steps], budget) if negative else []
     origin = {"coefficient": 0.0, "cost": 0.0}
     if behaviour is not None:
         origin |= {"effect": 0.0, "effect_se": 0.0}
     points = (
-        *_banded(downward, budget)[::-1],
+        *_banded(falling, budget)[::-1],
         *_banded([origin], budget),
-        *_banded(upward, budget),
+        *_banded(rising, budget),
     )
     return Calibration(
         coefficient=best,

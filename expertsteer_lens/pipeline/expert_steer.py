@@ -226,6 +226,12 @@ class ExpertSteer:
                     config, models.expert_hook_names, labelled.target, gradients
                 )
                 tokens = TokenPairs(candidates, config, self.seed)
+        if known is not None and known.maps_on == "tokens" and tokens is None:
+            raise ArgumentError(
+                "finished holds states of a fit with another config.pair_tokens (or aligner or "
+                "rule): its maps are fitted on token pairs; pass the arguments of the fit that was "
+                "stopped, or leave finished out."
+            )
         with models.keeping(known):
             data = known or models.read_anchors(texts, labelled, tokens)
             if known is not None and tokens is not None:
