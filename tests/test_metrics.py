@@ -8,6 +8,7 @@ from reference import kl_per_token
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.measure import passes
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.metrics import (
     NeutralTexts,
@@ -246,3 +247,39 @@ def test_the_interval_is_that_of_resampled_means():
     means = torch.stack([values[row].mean() for row in again])
     expected = (float(means.quantile(0.025)), float(means.quantile(0.975)))
     assert mean_interval(values, draws) == pytest.approx(expected)
+
+
+def counted_logits(host, monkeypatch) -> list[int]:
+    """How many positions each pass asks for."""
+    counts: list[int] = []
+    logits_at = host.logits_at
+
+    def watched(batch, where):
+        counts.append(int(where.sum()))
+        return logits_at(batch, where)
+
+    monkeypatch.setattr(host, "logits_at", watched)
+    return counts
+
+
+def test_passes_whose_logits_are_read_are_bounded_by_the_size_of_these(host, monkeypatch):
+    """A vocabulary of 262,144 takes a MiB a token: 32 texts at once would take 4 GiB."""
+    whole, once = neutral_nll(host, TEXTS), NeutralTexts(host, TEXTS).cost(plan())
+    longest = int(host.tokenize(TEXTS).lengths.max())
+    monkeypatch.setattr(passes, "LOGITS_BYTES", 4 * host.d_vocab * longest)
+    counts = counted_logits(host, monkeypatch)
+    torch.testing.assert_close(neutral_nll(host, TEXTS), whole, atol=1e-5, rtol=0)
+    assert len(counts) > 1
+    assert max(counts) <= longest
+    assert NeutralTexts(host, TEXTS).cost(plan()) == pytest.approx(once, abs=1e-5)
+
+
+def test_the_gradient_needs_logits_of_the_completions_only(host, monkeypatch):
+    counts = counted_logits(host, monkeypatch)
+    behaviour_gradient(host, BEHAVIOUR, [HOOK])
+    lengths = [int(host.tokenize([p]).lengths) for p in BEHAVIOUR.prompts]
+    assert sum(counts) == sum(
+        int(host.tokenize([prompt + completion]).lengths) - length
+        for prompt, length in zip(BEHAVIOUR.prompts, lengths, strict=True)
+        for completion in (*BEHAVIOUR.positive, *BEHAVIOUR.negative)
+    )

@@ -17,7 +17,7 @@ from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import DataError
 
-from .passes import steered, token_log_probs
+from .passes import steered
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
@@ -157,11 +157,16 @@ def _score_prompts(
             raise DataError(
                 f"completion {completion!r} of prompt {i} adds no token; give it a text."
             )
+    # The position before a token says how likely it is; the head is applied there only.
+    column = torch.arange(batch.input_ids.shape[1])[None]
+    first, beyond = torch.tensor(starts)[:, None], batch.lengths.cpu()[:, None]
+    where = (column >= first - 1) & (column < beyond - 1)
     with steered(host, plan, starts):
-        log_probs, valid = token_log_probs(host.forward(batch), batch)
-    column = torch.arange(1, valid.shape[1] + 1, device=valid.device)
-    counted = valid & (column[None] >= torch.tensor(starts, device=valid.device)[:, None])
-    scores = torch.where(counted, log_probs, torch.zeros_like(log_probs)).sum(1)
+        logits = host.logits_at(batch, where)
+    following = batch.input_ids[:, 1:].cpu()[where[:, :-1]].to(logits.device)
+    log_probs = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
+    row = where.nonzero()[:, 0].to(logits.device)
+    scores = log_probs.new_zeros(len(entries)).index_add(0, row, log_probs)
     owner = torch.tensor([i for i, _, _ in entries], device=scores.device)
     good = torch.tensor([is_good for _, is_good, _ in entries], device=scores.device)
     return [Sides(scores[(owner == i) & good], scores[(owner == i) & ~good]) for i in prompts]

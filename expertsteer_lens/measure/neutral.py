@@ -17,7 +17,7 @@ from torch import Tensor
 
 from expertsteer_lens.data.chat import Text
 
-from .passes import middles, pick_tokens, steered, text_batches, token_log_probs
+from .passes import middles, steered, text_batches
 from .stream_cache import StreamCache
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class NeutralTexts:
     Args:
         host: the target.
         texts: neutral texts.
-        batch_size: texts per forward pass.
+        batch_size: most texts per forward pass; fewer where their logits would not fit in half a
+            GiB.
         cache_bytes: the unsteered log-probabilities are kept if they fit in this many bytes, else
             made anew for each KL, from the stream at the last layer where the host can.
 
@@ -50,10 +51,9 @@ class NeutralTexts:
         self.n_tokens, nll, used = 0, 0.0, 0
         with torch.no_grad():
             for batch in self._batches:
-                log_probs = host.forward(batch).float().log_softmax(-1)
-                picked, valid = pick_tokens(log_probs, batch)
-                nll -= float((picked * valid).double().sum())
-                self.n_tokens += int(valid.sum())
+                log_probs = _log_probs(host, batch)
+                nll -= float(_following(log_probs, batch).double().sum())
+                self.n_tokens += int(batch.attention_mask[:, 1:].sum())
                 used += log_probs.numel() * 4
                 if used > cache_bytes:
                     self._base = None
@@ -70,20 +70,18 @@ class NeutralTexts:
         with torch.no_grad():
             for i, batch in enumerate(self._batches):
                 with self._steered.steered(batch, plan, middles(batch)):
-                    log_probs = self.host.forward(batch).float().log_softmax(-1)
-                picked, valid = pick_tokens(log_probs, batch)
-                nll -= float((picked * valid).double().sum())
+                    log_probs = _log_probs(self.host, batch)
+                nll -= float(_following(log_probs, batch).double().sum())
                 if not kl:
                     continue
                 base = self._base[i] if self._base is not None else self._base_anew(batch)
-                mask = batch.attention_mask.to(log_probs)
-                divergence += float((_divergence(base, log_probs) * mask).double().sum())
-                n_positions += int(mask.sum())
+                divergence += float(_divergence(base, log_probs).double().sum())
+                n_positions += len(log_probs)
         return nll / max(1, self.n_tokens) - self.nll, divergence / n_positions if kl else None
 
     def _base_anew(self, batch: TokenBatch) -> Tensor:
         with self._unsteered.unsteered(batch):
-            return self.host.forward(batch).float().log_softmax(-1)
+            return _log_probs(self.host, batch)
 
 
 def neutral_nll(
@@ -93,25 +91,32 @@ def neutral_nll(
 
     `x[:, 0].sum() / x[:, 1].sum()` is the mean NLL per token. The first token is never predicted.
     """
-    rows = []
+    out = torch.zeros(len(texts), 2, dtype=torch.float64)
     with torch.no_grad():
         for batch, index in text_batches(host, texts, batch_size):
             with steered(host, plan, middles(batch)):
-                logits = host.forward(batch)
-            picked, valid = token_log_probs(logits, batch)
-            nll = -(picked * valid).sum(1)
-            rows.append(
-                (index, torch.stack([nll.double().cpu(), valid.sum(1).double().cpu()], dim=1))
-            )
-    return _restore(rows)
-
-
-def _restore(rows: list[tuple[list[int], Tensor]]) -> Tensor:
-    index = torch.tensor([i for part, _ in rows for i in part])
-    values = torch.cat([v for _, v in rows])
-    out = torch.empty_like(values)
-    out[index] = values
+                picked = _following(_log_probs(host, batch), batch).double().cpu()
+            row = batch.attention_mask[:, 1:].nonzero()[:, 0].cpu()
+            nll = torch.zeros(len(index), dtype=torch.float64).index_add(0, row, -picked)
+            out[index] = torch.stack([nll, batch.attention_mask[:, 1:].sum(1).double().cpu()], 1)
     return out
+
+
+def _log_probs(host: Host, batch: TokenBatch) -> Tensor:
+    """Of the whole vocabulary at every real token, `[n_tokens, d_vocab]`, text after text."""
+    real = batch.attention_mask.bool()
+    return host.logits_at(batch, real).float().log_softmax(-1)
+
+
+def _following(log_probs: Tensor, batch: TokenBatch) -> Tensor:
+    """Of these the log-probability of the token that follows, `[n]`; the last of a text has
+    none."""
+    real = batch.attention_mask.bool()
+    has_next = torch.zeros_like(real)
+    has_next[:, :-1] = real[:, 1:]
+    ids = batch.input_ids[:, 1:][real[:, 1:]].to(log_probs.device)
+    rows = has_next[real].nonzero()[:, 0].to(log_probs.device)
+    return log_probs[rows, ids]
 
 
 def _divergence(base: Tensor, steered_log_probs: Tensor) -> Tensor:

@@ -1,42 +1,35 @@
-"""Parts of a measuring pass: log-probabilities of tokens, batches of texts, and a plan that is told
-where its prompts end."""
+"""Parts of a measuring pass: batches of texts, and a plan that is told where its prompts end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from expertsteer_lens.data.chat import Text
+from expertsteer_lens.hosts.batching import length_batches
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
-def token_log_probs(logits: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token but the first given those before it, `[batch, pos - 1]`, and
-    which of them are real."""
-    return pick_tokens(logits.float().log_softmax(-1), batch)
-
-
-def pick_tokens(log_probs: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """The same from log-probabilities of the whole vocabulary, `[batch, pos, d_vocab]`."""
-    ids = batch.input_ids.to(log_probs.device)
-    picked = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    return picked, batch.attention_mask[:, 1:].bool().to(log_probs.device)
+LOGITS_BYTES = 2**29
+"""Most memory for the logits of one pass in float32 (512 MiB), where one text does not take more: a
+vocabulary of 262,144 takes a MiB a token."""
+MOST_TOKENS = 8192
+"""Most tokens of such a pass, padding included."""
 
 
 def text_batches(
     host: Host, texts: Sequence[Text], batch_size: int
-) -> Iterator[tuple[TokenBatch, list[int]]]:
-    """Batches of similar length (less padding), each with the indices of its texts."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        yield host.tokenize([texts[i] for i in index]), index
+) -> list[tuple[TokenBatch, list[int]]]:
+    """Batches of similar length (less padding), each with the indices of its texts; passes whose
+    logits all are read, within `LOGITS_BYTES`."""
+    tokens = host.tokenize(list(texts))
+    most = min(MOST_TOKENS, max(1, LOGITS_BYTES // (4 * host.d_vocab)))
+    batches = length_batches(tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=most)
+    return [(tokens.part(index), index) for index in batches]
 
 
 def steered(
