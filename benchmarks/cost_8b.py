@@ -53,8 +53,8 @@ class Work:
     metric_batch: int = 16
     """Completions per pass without gradients."""
     candidates: int = 32
-    grid: int = 20
-    """Coefficients walked by the calibration, at most."""
+    curve: int = 10
+    """Coefficients measured by the calibration: those of the search, and the points of its curve."""
     bisection: int = 3
     """Passes over the calibration texts to calibrate one control."""
     n_random: int = 5
@@ -140,7 +140,7 @@ def seconds(
     texts = work.fitted + 2 * work.pairs
     scored = work.prompts // 2 * work.completions
     forward = {shape: 2 * shape.params * work.tokens for shape in (expert, target)}
-    calibrate = work.grid * (work.neutral + scored)
+    calibrate = work.curve * (work.neutral + scored)
     controls = work.n_random + work.n_shuffles + 3
     evaluate = (controls + work.n_random + 2) * (
         scored + 3 * work.neutral

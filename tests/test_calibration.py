@@ -10,12 +10,13 @@ from reference import kl_per_token
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.measure.calibration import DEFAULT_GRID, _bisect, _within, calibrate
+from expertsteer_lens.measure.calibration import _within, calibrate
 from expertsteer_lens.measure.metrics import (
     behaviour_gradient,
     behaviour_metric,
     neutral_nll,
 )
+from expertsteer_lens.measure.strengths import DEFAULT_GRID, search
 from expertsteer_lens.steer.plan import SteeringPlan
 
 TEXTS = ["the cat ran home", "a dog was here and it was big", "the sun and the moon and the rain"]
@@ -56,14 +57,17 @@ def test_the_coefficient_is_within_the_budget_and_the_next_is_not(model, plan, u
     assert cost(model, plan, found.coefficient, unit) <= budget < cost(model, plan, following, unit)
 
 
-def test_bisection_finds_the_same_coefficient_where_the_cost_grows(model, plan):
+def test_the_search_finds_what_a_walk_over_the_grid_finds_where_the_cost_grows(model, plan):
     costs = [cost(model, plan, c, "kl") for c in DEFAULT_GRID]
     assert costs == sorted(costs)
     for budget in (costs[2] * 1.01, costs[9] * 1.01, costs[-1] * 2):
-        walked = calibrate(plan, model, TEXTS, budget=budget, unit="kl")
-        bisected = calibrate(plan, model, TEXTS, budget=budget, unit="kl", curve=False)
-        assert walked.coefficient == bisected.coefficient
-        assert len(bisected.curve) <= 8  # the origin is one
+        walked = calibrate(plan, model, TEXTS, budget=budget, unit="kl", grid=DEFAULT_GRID)
+        drawn = calibrate(plan, model, TEXTS, budget=budget, unit="kl")
+        assert drawn.coefficient == walked.coefficient
+        assert len(drawn.curve) <= 12
+        searched = calibrate(plan, model, TEXTS, budget=budget, unit="kl", curve=False)
+        assert walked.coefficient == searched.coefficient
+        assert len(searched.curve) <= 8  # the origin is one
 
 
 def test_the_curve_holds_the_measured_effects_and_the_unsteered_origin(model, plan):
@@ -181,13 +185,34 @@ def test_bad_arguments_are_explained(model, plan):
 def test_the_search_finds_the_last_point_within_the_budget_from_wherever_it_begins(n_within):
     steps = sorted(DEFAULT_GRID)
     for near in steps:
-        rows = _bisect(
-            lambda c: {"coefficient": c, "cost": float(steps.index(c) >= n_within)},
+        rows = search(
+            lambda c: {"coefficient": c, "cost": 0.45 if steps.index(c) < n_within else 0.55},
             steps,
             0.5,
             near,
         )
         assert _within(rows, steps, 0.5, "it") == steps[n_within - 1]
-        assert len(rows) == len({row["coefficient"] for row in rows}) <= 8
+        assert len(rows) == len({row["coefficient"] for row in rows}) <= 9
         if near == steps[n_within - 1]:  # this one, and the next that is too large
             assert len(rows) == (2 if n_within < len(steps) else 1)
+
+
+@pytest.mark.parametrize("limit", [0.011, 0.07, 0.13, 0.41])
+def test_where_damage_grows_with_the_square_three_measurements_find_the_coefficient(limit):
+    steps = sorted(DEFAULT_GRID)
+    for near in steps:
+        rows = search(lambda c: {"coefficient": c, "cost": (c / limit) ** 2}, steps, 1.0, near)
+        assert _within(rows, steps, 1.0, "it") == max(c for c in steps if c <= limit)
+        assert len(rows) <= 3
+
+
+def test_a_curve_reaches_from_a_quarter_of_what_was_found_to_five_times_the_budget(model, plan):
+    budget = cost(model, plan, 0.1, "kl") * 1.01
+    found = calibrate(plan, model, TEXTS, budget=budget, unit="kl")
+    points = [row["coefficient"] for row in found.curve]
+    assert points[1] <= 0.3 * found.coefficient < found.coefficient
+    assert found.curve[-1]["cost"] > 5 * budget or points[-1] >= 4 * found.coefficient
+    mirrored = calibrate(plan, model, TEXTS, budget=budget, unit="kl", negative=True)
+    there = {row["coefficient"] for row in mirrored.curve}
+    assert {c for c in there if c >= 0} == set(points)
+    assert {-c for c in there if c < 0} <= set(points)

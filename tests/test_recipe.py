@@ -56,13 +56,13 @@ def test_the_defaults_in_the_model_are_the_packages(cost):
     import inspect
 
     import expertsteer_lens as esl
-    from expertsteer_lens.measure.calibration import DEFAULT_GRID
     from expertsteer_lens.measure.metrics import default_batch
+    from expertsteer_lens.measure.strengths import CURVE
 
     work, config = cost.Work(), esl.ExpertSteerConfig()
     assert (work.batch, work.held_out) == (config.batch_size, config.held_out)
     assert work.candidates == config.pairing.n_candidates
-    assert work.grid == len(DEFAULT_GRID)
+    assert work.curve == 3 + len(CURVE)
     assert work.metric_batch == default_batch(cost.TARGET.vocab)
     defaults = inspect.signature(esl.evaluate).parameters
     assert (work.n_random, work.n_shuffles) == (

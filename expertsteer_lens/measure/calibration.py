@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,33 +19,11 @@ from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 from .neutral import NeutralTexts
 from .prepared import Completions
+from .strengths import CURVE, DEFAULT_GRID, around, search, walk
 
 if TYPE_CHECKING:
     import pandas
 
-DEFAULT_GRID = (
-    0.005,
-    0.01,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.065,
-    0.08,
-    0.1,
-    0.125,
-    0.15,
-    0.175,
-    0.2,
-    0.25,
-    0.3,
-    0.35,
-    0.4,
-    0.5,
-    0.6,
-    0.8,
-)
-"""Coefficients in units of the median residual norm."""
 BudgetUnit = Literal["nll", "kl"]
 BUDGET_UNITS: tuple[BudgetUnit, ...] = get_args(BudgetUnit)
 Band = Literal["no effect", "usable", "broken"]
@@ -158,7 +136,7 @@ def calibrate(
     *,
     budget: float = 0.10,
     unit: BudgetUnit = "nll",
-    grid: Sequence[float] = DEFAULT_GRID,
+    grid: Sequence[float] | None = None,
     behaviour: Behaviour | None = None,
     curve: bool = True,
     negative: bool = False,
@@ -172,11 +150,11 @@ def calibrate(
     or, with `per_layer`, the ratio of the largest coefficients that each layer could afford if it
     were steered alone.
 
-    With `curve` the grid is walked upwards and left once the cost exceeds five times the budget;
-    the coefficient returned is the last one before the cost first exceeds the budget, so a curve
-    that dips again later is not exploited. Without, the grid is searched from the plan's own
-    coefficient on: two or three measurements where that is near, eight at most with the default
-    grid, and the same answer wherever the cost grows with the coefficient.
+    The grid is searched from the plan's own coefficient on, where a cost that grows with the square
+    of the coefficient would meet the budget: two or three measurements, eight at most. With `curve`
+    points around the one found are measured too, up to five times the budget; a `grid` of yours is
+    measured point by point. The coefficient returned is the last one before the cost first exceeds
+    the budget at any point measured, so a curve that dips again later is not exploited.
 
     Args:
         plan: its directions, positions and edits; its own coefficients give only the ratio between
@@ -187,12 +165,12 @@ def calibrate(
         budget: nats per token.
         unit: "nll" (rise of the mean NLL; can be negative) or "kl" (mean KL to the unsteered model;
             never negative).
-        grid: positive coefficients.
+        grid: positive coefficients; default: `DEFAULT_GRID`, of which a curve takes about ten.
         behaviour: if given, the effect is recorded at each coefficient; it does not influence the
             choice.
         curve: measure the whole dose-response curve.
         negative: also walk the negative coefficients (for the curve only).
-        per_layer: first bisect the grid for each layer by itself; needs edits whose coefficients
+        per_layer: first search the grid for each layer by itself; needs edits whose coefficients
             are comparable.
         batch_size: texts per forward pass.
         progress: show progress; None: where standard error is a terminal.
@@ -202,10 +180,10 @@ def calibrate(
     """
     check_number("budget", budget, low=0.0, low_open=True)
     check_choice("unit", unit, BUDGET_UNITS)
-    steps = sorted(float(g) for g in grid)
+    steps = sorted(float(g) for g in (DEFAULT_GRID if grid is None else grid))
     if not steps or steps[0] <= 0:
         raise ArgumentError(
-            f"grid must hold positive coefficients, got {list(grid)[:5]}; negative=True adds their "
+            f"grid must hold positive coefficients, got {steps[:5]}; negative=True adds their "
             "mirror."
         )
     host = as_host(model)
@@ -233,19 +211,29 @@ def calibrate(
         step.advance()
         return row
 
+    each_point = curve and grid is not None
+    drawn = (len(steps) if each_point else 3 + len(CURVE)) * (1 + negative)
     with Step(
         "calibrate",
-        total=len(steps) * (1 + negative) if curve else len(steps).bit_length(),
+        total=drawn if curve else len(steps).bit_length(),
         progress=progress,
         unit="coefficient",
         cost=f"each one pass over {len(neutral.texts)} neutral texts ({neutral.n_tokens} tokens)"
         + ("" if behaviour is None else f" and {len(behaviour)} prompts")
         + ("; fewer where the budget is exceeded early" if curve else ""),
     ) as step:
-        own = max(abs(v.coefficient) for v in plan.vectors)
-        rising = _walk(measure, steps, budget) if curve else _bisect(measure, steps, budget, own)
+        if each_point:
+            rising = walk(measure, steps, budget)
+        else:
+            own = max(abs(v.coefficient) for v in plan.vectors)
+            rising = search(measure, steps, budget, own)
+            if curve:
+                found = _within(rising, steps, budget, "the plan")
+                rising = walk(measure, around(steps, found, rising), budget, rising)
         best = _within(rising, steps, budget, "the plan")
-        falling = _walk(measure, [-s for s in steps], budget) if negative else []
+        falling = []
+        if negative:
+            falling = walk(measure, [-row["coefficient"] for row in rising], budget)
     origin = {"coefficient": 0.0, "cost": 0.0}
     if behaviour is not None:
         origin |= {"effect": 0.0, "effect_se": 0.0}
@@ -287,7 +275,7 @@ def _balanced(
             cost = _cost(neutral, alone.with_coefficient(coefficient), unit)
             return {"coefficient": coefficient, "cost": cost}
 
-        rows = _bisect(measure, steps, budget, near=abs(vector.coefficient))
+        rows = search(measure, steps, budget, near=abs(vector.coefficient))
         return _within(rows, steps, budget, vector.hook_name)
 
     return replace(plan, vectors=tuple(replace(v, coefficient=affords(v)) for v in plan.vectors))
@@ -322,37 +310,3 @@ def _banded(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any
             band = "no effect"
         out.append({**row, "band": band})
     return out
-
-
-def _walk(
-    measure: Callable[[float], dict[str, Any]], coefficients: Sequence[float], budget: float
-) -> list[dict[str, Any]]:
-    rows = []
-    for coefficient in coefficients:
-        rows.append(measure(coefficient))
-        if rows[-1]["cost"] > 5 * budget:
-            break
-    return rows
-
-
-def _bisect(
-    measure: Callable[[float], dict[str, Any]],
-    coefficients: Sequence[float],
-    budget: float,
-    near: float,
-) -> list[dict[str, Any]]:
-    """Rows of the points visited, in order of coefficient; the last within and the first over are
-    neighbours. The search begins at the point nearest to `near`, looks at the next point and the
-    third, and halves what is left."""
-    rows = {}
-    low, high = -1, len(coefficients)
-    at = min(range(high), key=lambda i: abs(coefficients[i] - near))
-    while high - low > 1:
-        rows[at] = measure(coefficients[at])
-        is_within = rows[at]["cost"] <= budget
-        low, high = (at, high) if is_within else (low, at)
-        at = (low + high) // 2
-        if len(rows) < 3:
-            away = low + len(rows) if is_within else high - len(rows)
-            at = min(max(away, low + 1), high - 1)
-    return [rows[i] for i in sorted(rows)]
