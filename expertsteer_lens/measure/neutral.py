@@ -34,31 +34,28 @@ class NeutralTexts:
         texts: neutral texts.
         batch_size: most texts per forward pass; fewer where their logits would not fit in half a
             GiB.
-        cache_bytes: the unsteered log-probabilities are kept if they fit in this many bytes, else
-            made anew for each KL, from the stream at the last layer where the host can.
+        cache_bytes: where the KL is asked for, the unsteered log-probabilities of as many passes
+            are kept as fit in this many bytes; the others are made anew for each plan, from the
+            stream at the last layer where the host can.
 
     The stream below a steered layer is kept too (see `StreamCache`), so a coefficient costs the
     blocks above and the output head.
     """
 
     def __init__(
-        self, host: Host, texts: Sequence[Text], *, batch_size: int = 32, cache_bytes: int = 2**28
+        self, host: Host, texts: Sequence[Text], *, batch_size: int = 32, cache_bytes: int = 2**30
     ) -> None:
         self.host, self.texts = host, list(texts)
         self._steered, self._unsteered = StreamCache(host), StreamCache(host)
         self._batches = [batch for batch, _ in text_batches(host, self.texts, batch_size)]
-        self._base: list[Tensor] | None = []
-        self.n_tokens, nll, used = 0, 0.0, 0
+        self._base: dict[int, Tensor] = {}
+        self._cache_bytes = cache_bytes
+        self.n_tokens, nll = 0, 0.0
         with torch.no_grad():
             for batch in self._batches:
                 log_probs = _log_probs(host, batch)
                 nll -= float(_following(log_probs, batch).double().sum())
                 self.n_tokens += int(batch.attention_mask[:, 1:].sum())
-                used += log_probs.numel() * 4
-                if used > cache_bytes:
-                    self._base = None
-                if self._base is not None:
-                    self._base.append(log_probs)
         self.nll = nll / max(1, self.n_tokens)
         """Mean NLL of the unsteered model, nats per token."""
 
@@ -74,14 +71,19 @@ class NeutralTexts:
                 nll -= float(_following(log_probs, batch).double().sum())
                 if not kl:
                     continue
-                base = self._base[i] if self._base is not None else self._base_anew(batch)
-                divergence += float(_divergence(base, log_probs).double().sum())
+                divergence += float(_divergence(self._unsteered_log_probs(i), log_probs).sum())
                 n_positions += len(log_probs)
         return nll / max(1, self.n_tokens) - self.nll, divergence / n_positions if kl else None
 
-    def _base_anew(self, batch: TokenBatch) -> Tensor:
-        with self._unsteered.unsteered(batch):
-            return _log_probs(self.host, batch)
+    def _unsteered_log_probs(self, i: int) -> Tensor:
+        if i in self._base:
+            return self._base[i]
+        with self._unsteered.unsteered(self._batches[i]):
+            log_probs = _log_probs(self.host, self._batches[i])
+        kept = sum(rows.numel() for rows in self._base.values())
+        if 4 * (kept + log_probs.numel()) <= self._cache_bytes:
+            self._base[i] = log_probs
+        return log_probs
 
 
 def neutral_nll(
@@ -120,5 +122,5 @@ def _following(log_probs: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _divergence(base: Tensor, steered_log_probs: Tensor) -> Tensor:
-    """KL(unsteered || steered) of the next-token distribution at each position, nats."""
-    return (base.exp() * (base - steered_log_probs)).sum(-1)
+    """KL(unsteered || steered) of the next-token distribution at each position, nats, float64."""
+    return (base.exp() * (base - steered_log_probs)).sum(-1).double()
