@@ -35,18 +35,34 @@ from expertsteer_lens.learn.directions import mean_difference, random_direction
 READINGS: tuple[str | int, ...] = ("answer", "attention", "mean", "last", -2)
 
 
-def states(side: Side, task: TransferTask, form: Form, hook: str, reading: str | int) -> Tensor:
-    """One row a text of the task's pairs."""
+def load(folder: pathlib.Path) -> Any:
+    return esl.load_model(str(folder), host="huggingface", dtype="float32", device="cpu")
+
+
+def states(side: Side, task: TransferTask, form: Form, hook: str) -> dict[str | int, Tensor]:
+    """One row a text of the task's pairs, by reading; what `capture` gives, from two passes."""
     pairs = task.contrast_pairs(form)
-    store = esl.capture(
+    options = {"batch_size": side.batch_size}
+    tokens = side.host.tokenize(pairs.texts)
+    every = esl.capture(side.model, pairs.texts, [hook], positions="all", **options)[hook]
+    parts = every.split(tokens.lengths.tolist())
+    inside = read_tokens(side.host, pairs.texts, tokens, "answer", pairs.answer_spans).cpu()
+    by_attention = esl.capture(
         side.model,
         pairs.texts,
         [hook],
-        positions=reading,
-        spans=pairs.answer_spans if reading in ("answer", "attention") else None,
-        batch_size=side.batch_size,
+        positions="attention",
+        spans=pairs.answer_spans,
+        **options,
     )
-    return store[hook]
+    answers = [x[mask[: len(x)]].mean(0) for x, mask in zip(parts, inside, strict=True)]
+    return {
+        "answer": torch.stack(answers),
+        "attention": by_attention[hook],
+        "mean": torch.stack([x.mean(0) for x in parts]),
+        "last": torch.stack([x[-1] for x in parts]),
+        -2: torch.stack([x[-2] for x in parts]),
+    }
 
 
 def rfm(rows: Tensor, labels: Tensor) -> Tensor:
@@ -79,11 +95,12 @@ def attention_to_answers(side: Side, task: TransferTask, form: Form, hook: str) 
     return total
 
 
-def measure(args: argparse.Namespace, say: Any) -> tuple[list[dict], dict[str, dict[int, float]]]:
+def measure(args: argparse.Namespace, say: Any, done: Any) -> None:
+    """All rows so far go to `done` after every task."""
     data = read_real_data(args.models, args.shared / "data", only=("sentiment",))
-    tasks = (*data.development, *data.tasks)
+    tasks = (*data.development, *data.tasks)[: args.tasks]
     sides = {
-        name: Side(name, esl.load_model(str(args.models / name), host="huggingface"), 8)
+        name: Side(name, load(args.models / name), 8)
         for name in (args.target, args.expert)
         if name is not None
     }
@@ -102,26 +119,31 @@ def measure(args: argparse.Namespace, say: Any) -> tuple[list[dict], dict[str, d
         if target.form == "chat":
             mass[task.name] = attention_to_answers(target, task, target.form, hook)
         aligner = None if maps is None else maps.fit([there], task)[there]
-        usual = None
+        own = states(target, task, target.form, hook)
+        of_expert = {} if expert is None else states(expert, task, form, there)
+        usual = mean_difference(own["answer"], labels)
         for reading in READINGS:
-            own = states(target, task, target.form, hook, reading)
-            directions = {"own mean difference": mean_difference(own, labels)}
-            usual = directions["own mean difference"] if usual is None else usual
-            directions["own RFM"] = rfm(own, labels)
-            if aligner is not None and expert is not None:
-                mapped = aligner.encode(states(expert, task, form, there, reading))
+            directions = {
+                "own mean difference": mean_difference(own[reading], labels),
+                "own RFM": rfm(own[reading], labels),
+            }
+            if aligner is not None:
+                mapped = aligner.encode(of_expert[reading])
                 directions["expert, mapped mean difference"] = mean_difference(mapped, labels)
             for method, direction in directions.items():
                 row = {"task": task.name, "reading": str(reading), "method": method}
                 row |= meter.effect(direction)
                 row["cosine"] = float(torch.cosine_similarity(direction, usual, dim=0))
                 rows.append(row)
-            say(f"{task.name}, {reading}: " + ", ".join(f"{r['effect']:+.3f}" for r in rows[-3:]))
+            say(
+                f"{task.name}, {reading}: "
+                + ", ".join(f"{r['effect']:+.3f}" for r in rows[-len(directions) :])
+            )
         for seed in range(args.random):
             found = meter.effect(random_direction(target.host.d_model, seed=seed))
             row = {"task": task.name, "reading": "none", "method": "random", **found}
             rows.append(row)
-    return rows, mass
+        done(rows, mass)
 
 
 def markdown(table: pd.DataFrame, mass: dict[str, dict[int, float]], command: str) -> str:
@@ -153,13 +175,13 @@ def markdown(table: pd.DataFrame, mass: dict[str, dict[int, float]], command: st
     ]
     if mass:
         share = {p: sum(m[p] for m in mass.values()) / len(mass) for p in (-2, -1)}
+        most = max(share, key=share.__getitem__)
+        n_most = sum(max(m, key=m.__getitem__) == most for m in mass.values())
         lines += [
             "",
-            "Attention to the answer, mean over heads and tasks: "
-            f"{share[-2]:.3f} by token -2, {share[-1]:.3f} by the last; the rule of arXiv "
-            f"2602.00333 reads token {max(share, key=share.__getitem__)} in "
-            f"{sum(max(m, key=m.__getitem__) == max(share, key=share.__getitem__) for m in mass.values())}"
-            f" of {len(mass)} tasks.",
+            "Attention to the answer, mean over heads, texts and tasks: "
+            f"{share[-2]:.3f} by token -2, {share[-1]:.3f} by the last. The rule of arXiv "
+            f"2602.00333, asked of these two, reads token {most} in {n_most} of {len(mass)} tasks.",
         ]
     return "\n".join([*lines, "", f"Command: `{command}`.", ""])
 
@@ -174,7 +196,8 @@ def main() -> None:
     parser.add_argument("--expert-block", type=int, default=0)
     parser.add_argument("--coefficient", type=float, default=0.1, help="in median norms")
     parser.add_argument("--anchors", type=int, default=40)
-    parser.add_argument("--random", type=int, default=3, help="directions a task")
+    parser.add_argument("--tasks", type=int, default=5, help="the first so many")
+    parser.add_argument("--random", type=int, default=2, help="directions a task")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     args = parser.parse_args()
     started = time.perf_counter()
@@ -182,10 +205,6 @@ def main() -> None:
     def say(text: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
 
-    rows, mass = measure(args, say)
-    table = pd.DataFrame(rows)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(args.out, index=False, float_format="%.5g")
     with_expert = (
         ""
         if args.expert is None
@@ -193,12 +212,18 @@ def main() -> None:
     )
     command = (
         f"python benchmarks/readings.py --target {args.target}{with_expert} --block {args.block} "
-        f"--coefficient {args.coefficient:g} --anchors {args.anchors} --random {args.random} "
-        f"--out {args.out}"
+        f"--coefficient {args.coefficient:g} --tasks {args.tasks} --out {args.out}"
     )
-    page = markdown(table, mass, command)
-    args.out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def done(rows: list[dict], mass: dict[str, dict[int, float]]) -> None:
+        table = pd.DataFrame(rows)
+        table.to_csv(args.out, index=False, float_format="%.5g")
+        page = markdown(table, mass, command)
+        args.out.with_suffix(".md").write_text(page, encoding="utf-8")
+
+    measure(args, say, done)
+    print(args.out.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
