@@ -265,6 +265,11 @@ class TestErrors:
         with pytest.raises(ArgumentError, match="'hook_embed', which is in no block"):
             esl.capture(model, TEXTS, ["hook_embed"], positions="attention")
 
+    def test_a_model_on_a_server_keeps_them(self):
+        host = as_host(model_of("nnsight"), remote="local")
+        with pytest.raises(HostError, match="of a remote model stay on its server; read with"):
+            esl.capture(host, TEXTS, [HOOK], positions="attention")
+
     def test_a_network_without_texts_has_none(self):
         with pytest.raises(ArgumentError, match="positions must be 'last', 'mean', 'all'"):
             esl.capture_tensors(
