@@ -672,11 +672,11 @@ class TestBadInput:
         assert message in refused(capsys, *self.fit(files, **{option: value}))
 
     def test_a_reading_is_answer_mean_last_or_an_index(self, capsys, files):
-        given = ("answer", "last", "mean", "-2", "0")
-        assert [parse_reading(p) for p in given] == ["answer", "last", "mean", -2, 0]
+        given = ("answer", "last", "mean", "attention", "-2", "0")
+        assert [parse_reading(p) for p in given] == [*given[:4], -2, 0]
         for bad in ("--1", "²", "all", "", "1.5", "9" * 30):
             with pytest.raises(
-                ArgumentError, match="--reading must be 'answer', 'mean', 'last' or"
+                ArgumentError, match="--reading must be 'answer', 'mean', 'last', 'attention' or"
             ):
                 parse_reading(bad)
         line = refused(

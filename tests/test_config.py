@@ -27,7 +27,7 @@ class TestExpertSteerConfig:
             (
                 "reading",
                 "first",
-                r"reading must be 'answer', 'mean', 'last' or an integer, got",
+                r"reading must be 'answer', 'mean', 'last', 'attention' or an integer, got",
             ),
             ("reading", "all", r"reading must be .* got 'all'"),
             ("reading", 2.5, r"reading .*got 2\.5; the default is 'answer'"),

@@ -108,7 +108,9 @@ def capture(
     models: ModelOptions,
     reading: Annotated[
         str,
-        typer.Option(help="what stands for a text: answer, mean, last, or the index of a token"),
+        typer.Option(
+            help="what stands for a text: answer, mean, last, attention, or the index of a token"
+        ),
     ] = "answer",
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 16,
     out: Out = Path("expert-states"),

@@ -18,6 +18,7 @@ from rich.table import Table
 from expertsteer_lens._atomic import write_figure, write_file, write_text
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens.data.chat import Chat, Text, check_texts
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 
@@ -237,7 +238,7 @@ def token_views(fit: Any, plan: Any, contrast: ContrastPairs, prompts: list[Any]
             text,
             chosen.target,
             positions=reading,
-            span=span if reading == "answer" else None,
+            span=span if reading in OF_THE_ANSWER else None,
             direction=fit.direction(chosen.expert, chosen.target),
         )
         for text, span in zip(contrast.texts[:2], contrast.answer_spans[:2], strict=True)

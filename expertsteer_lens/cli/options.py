@@ -145,7 +145,7 @@ class TextOptions:
 
 
 def parse_reading(value: str) -> Any:
-    """What stands for a text when it is read: "answer", "mean", "last" or an index.
+    """What stands for a text when it is read: "answer", "mean", "last", "attention" or an index.
 
     Raises:
         ArgumentError: none of these.
@@ -154,12 +154,12 @@ def parse_reading(value: str) -> Any:
         >>> parse_reading("-2")
         -2
     """
-    if value in ("answer", "mean", "last"):
+    if value in ("answer", "mean", "last", "attention"):
         return value
     if not re.fullmatch(r"-?[0-9]{1,9}", value):
         raise ArgumentError(
-            "--reading must be 'answer', 'mean', 'last' or the index of a token such as 0 or -2, "
-            f"got {value!r}."
+            "--reading must be 'answer', 'mean', 'last', 'attention' or the index of a token such "
+            f"as 0 or -2, got {value!r}."
         )
     return int(value)
 

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError
 
+OF_THE_ANSWER = ("answer", "attention")
+"""Ways of reading that look at the tokens of the answer alone, where a text says which they are."""
+MEANS = ("mean", *OF_THE_ANSWER)
+"""Ways of reading that make one row of many tokens."""
+
 
 def take_positions(
     activations: Float[Tensor, "batch pos d"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from expertsteer_lens.errors import (
 )
 from expertsteer_lens.interventions.edits import centre
 
+from .attention import OTHERS, AttendedRows, TakeWeights
 from .facts import execution_device, measure_basis, measure_fingerprint, training_noise
 from .facts import facts as facts_of
 from .parts import EditFn, Observer, Registration, TokenBatch, pad_right
@@ -139,8 +140,8 @@ class Host:
         basis: str | None = None,
         also: TokenRows | None = None,
     ) -> dict[str, Tensor]:
-        """The rows `[n, d]` that `positions` picks at each hook point (see `RowPicker`): copies on
-        the CPU, float32, in the host's basis.
+        """The rows `[n, d]` that `positions` picks at each hook point (see `RowPicker`, and for
+        "attention" `AttendedRows`): copies on the CPU, float32, in the host's basis.
 
         Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
         Where `norms` is given, the norm of each token looked at is added to it, by hook name.
@@ -154,7 +155,10 @@ class Host:
             InterventionError: a hook point did not fire.
         """
         rows: dict[str, Tensor] = {}
-        picker = RowPicker(positions, batch.attention_mask if tokens is None else tokens)
+        looked_at = batch.attention_mask if tokens is None else tokens
+        by_attention = positions == "attention"
+        attended = AttendedRows(names if by_attention else (), batch.attention_mask, looked_at)
+        picker = RowPicker("mean" if by_attention else positions, looked_at)
         # Measured by passes of its own, so not inside the hooks below.
         centred = (basis or self.basis) == "centred"
         picker_also = None if also is None else RowPicker("all", also.mask)
@@ -166,7 +170,10 @@ class Host:
                     fired[name] = picker_also.rows(activation.detach())
                 if name not in wanted:
                     return
-                rows[name] = picker.rows(activation.detach())
+                if by_attention:
+                    attended.take(name, activation.detach())
+                else:
+                    rows[name] = picker.rows(activation.detach())
                 if norms is not None:
                     of_tokens = self._norms(activation.detach().float(), centred)
                     norms.setdefault(name, []).append(picker.tokens(of_tokens).cpu())
@@ -176,13 +183,17 @@ class Host:
         wanted = set(names)
         both = list(dict.fromkeys([*names, *(also.names if also is not None else ())]))
         stop = _layer_after(both)
-        with self.intervene({name: reader(name) for name in both}):
+        with ExitStack() as stack:
+            if by_attention:
+                stack.enter_context(self.attention_at(attended.layers, attended.weigh))
+            stack.enter_context(self.intervene({name: reader(name) for name in both}))
             if stop is not None and stop < self.n_layers:
                 self.forward(batch, stop_at_layer=stop)
             else:  # to the end, but nobody reads the logits: one token's will do
                 one = torch.zeros_like(batch.input_ids, dtype=torch.bool)
                 one[0, 0] = True
                 self.logits_at(batch, one)
+        rows |= attended.rows(self.name)
         missing = [name for name in both if name not in rows and name not in fired]
         if missing:
             raise InterventionError(
@@ -204,6 +215,14 @@ class Host:
 
     def _in_basis(self, rows: Tensor, centred: bool) -> Tensor:
         return centre(rows) if centred and rows.shape[-1] == self.d_model else rows
+
+    def attention_at(
+        self, layers: Sequence[int], take: TakeWeights
+    ) -> AbstractContextManager[None]:
+        """Inside the block, `take` is called with the attention weights of each of these layers in
+        every pass of this thread, before the output of the layer's block is read. Layers that have
+        none to give are passed over in silence."""
+        raise HostError(f"{self.kind} gives no attention weights; {OTHERS}.")
 
     def watch(
         self, observer: Observer, *, scope: Scope | None = None

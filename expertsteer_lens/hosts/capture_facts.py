@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertsteer_lens.data.capture_plan import CapturePlan
 from expertsteer_lens.data.chat import Chat, Text
+from expertsteer_lens.data.read_positions import MEANS
 from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.texts import TEXTS_KEY, texts_sha256
 
@@ -91,7 +92,7 @@ def capture_plan(
             tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=tokens_per_pass
         ),
         row_counts=row_counts,
-        norm_counts=looked_at if positions in ("mean", "answer") and host.reads_norms else None,
+        norm_counts=looked_at if positions in MEANS and host.reads_norms else None,
         labels=None if classes is None else classes.repeat_interleave(torch.tensor(row_counts)),
         provenance=facts,
     )

@@ -7,7 +7,7 @@ order of registration."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from expertsteer_lens.errors import HostError
 
+from .attention import TakeWeights, eager_attention, weights_of_modules
 from .base import Host
 from .blocks import (
     Blocks,
@@ -156,6 +157,15 @@ class HuggingFaceHost(Host):
         if name not in known:
             known[name] = "exactly" if _resumes_exactly(self, n_blocks) else "not exactly"
         return known[name] == "exactly"
+
+    @contextmanager
+    def attention_at(self, layers: Sequence[int], take: TakeWeights) -> Iterator[None]:
+        """See `Host.attention_at`; attention is computed by the model's own eager code
+        meanwhile."""
+        blocks = [(i, self.model.get_submodule(self.blocks.layers[i])) for i in layers]
+        with eager_attention(self.model), eager_where_compiled(self.model):
+            with weights_of_modules(blocks, take):
+                yield
 
     @contextmanager
     def intervene(

@@ -15,6 +15,7 @@ from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore, medians_of
 from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
 from expertsteer_lens.data.chat import Chat, Text, check_texts
+from expertsteer_lens.data.read_positions import MEANS, OF_THE_ANSWER
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.states import CheckedStates
 from expertsteer_lens.data.states_shards import shard_folder, shard_of
@@ -22,6 +23,7 @@ from expertsteer_lens.data.states_writer import StatesWriter, writing
 from expertsteer_lens.data.texts import texts_sha256 as texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 
+from .attention import UnattendedError, layers_of
 from .batching import TOKENS_PER_PASS
 from .capture_facts import capture_plan
 from .parts import TokenBatch
@@ -63,9 +65,10 @@ def capture(
         hook_names: which hook points; default: `blocks.*.hook_resid_post`.
         positions: which token is *read* (a plan's `positions` say which are steered): "last" (the
             last token), "mean" (over tokens), "answer" (mean over the tokens of the answer: the
-            assistant's last message of a chat, else the whole text; or of `spans`), "all" (one row
-            per token, prompt after prompt) or an absolute token index (BOS counts; negative from
-            the end).
+            assistant's last message of a chat, else the whole text; or of `spans`), "attention"
+            (the same tokens, each weighted by the attention that the text's last token pays to it
+            in the layer read, see `hosts.attention.attention_weights`), "all" (one row per token,
+            prompt after prompt) or an absolute token index (BOS counts; negative from the end).
         spans: one (start, end) per prompt, in characters of its content (see `data.spans`): only
             tokens that end inside are looked at, so `positions="mean"` with the answers' spans is
             the mean over the answer. None: every token.
@@ -92,6 +95,8 @@ def capture(
         ArtifactError: `store` holds another capture or something else, another process writes it,
             or it cannot be written (no room, no permission); the batches before are kept.
         HookNameError: unknown hook name, or one that does not carry `[batch, pos, d]`.
+        HostError: `positions="attention"` of a model (or a layer of it) that has no attention
+            weights to give.
         DataError: unusable prompts or labels, or NaN/Inf in an activation (naming hook and prompt).
         ModelStateError: the model is in training mode.
         InterventionError: a hook point did not fire.
@@ -164,9 +169,11 @@ class Request:
             raise ArgumentError(
                 "hook_names is empty; give at least one name, or None for every block's output."
             )
+        if positions == "attention":
+            layers_of(names)
         tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
         _check_positions(positions, tokens.lengths)
-        if positions == "answer" and spans is None and any(isinstance(t, Chat) for t in texts):
+        if positions in OF_THE_ANSWER and spans is None and any(isinstance(t, Chat) for t in texts):
             spans = [answer_span(text) for text in texts]
         chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
         plan = capture_plan(
@@ -210,15 +217,18 @@ class Request:
         """Run one pass and hand over its rows.
 
         Raises:
-            DataError: NaN or Inf, naming hook point and prompt.
+            DataError: NaN or Inf, naming hook point and prompt, or a prompt that gets no attention.
         """
         plan, index, part = self.plan, self._index(number), self.batch(number)
         here = None if self.chosen is None else self.chosen[index, : part.input_ids.shape[1]]
         norms: dict[str, list[Tensor]] | None = None if plan.norm_counts is None else {}
         basis = plan.provenance["basis"]
-        states = self.host.read(
-            part, self.hook_names, self.pick, here, norms, basis=basis, also=also
-        )
+        try:
+            states = self.host.read(
+                part, self.hook_names, self.pick, here, norms, basis=basis, also=also
+            )
+        except UnattendedError as error:
+            raise error.said_of(index[error.row]) from None
         _check_finite(states, index, [plan.row_counts[i] for i in plan.batches[number]])
         of_tokens = None if norms is None else {k: torch.cat(v) for k, v in norms.items()}
         into.write(number, {name: states[name] for name in self.hook_names}, of_tokens)
@@ -252,12 +262,16 @@ def read_tokens(
 ) -> Tensor:
     """Mask `[n, pos]` of the tokens whose activations `capture` reads; arguments as there."""
     _check_positions(positions, tokens.lengths)
-    if positions == "answer" and spans is None and any(isinstance(text, Chat) for text in texts):
+    if (
+        positions in OF_THE_ANSWER
+        and spans is None
+        and any(isinstance(text, Chat) for text in texts)
+    ):
         spans = [answer_span(text) for text in texts]
     real = tokens.attention_mask.bool()
     if spans is not None:
         real = _tokens_in_spans(host, texts, tokens, spans)
-    if positions in ("mean", "answer", "all"):
+    if positions in (*MEANS, "all"):
         return real
     rank = real.long().cumsum(1) - 1  # of a token among those looked at
     count = real.sum(1, keepdim=True)
@@ -294,11 +308,12 @@ def _tokens_in_spans(
 
 def _check_positions(positions: str | int, lengths: Tensor) -> None:
     """Refuse before the model runs what `take_positions` would refuse half way."""
-    if positions in ("last", "mean", "answer", "all"):
+    if positions in ("last", "all", *MEANS):
         return
     if not isinstance(positions, int) or isinstance(positions, bool):
         raise ArgumentError(
-            f"positions must be 'last', 'mean', 'answer', 'all' or an int, got {positions!r}."
+            "positions must be 'last', 'mean', 'answer', 'attention', 'all' or an int, got "
+            f"{positions!r}."
         )
     outside = (lengths <= positions) if positions >= 0 else (lengths < -positions)
     if bool(outside.any()):

@@ -8,14 +8,16 @@ registration."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from expertsteer_lens.interventions.positions import ForwardInfo
 
+from .attention import TakeWeights, eager_attention
 from .base import Host
 from .branches import check_branches
 from .cache_names import agree_on_cache_name
@@ -122,6 +124,19 @@ class TransformerLensHost(Host):
             return super().logits_at(batch, where)
         with logits_only_at(head, where):
             return self.forward(batch)
+
+    @contextmanager
+    def attention_at(self, layers: Sequence[int], take: TakeWeights) -> Iterator[None]:
+        """See `Host.attention_at`: what passes `hook_pattern`, with the model's own eager
+        attention inside a Bridge."""
+        there, inner = self.model.hook_dict, _underlying(self.model)
+        names = {i: f"blocks.{i}.attn.hook_pattern" for i in layers}
+        fns = {name: partial(take, i) for i, name in names.items() if name in there}
+        with ExitStack() as stack:
+            if inner is not None:
+                stack.enter_context(eager_attention(inner))
+            stack.enter_context(functions_at(self.model, fns))
+            yield
 
     def intervene(
         self, fns: Mapping[str, EditFn], *, scope: Scope | None = None

@@ -16,7 +16,7 @@ from expertsteer_lens.pair.rules import PairingConfig
 
 Preset = Literal["anchored", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-Reading = Literal["answer", "mean", "last"] | int
+Reading = Literal["answer", "mean", "last", "attention"] | int
 
 # What a field acts on, where that is not the choices made after reading; `refit`, which reads
 # nothing, refuses changes of these.
@@ -57,8 +57,9 @@ class ExpertSteerConfig:
     """What state represents a text when states are *read*: "answer" (mean over the tokens of the
     answer: the last message of a chat, the part in which two plain texts of a pair differ, else the
     whole text), "mean" (over all tokens), "last" (the last token, which in most texts is the same
-    full stop), or an absolute token index. Which tokens are *steered* is another question:
-    `positions` of the plan."""
+    full stop), "attention" (the answer's tokens, each weighted by the attention that the text's
+    last token pays to it in that layer; needs a model that gives its weights), or an absolute token
+    index. Which tokens are *steered* is another question: `positions` of the plan."""
     pair_tokens: bool = field(default=True, metadata=READING)
     """Fit the maps on the states of all tokens that end at the same character in both models, tens
     a text, instead of one state a text. For rules that need effects; where a tokenizer does not

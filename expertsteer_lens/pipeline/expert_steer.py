@@ -12,6 +12,7 @@ from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture
 
@@ -277,7 +278,7 @@ class ExpertSteer:
             [*pairs.texts, *(anchors or ())],
             hook_names,
             positions=reading,
-            spans=spans_to_read(pairs, anchors) if reading == "answer" else None,
+            spans=spans_to_read(pairs, anchors) if reading in OF_THE_ANSWER else None,
             batch_size=self.config.batch_size,
             progress=progress,
             store=store,

@@ -22,6 +22,7 @@ from expertsteer_lens._html import repr_html
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host, capture
@@ -207,7 +208,7 @@ def label_texts(
             of,
             names,
             positions=reading,
-            spans=where if reading == "answer" else None,
+            spans=where if reading in OF_THE_ANSWER else None,
             batch_size=config.batch_size,
             progress=progress,
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.parts import groups_of, hashes_of
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
 from expertsteer_lens.hosts.side_by_side import capture_side_by_side
@@ -169,7 +170,7 @@ class Models:
         self, name: str, host: Host, texts: FitTexts, hook_names: list[str]
     ) -> ActivationStore:
         pairs = texts.pairs
-        spans = pairs.answer_spans if self.reading == "answer" else None
+        spans = pairs.answer_spans if self.reading in OF_THE_ANSWER else None
         return self.readings.read(
             name, host, pairs.texts, hook_names, labels=pairs.labels, spans=spans
         )
@@ -229,7 +230,7 @@ def _rows_of_states(
             f"config.reading is {positions!r}; read and fit at the same token."
         )
     wanted = [list(span) for span in spans_to_read(pairs, anchors)]
-    if positions == "answer" and facts.get("spans", wanted) != wanted:
+    if positions in OF_THE_ANSWER and facts.get("spans", wanted) != wanted:
         raise DataError(
             "expert holds states of other parts of these texts than their answers; make them with "
             "ExpertSteer(...).capture(expert, pairs, anchors=anchors)."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from expertsteer_lens.errors import HostError
+from expertsteer_lens.hosts.attention import OTHERS, TakeWeights
 from expertsteer_lens.hosts.base import Host
 from expertsteer_lens.hosts.blocks import Blocks
 from expertsteer_lens.hosts.facts import facts, measure_basis, measure_fingerprint
@@ -171,7 +172,7 @@ class NNsightHost(Host):
     ) -> dict[str, Tensor]:
         """See `Host.read`; from a server only the rows travel back, and no norms; `also` is a
         request of its own."""
-        if not self.remote:
+        if not self.remote or positions == "attention":
             return super().read(batch, names, positions, tokens, norms, basis=basis, also=also)
         if also is not None:
             also.rows |= self.read(batch, also.names, "all", also.mask, basis=basis)
@@ -186,6 +187,22 @@ class NNsightHost(Host):
         )
         centred = (basis or self.basis) == "centred"
         return {name: self._in_basis(rows[name], centred) for name in names}
+
+    def attention_at(
+        self, layers: Sequence[int], take: TakeWeights
+    ) -> AbstractContextManager[None]:
+        """See `Host.attention_at`: hooks on the wrapped module, which runs inside traces and
+        outside.
+
+        Raises:
+            HostError: the model is remote.
+        """
+        if self.remote:
+            raise HostError(
+                f"the attention weights of a remote model stay on its server; {OTHERS}, or read "
+                "the model on this machine."
+            )
+        return self._local().attention_at(layers, take)
 
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
