@@ -26,6 +26,7 @@ from expertsteer_lens.measure.gradients import behaviour_gradient, readout_gradi
 from expertsteer_lens.pair.mutual_information import LayerPairMI, layer_pair_mi
 from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, find_rule, select_layer_pairs
 
+from .choice import choose_on_halves
 from .config import ExpertSteerConfig
 from .fit_data import FitData, PairKey, labels_of
 
@@ -200,7 +201,10 @@ def _choose_by_attribution(
     for e, t in known:
         effect = float(units[t] @ rfms[e, t].direction.double())
         scores[names_e.index(e), names_t.index(t)] = effect
-    return select_layer_pairs(names_e, names_t, c, scores=scores), aligners, rfms
+    chosen = select_layer_pairs(names_e, names_t, c, scores=scores)
+    store = data.expert_pair_states
+    log.done("stability", **choose_on_halves(store, chosen, aligners, rfms, units, c, seed))
+    return chosen, aligners, rfms
 
 
 def fit_maps(
