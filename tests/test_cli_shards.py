@@ -50,7 +50,9 @@ def test_a_merge_without_all_shards_names_the_one_that_is_missing(capture, tmp_p
 
 
 @pytest.mark.parametrize("bad", ["2/2", "1", "a/2", "-1/2", "0/0", "1/²", "0/2/3", ""])
-def test_a_share_that_is_none_is_refused_before_a_model_is_loaded(bad, capture, capsys, monkeypatch):
+def test_a_share_that_is_none_is_refused_before_a_model_is_loaded(
+    bad, capture, capsys, monkeypatch
+):
     monkeypatch.setattr("expertsteer_lens.cli.options.ModelOptions.load", None)
     line = refused(capsys, *capture, f"--shard={bad}")
     assert line.startswith("ArgumentError: --shard must be I/N")
