@@ -134,7 +134,7 @@ def memory(work: Work, expert: Shape, target: Shape) -> list[tuple[str, str, flo
 
 
 def seconds(
-    work: Work, expert: Shape, target: Shape, machine: Machine
+    work: Work, expert: Shape, target: Shape, machine: Machine = Machine()
 ) -> list[tuple[str, str, float]]:
     """(step, what it is made of, seconds)."""
     texts = work.fitted + 2 * work.pairs

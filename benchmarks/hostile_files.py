@@ -314,13 +314,32 @@ def main() -> None:
             print(f"{name}, {way}, {what}: {kind} {text}\n{case}")
         counts[name, kind] += 1
         by_way[way, kind] += 1
-        if number % 1000 == 999:
+        if args.only is None and (number + 1) % 1000 == 0:
             print(f"{number + 1} done, {len(faults)} faults", flush=True)
+            if args.output is not None:  # what is done is not lost if the rest is not run
+                said = _report(args, number + 1, faults, counts, by_way)
+                args.output.write_text(said + "\n", encoding="utf-8")
     if _state(outside) != canaries or pathlib.Path("/tmp/expertsteer-hostile-was-here").exists():
         faults.append("a file outside was changed, or code was run")
-    report = "\n".join(
+    if args.only is None:
+        report = _report(args, args.n, faults, counts, by_way)
+        print(report)
+        if args.output is not None:
+            args.output.write_text(report + "\n", encoding="utf-8")
+        shutil.rmtree(root)
+    sys.exit(1 if faults else 0)
+
+
+Counts = collections.Counter[tuple[str, str]]
+
+
+def _report(
+    args: argparse.Namespace, n_done: int, faults: list[str], counts: Counts, by_way: Counts
+) -> str:
+    part = "" if n_done == args.n else f"the first {n_done} of "
+    return "\n".join(
         [
-            f"`python benchmarks/hostile_files.py --n {args.n} --seed {args.seed}`: {args.n} "
+            f"`python benchmarks/hostile_files.py --n {args.n} --seed {args.seed}`: {part}{args.n} "
             f"mutations, {len(faults)} faults; torch {torch.__version__}.",
             "",
             *_table("file", counts),
@@ -328,12 +347,6 @@ def main() -> None:
             *_table("change", by_way),
         ]
     )
-    print(report)
-    if args.output is not None and args.only is None:
-        args.output.write_text(report + "\n", encoding="utf-8")
-    if args.only is None:
-        shutil.rmtree(root)
-    sys.exit(1 if faults else 0)
 
 
 def _state(folder: pathlib.Path) -> list[Any]:
@@ -343,7 +356,7 @@ def _state(folder: pathlib.Path) -> list[Any]:
     ]
 
 
-def _table(title: str, counts: collections.Counter[tuple[str, str]]) -> list[str]:
+def _table(title: str, counts: Counts) -> list[str]:
     kinds = ["equal", "named", "other, as it may", "fault"]
     heads = ["read as it was", "named error", "read as what it now says", "fault"]
     rows = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(kinds) + 1) + "|"]

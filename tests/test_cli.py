@@ -24,7 +24,7 @@ from expertsteer_lens.benchmarks import offline, transfer
 from expertsteer_lens.benchmarks.offline import BenchRow
 from expertsteer_lens.benchmarks.transfer import real
 from expertsteer_lens.cli import app as cli
-from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets
+from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets, commands_states
 from expertsteer_lens.cli import io as _cli_io
 from expertsteer_lens.cli.options import TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -818,7 +818,7 @@ class TestJson:
         have = {n for n, c in commands.items() if any("--json" in p.opts for p in c.params)}
         assert have == set(documented("Tables as JSON"))
         calls = {}
-        for module in (commands_fit, commands_plan, commands_sets):
+        for module in (commands_fit, commands_plan, commands_sets, commands_states):
             for node in ast.parse(inspect.getsource(module)).body:
                 if isinstance(node, ast.FunctionDef):
                     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

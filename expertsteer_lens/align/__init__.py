@@ -7,8 +7,9 @@ from .config import AlignerConfig
 from .fit import AlignerGrid, fit_aligner, fit_aligner_grid
 from .kind import Kind
 from .kinds import KINDS, AlignerKind, applicable_kinds, register_aligner
+from .moment_grid import MomentGrid, fit_aligner_grid_from_moments
 from .moment_kind import RIDGE_PATH, MomentKind
-from .paired_moments import PairedMoments, fit_aligner_grid_from_moments
+from .paired_moments import PairedMoments
 from .row_kind import RowKind
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "AlignerKind",
     "AlignerQuality",
     "Kind",
+    "MomentGrid",
     "MomentKind",
     "PairedMoments",
     "RowKind",

@@ -152,6 +152,7 @@ class AlignerGrid:
         self.target, self.config, self.seed, self.groups = target, config, seed, groups
         self._context: FitContext | None = None
         self._prepared: dict[str, Any] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def fit(
         self,
@@ -171,25 +172,32 @@ class AlignerGrid:
             for name, states, side in ((e, expert, "expert"), (t, self.target, "target")):
                 if name not in states:
                     raise unknown_hook(name, list(states), f"the {side} states")
-            check_paired(expert[e], self.target[t], f"expert[{e!r}]", f"target[{t!r}]")
-        if not wanted:
-            return {}
-        if self._context is None:
-            self._context = _share_context(
-                expert[wanted[0][0]], self.config, self.seed, self.groups
-            )
-        kind, context = KINDS[self.config.kind], self._context
-        targets = {t: self._prepare_target(t, context) for t in dict.fromkeys(t for _, t in wanted)}
         by_expert: dict[str, list[str]] = {}
         for e, t in wanted:
             by_expert.setdefault(e, []).append(t)
+        # Each layer is asked for as seldom as can be: a store in a folder reads it then.
+        for t in dict.fromkeys(t for _, t in wanted):
+            if t not in self._sizes:
+                n, width = self.target[t].shape
+                self._sizes[t] = n, width
+        for e, its_targets in by_expert.items():
+            rows = expert[e]
+            for t in its_targets:
+                as_many = rows.new_empty(self._sizes[t][0], 0)
+                check_paired(rows, as_many, f"expert[{e!r}]", f"target[{t!r}]")
+            if self._context is None:
+                self._context = _share_context(rows, self.config, self.seed, self.groups)
+        if self._context is None:
+            return {}
+        kind, context = KINDS[self.config.kind], self._context
+        targets = {t: self._prepare_target(t, context) for t in dict.fromkeys(t for _, t in wanted)}
         out: dict[tuple[str, str], Aligner] = {}
         bar = progress_bar(by_expert.items(), f"aligners ({self.config.kind})", progress=progress)
         for e, its_targets in bar:
             prepared = kind.prepare_expert(f"expert[{e!r}]", expert[e], context)
             by_width: dict[int, Aligner] = {}
             for t in its_targets:
-                width = self.target[t].shape[1]
+                width = self._sizes[t][1]
                 if kind.uses_target:
                     out[e, t] = kind.fit(prepared, targets[t], width, context)
                     continue

@@ -132,7 +132,8 @@ def sums_from_moments(
     """
     mean = (counts[:, None] * means).sum(0) / counts.sum()
     offsets = means - mean
-    variances = torch.stack([c.diagonal() for c in covariances]) + offsets.square()
+    # Copies: a view of the diagonal would keep the whole matrix.
+    variances = torch.stack([c.diagonal().clone() for c in covariances]) + offsets.square()
     scale = coordinate_scale((counts[:, None] * variances).sum(0) / counts.sum(), standardise)
 
     def square(fold: int) -> Tensor:

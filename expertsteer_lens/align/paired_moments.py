@@ -10,25 +10,10 @@ from jaxtyping import Int, Real
 from torch import Tensor
 
 from expertsteer_lens._checks import check_number, check_paired, unknown_hook
-from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.linalg.moments import Moments, RunningMoments, check_weights
 
-from .aligner import Aligner
-from .config import AlignerConfig
-from .fit import DEFAULT_CONFIG
-from .fold_sums import (
-    FoldSums,
-    TargetLayer,
-    cross_sums_from_moments,
-    expert_layer,
-    sums_from_moments,
-    target_layer,
-)
 from .folds import check_groups, check_no_empty_fold, check_row_count, fold_of_groups
-from .kind import FitContext
-from .kinds import KINDS
-from .moment_kind import MomentKind
 
 
 class PairedMoments:
@@ -62,6 +47,7 @@ class PairedMoments:
         ...     _ = moments.update({"a": e}, {"b": t}, g)
         >>> moments
         PairedMoments(n=60, n_folds=5, pairs=1, seed=0)
+        >>> from expertsteer_lens.align import fit_aligner_grid_from_moments
         >>> streamed = fit_aligner_grid_from_moments(moments)["a", "b"]
         >>> torch.allclose(streamed.encode(expert), target, atol=1e-3)
         True
@@ -84,10 +70,10 @@ class PairedMoments:
         self.n_folds, self.seed = n_folds, seed
         self.d_expert = _widths("d_expert", d_expert, [e for e, _ in self.pairs])
         self.d_target = _widths("d_target", d_target, [t for _, t in self.pairs])
-        widths = {_expert_key(e): d for e, d in self.d_expert.items()}
-        widths |= {_target_key(t): d for t, d in self.d_target.items()}
+        widths = {expert_key(e): d for e, d in self.d_expert.items()}
+        widths |= {target_key(t): d for t, d in self.d_target.items()}
         blocks = [(key, key) for key in widths]
-        blocks += [(_target_key(t), _expert_key(e)) for e, t in self.pairs]
+        blocks += [(target_key(t), expert_key(e)) for e, t in self.pairs]
         self._folds = [RunningMoments(widths, blocks, device=device) for _ in range(n_folds)]
 
     @property
@@ -120,8 +106,8 @@ class PairedMoments:
         """
         rows: dict[str, Tensor] = {}
         for states, widths, key_of, side in (
-            (expert, self.d_expert, _expert_key, "expert"),
-            (target, self.d_target, _target_key, "target"),
+            (expert, self.d_expert, expert_key, "expert"),
+            (target, self.d_target, target_key, "target"),
         ):
             for hook in widths:
                 if hook not in states:
@@ -195,92 +181,23 @@ class PairedMoments:
         Raises:
             DataError: fewer than two rows a fold, or a fold without rows.
         """
+        return tuple(fold.result() for fold in self.running_folds())
+
+    def running_folds(self) -> tuple[RunningMoments, ...]:
+        """The sums of each fold themselves, no copies, for who reads a few blocks of them.
+
+        Raises:
+            DataError: fewer than two rows a fold, or a fold without rows.
+        """
         check_row_count(self.n, self.n_folds)
         check_no_empty_fold([fold.n for fold in self._folds])
-        return tuple(fold.result() for fold in self._folds)
+        return tuple(self._folds)
 
     def __repr__(self) -> str:
         return (
             f"PairedMoments(n={self.n}, n_folds={self.n_folds}, pairs={len(self.pairs)}, "
             f"seed={self.seed})"
         )
-
-
-def fit_aligner_grid_from_moments(
-    moments: PairedMoments,
-    config: AlignerConfig = DEFAULT_CONFIG,
-    *,
-    seed: int | None = None,
-    pairs: Iterable[tuple[str, str]] | None = None,
-    progress: bool = False,
-) -> dict[tuple[str, str], Aligner]:
-    """The aligners that `fit_aligner_grid` fits on the same rows with the same `groups` and `seed`,
-    up to rounding, from streamed moments. Costs eigendecompositions d x d, `n_folds + 2` a layer.
-
-    Args:
-        moments: what was accumulated.
-        config: one configuration for all pairs, of a kind that is a closed form of second moments
-            (`MomentKind`: all built-in kinds but "identity").
-        seed: draws the gauge of "autoencoder"; default: the seed of the folds.
-        pairs: which pairs; default all that were accumulated.
-        progress: show a bar over expert layers.
-
-    Raises:
-        ArgumentError: the kind needs rows, or another number of folds than was accumulated.
-        HookNameError: a pair that was not accumulated.
-        DataError: too few rows, a fold without rows, constant states.
-    """
-    kind = KINDS[config.kind]
-    if not isinstance(kind, MomentKind):
-        raise ArgumentError(
-            f"kind={config.kind!r} is fitted on rows, not on moments; use fit_aligner_grid on rows "
-            "that can be held."
-        )
-    if config.n_folds != moments.n_folds:
-        raise ArgumentError(
-            f"n_folds={config.n_folds}, but the moments were accumulated in "
-            f"{moments.n_folds} folds; use that number."
-        )
-    wanted = list(moments.pairs if pairs is None else pairs)
-    for pair in wanted:
-        if pair not in moments.pairs:
-            known = [" → ".join(p) for p in moments.pairs]
-            raise unknown_hook(" → ".join(pair), known, "an accumulated pair")
-    folds = moments.folds()
-    context = FitContext(config, moments.seed if seed is None else seed, ())
-    targets: dict[str, TargetLayer] = {}
-    for t in dict.fromkeys(t for _, t in wanted) if kind.uses_target else ():
-        sums = _sum_folds(_target_key(t), folds, config)
-        targets[t] = target_layer(sums, with_axes=kind.needs_target_axes)
-    out: dict[tuple[str, str], Aligner] = {}
-    experts = dict.fromkeys(e for e, _ in wanted)
-    for e in progress_bar(experts, f"aligners ({config.kind})", progress=progress):
-        expert = expert_layer(_sum_folds(_expert_key(e), folds, config))
-        for t in (t for its_expert, t in wanted if its_expert == e):
-            target, cross = targets.get(t), None
-            if target is not None:
-                e_key, t_key = _expert_key(e), _target_key(t)
-                cross = cross_sums_from_moments(
-                    expert.sums,
-                    target.sums,
-                    torch.stack([fold.means[e_key] for fold in folds]),
-                    torch.stack([fold.means[t_key] for fold in folds]),
-                    [fold.covariances[t_key, e_key] for fold in folds],
-                )
-            out[e, t] = kind.fit_sums(expert, target, cross, moments.d_target[t], context)
-    return {pair: out[pair] for pair in wanted}
-
-
-def _sum_folds(key: str, folds: tuple[Moments, ...], config: AlignerConfig) -> FoldSums:
-    means = torch.stack([fold.means[key] for fold in folds])
-    return sums_from_moments(
-        key,
-        sum(fold.n for fold in folds),
-        torch.tensor([fold.weight for fold in folds], dtype=means.dtype, device=means.device),
-        means,
-        [fold.covariances[key, key] for fold in folds],
-        config.standardise,
-    )
 
 
 def _widths(name: str, given: int | Mapping[str, int], hooks: list[str]) -> dict[str, int]:
@@ -297,9 +214,11 @@ def _widths(name: str, given: int | Mapping[str, int], hooks: list[str]) -> dict
     return widths
 
 
-def _expert_key(hook_name: str) -> str:
+def expert_key(hook_name: str) -> str:
+    """How the moments call a layer of the expert."""
     return f"expert[{hook_name!r}]"
 
 
-def _target_key(hook_name: str) -> str:
+def target_key(hook_name: str) -> str:
+    """How the moments call a layer of the target."""
     return f"target[{hook_name!r}]"

@@ -1,4 +1,4 @@
-"""Command line: `expertsteer-lens demo | capture | label | fit | reproduce | show | steer |
+"""Command line: `expertsteer-lens demo | capture | merge | label | fit | reproduce | show | steer |
 evaluate | export | bench | benchmarks`."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import typer
 
 from expertsteer_lens.errors import ExpertSteerError
 
-from . import commands_fit, commands_plan, commands_sets
+from . import commands_fit, commands_plan, commands_sets, commands_states
 from .io import visible
 from .options import with_options
 
@@ -32,7 +32,8 @@ app = typer.Typer(
 )
 for _command in (
     commands_fit.demo,
-    commands_fit.capture,
+    commands_states.capture,
+    commands_states.merge,
     commands_fit.label,
     commands_fit.fit,
     commands_fit.reproduce,

@@ -1,4 +1,4 @@
-"""Commands that fit: `demo`, `capture`, `label`, `fit`, `reproduce`."""
+"""Commands that fit: `demo`, `label`, `fit`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ from .options import (
     Out,
     Seed,
     TextOptions,
-    parse_reading,
 )
-from .stopped import Stopped, goes_on_from
+from .stopped import Stopped
 
 
 def demo(
@@ -100,37 +99,6 @@ def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
     say(f"\n{time.perf_counter() - started:.0f} s; open {out / 'report.html'}")
     say(str(out.resolve()))
     return result
-
-
-def capture(
-    model: Annotated[str, typer.Option(help="folder or hub id of the model that teaches")],
-    texts: TextOptions,
-    models: ModelOptions,
-    reading: Annotated[
-        str,
-        typer.Option(
-            help="what stands for a text: answer, mean, last, attention, or the index of a token"
-        ),
-    ] = "answer",
-    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 16,
-    out: Out = Path("expert-states"),
-    seed: Seed = 0,
-) -> None:
-    """Read the expert's states into OUT for `fit --expert OUT`: elsewhere, or where both models do
-    not fit in memory. They are written as they are read: the same command goes on where one that
-    was stopped or killed left off."""
-    from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
-
-    config = ExpertSteerConfig(reading=parse_reading(reading), batch_size=batch_size)
-    contrast, _ = texts_to_fit(texts, seed)
-    anchors = None if texts.anchors is None else read_texts(texts.anchors)
-    loaded = models.load(model)
-    with goes_on_from(out):
-        states = ExpertSteer(config, seed=seed).capture(
-            loaded, contrast, anchors=anchors, progress=True, store=out
-        )
-    say(repr(states))
-    say(str(out.resolve()))
 
 
 def label(

@@ -164,6 +164,27 @@ def parse_reading(value: str) -> Any:
     return int(value)
 
 
+def parse_shard(value: str | None) -> Any:
+    """Which share of a capture: None, "auto", or (process, processes).
+
+    Raises:
+        ArgumentError: none of these.
+
+    Example:
+        >>> parse_shard("0/2")
+        (0, 2)
+    """
+    if value is None or value == "auto":
+        return value
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", value)
+    if not found or not int(found[1]) < int(found[2]):
+        raise ArgumentError(
+            "--shard must be I/N, the process (from 0 on) and the number of processes, such as "
+            f"0/2 and 1/2, or auto; got {value!r}."
+        )
+    return int(found[1]), int(found[2])
+
+
 def _option_of(parameter: inspect.Parameter) -> str:
     """The option that a parameter stands for, as it is typed."""
     for part in getattr(parameter.annotation, "__metadata__", ()):

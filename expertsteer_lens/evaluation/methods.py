@@ -29,7 +29,7 @@ from expertsteer_lens.pair.rules import PairingConfig, allowed_targets, select_l
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
 from expertsteer_lens.pipeline.fit_data import PairKey, labels_of
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
-from expertsteer_lens.pipeline.steps import fit_maps
+from expertsteer_lens.pipeline.maps import fit_maps
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore

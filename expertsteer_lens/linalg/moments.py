@@ -189,6 +189,19 @@ class RunningMoments:
             {block: scatter / self._weight for block, scatter in self._scatters.items()},
         )
 
+    @property
+    def weight(self) -> float:
+        """Sum of the weights seen so far; `n` without weights."""
+        return self._weight
+
+    def mean(self, name: str) -> Tensor:
+        """`[d]`, of one variable."""
+        return self._means[name].clone()
+
+    def covariance(self, a: str, b: str) -> Tensor:
+        """One of `result().covariances`, made without the others."""
+        return self._scatters[a, b] / self._weight
+
     def state(self) -> dict[str, Any]:
         """Everything that was accumulated, for a file; `restore` takes it up again."""
         return {

@@ -83,12 +83,12 @@ def layer_pair_mi(
     """
     sides = {"expert": _named("expert", expert_states), "target": _named("target", target_states)}
     jobs = [
-        (role, name, f"{role}_states[{name!r}]", rows)
-        for role, side in sides.items()
-        for name, rows in side.items()
+        (role, name, f"{role}_states[{name!r}]") for role, side in sides.items() for name in side
     ]
-    _, _, first_label, first = jobs[0]
-    for _, _, label, rows in jobs:
+    # Layer by layer: states in a folder are never all in memory.
+    first_label, first = jobs[0][2], sides["expert"][jobs[0][1]]
+    for role, name, label in jobs:
+        rows = sides[role][name]
         check_matrix(label, rows)
         check_paired(first, rows, first_label, label)
     n = first.shape[0]
@@ -97,7 +97,9 @@ def layer_pair_mi(
     drawn = draw_resamples(check_groups(groups, n, config), config, seed, first.device)
     default_k = estimator.defaults.get("n_components")
     with parallel_map(first.device) as run:
-        layers = list(run(lambda job: prepare_layer(job[2], job[3], config, default_k), jobs))
+        layers = list(
+            run(lambda job: prepare_layer(job[2], sides[job[0]][job[1]], config, default_k), jobs)
+        )
         k, features = None, layers
         if default_k is not None:
             k = min(layer.features.shape[1] for layer in layers)
@@ -117,7 +119,7 @@ def layer_pair_mi(
             )
         )
     clipped: dict[str, dict[str, Any]] = {"expert": {}, "target": {}}
-    for (role, name, _, _), layer in zip(jobs, layers, strict=True):
+    for (role, name, _), layer in zip(jobs, layers, strict=True):
         if layer.clipped:
             clipped[role][name] = layer.clipped
     return LayerPairMI(
@@ -135,12 +137,11 @@ def layer_pair_mi(
     )
 
 
-def _named(role: str, states: Sequence[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _named(role: str, states: Sequence[Tensor] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """States by hook name; a list gets names that carry the index as the layer."""
-    if isinstance(states, Mapping):
-        named = {name: states[name] for name in states}
-    else:
-        named = {f"{role}.{i}.states": rows for i, rows in enumerate(states)}
+    named = states
+    if not isinstance(named, Mapping):
+        named = {f"{role}.{i}.states": rows for i, rows in enumerate(named)}
     if not named:
         raise DataError(f"{role}_states is empty; give at least one layer.")
     return named

@@ -4,30 +4,26 @@ mathematics here."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertsteer_lens._progress import is_shown, progress_bar
-from expertsteer_lens.align import (
-    Aligner,
-    AlignerConfig,
-    AlignerGrid,
-    fit_aligner_grid_from_moments,
-)
+from expertsteer_lens.align import Aligner, AlignerGrid
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
-from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.learn.rfm import RFM, fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient, readout_gradient
 from expertsteer_lens.pair.mutual_information import LayerPairMI, layer_pair_mi
-from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, find_rule, select_layer_pairs
+from expertsteer_lens.pair.rules import LayerPairs, find_rule, select_layer_pairs
 
+from .choice import choose_on_halves
 from .config import ExpertSteerConfig
 from .fit_data import FitData, PairKey, labels_of
+from .maps import fit_maps, rows_to_align
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
@@ -200,42 +196,10 @@ def _choose_by_attribution(
     for e, t in known:
         effect = float(units[t] @ rfms[e, t].direction.double())
         scores[names_e.index(e), names_t.index(t)] = effect
-    return select_layer_pairs(names_e, names_t, c, scores=scores), aligners, rfms
-
-
-def fit_maps(
-    config: ExpertSteerConfig, seed: int, data: FitData, aligner: AlignerConfig | None = None
-) -> Iterator[dict[PairKey, Aligner]]:
-    """The maps of every candidate layer pair, one expert layer at a time: those whose token pairs
-    were read, or else all allowed ones.
-
-    Args:
-        config: settings of the fit.
-        seed: of folds and gauges.
-        data: what was read.
-        aligner: in place of `config.aligner`.
-
-    Raises:
-        ArgumentError: the maps were fitted on token pairs and these are not here any more.
-    """
-    aligner = aligner or config.aligner
-    if data.maps_on == "tokens":
-        moments = data.token_moments
-        if moments is None:
-            raise ArgumentError(
-                "the maps of this fit were fitted on token pairs, whose moments were too large to "
-                "be saved with it; run ExpertSteer(...).fit again to fit other maps."
-            )
-        for hook in dict.fromkeys(e for e, _ in moments.pairs):
-            mine = [pair for pair in moments.pairs if pair[0] == hook]
-            yield fit_aligner_grid_from_moments(moments, aligner, seed=seed, pairs=mine)
-        return
-    names_t = list(data.target_pair_states)
-    allowed = [names_t[j] for j in allowed_targets(len(names_t), config.pairing)]
-    expert_rows, target_rows = rows_to_align(config, data)
-    grid = AlignerGrid(target_rows, aligner, seed=seed)
-    for hook in data.expert_pair_states:
-        yield grid.fit(expert_rows, pairs=[(hook, t) for t in allowed])
+    chosen = select_layer_pairs(names_e, names_t, c, scores=scores)
+    store = data.expert_pair_states
+    log.done("stability", **choose_on_halves(store, chosen, aligners, rfms, units, c, seed))
+    return chosen, aligners, rfms
 
 
 def _promising_maps(
@@ -277,23 +241,6 @@ def _told_apart(
         f"n_pairs={c.n_pairs}; does the expert know this behaviour?",
     )
     return list(rfms)
-
-
-def rows_to_align(
-    config: ExpertSteerConfig, data: FitData
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """Paired states that the maps are fitted on, expert and target."""
-    sides = (
-        (data.expert_anchor_states, data.expert_pair_states),
-        (data.target_anchor_states, data.target_pair_states),
-    )
-    if not config.align_on_pairs:
-        return sides[0][0], sides[1][0]
-    expert, target = (
-        {name: torch.cat([anchors[name], pairs[name]]) for name in anchors}
-        for anchors, pairs in sides
-    )
-    return expert, target
 
 
 def _learn(
