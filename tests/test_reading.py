@@ -14,7 +14,7 @@ import expertsteer_lens as esl
 from expertsteer_lens.data.spans import answer_span
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.hosts.side_by_side import capture_side_by_side
+from expertsteer_lens.hosts.side_by_side import TokenSample, capture_side_by_side
 from expertsteer_lens.hosts.token_ends import NO_END, token_ends
 from expertsteer_lens.pipeline.fit_data import reading_of
 from expertsteer_lens.pipeline.token_pairs import TokenPairs, candidate_pairs, why_not_tokens
@@ -261,6 +261,62 @@ class TestTokenPairs:
         for one, two in zip(together.moments.folds(), separate.folds(), strict=True):
             for key, covariance in one.covariances.items():
                 assert torch.allclose(covariance, two.covariances[key], atol=1e-4)
+
+    def test_layers_are_compared_on_a_sample_of_the_same_tokens(self, zoo, monkeypatch):
+        monkeypatch.setattr("expertsteer_lens.pipeline.read_models.COMPARED", 90)
+        expert, target = zoo
+        fit = esl.ExpertSteer(SMALL).fit(
+            *zoo, esl.zoo.contrast_pairs(8), anchors=esl.zoo.anchors(40), progress=False
+        )
+        data, mi = fit.data, fit.layer_pair_mi
+        groups = data.expert_token_states.provenance["groups"]
+        assert (mi.n_samples, mi.n_groups) == (len(groups), data.n_anchors)
+        assert (
+            next(s for s in fit.steps if s["step"] == "pair")["on"] == f"{len(groups)} token pairs"
+        )
+        # Rows are of the same words in both, at most three a text, in the order of the text.
+        texts = esl.zoo.anchors(40)
+        assert groups == sorted(groups)
+        assert max(groups.count(g) for g in set(groups)) <= 3
+        name_e, name_t = list(data.expert_token_states)[2], list(data.target_token_states)[2]
+        every = {
+            host: esl.capture(host.model, texts, [name], positions="all")[name]
+            for host, name in ((expert, name_e), (target, name_t))
+        }
+        for host, store, name in (
+            (expert, data.expert_token_states, name_e),
+            (target, data.target_token_states, name_t),
+        ):
+            apart = torch.cdist(store[name].double(), every[host].double()).min(1).values
+            assert float(apart.max()) < 1e-3
+        reference = esl.layer_pair_mi(
+            data.expert_token_states, data.target_token_states, SMALL.mi, groups=groups
+        )
+        assert torch.equal(reference.matrix, mi.matrix)
+        on_texts = fit.refit(mi_on="texts").layer_pair_mi
+        assert (on_texts.n_samples, on_texts.n_groups) == (data.n_anchors, None)
+
+    def test_a_sample_of_tokens_too_large_to_be_saved_is_read_again_or_refused(
+        self, zoo, tmp_path, monkeypatch
+    ):
+        given = (*zoo, esl.zoo.contrast_pairs(8))
+        fit = esl.ExpertSteer(SMALL).fit(*given, progress=False)
+        monkeypatch.setattr("expertsteer_lens.pipeline.fit_data.LARGEST_SAVED", 100)
+        lean = esl.load(esl.save(fit, tmp_path / "lean"), target=zoo[1])
+        assert lean.data.expert_token_states is None
+        assert torch.equal(lean.layer_pair_mi.matrix, fit.layer_pair_mi.matrix)
+        with pytest.raises(ArgumentError, match="compared on token pairs, whose states were too"):
+            lean.data.states_to_compare(lean.config)
+        on = esl.ExpertSteer(SMALL).fit(*given, finished=lean.data, progress=False)
+        assert torch.equal(on.layer_pair_mi.matrix, fit.layer_pair_mi.matrix)
+        key = next(iter(fit.rfms))
+        torch.testing.assert_close(on.direction(*key), fit.direction(*key))
+
+    def test_a_sample_takes_tokens_evenly_of_each_text(self):
+        sample = TokenSample(6, 2, (["a"], ["b"]))
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0, 0]]).bool()
+        assert sample.among(mask).int().tolist() == [[0, 1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0, 0]]
+        assert not sample.among(torch.zeros(1, 3, dtype=torch.bool)).any()
 
     def test_a_fit_reads_no_anchor_twice(self, zoo, monkeypatch):
         """The pairs are read twice (once to find the layers), the anchors once."""

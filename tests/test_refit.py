@@ -16,6 +16,7 @@ CHANGES = {
     "pairing": esl.PairingConfig(rule="depth"),
     "rfm": esl.RFMConfig(bandwidth=3.0, validation_fraction=0.0, n_rounds=1),
     "reading": "mean",
+    "mi_on": "tokens",
     "pair_tokens": True,
     "align_on_pairs": False,
     "batch_size": 3,
@@ -33,6 +34,7 @@ GRID = (0.05, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 def fit() -> esl.ExpertSteering:
     expert, target = esl.zoo.load_pair(host="huggingface")
     fast = esl.ExpertSteerConfig(
+        mi_on="texts",
         pair_tokens=False,  # with token pairs `align_on_pairs` acts on the reading: test_reading
         mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
         rfm=esl.RFMConfig(bandwidth=1.0, validation_fraction=0.0, n_rounds=2),

@@ -80,7 +80,12 @@ def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
         style="bold",
     )
     steps = ExpertSteerConfig.preset("paper")
-    paper = fit.refit(aligner=steps.aligner, pairing=steps.pairing, align_on_pairs=False)
+    paper = fit.refit(
+        aligner=steps.aligner,
+        pairing=steps.pairing,
+        align_on_pairs=steps.align_on_pairs,
+        mi_on=steps.mi_on,
+    )
     for step in paper.steps:
         print_step(step)
     texts = steered_texts(plan, target, zoo.prompts()[:3], coefficient)

@@ -116,6 +116,7 @@ def paper_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPl
         plan,
         aligner=config.aligner,
         align_on_pairs=config.align_on_pairs,
+        mi_on=config.mi_on,
         pairing=pairing,
         seed=seed,
     )

@@ -45,6 +45,7 @@ FROM_1: dict[str, Callable[[Fields], Fields]] = {
         # Fields that came later act as what the old version did.
         **_renamed(read_positions="reading")(fields),
         "pair_tokens": False,
+        "mi_on": "texts",
     },
     "ExpertSteering": _renamed(readings="data"),
     "Readings": _renamed(

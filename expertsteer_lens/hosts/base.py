@@ -138,7 +138,7 @@ class Host:
         norms: dict[str, list[Tensor]] | None = None,
         *,
         basis: str | None = None,
-        also: TokenRows | None = None,
+        also: Sequence[TokenRows] = (),
     ) -> dict[str, Tensor]:
         """The rows `[n, d]` that `positions` picks at each hook point (see `RowPicker`, and for
         "attention" `AttendedRows`): copies on the CPU, float32, in the host's basis.
@@ -146,7 +146,7 @@ class Host:
         Only the tokens of the mask `tokens` (`[batch, pos]`) are looked at; None: all real ones.
         Where `norms` is given, the norm of each token looked at is added to it, by hook name.
         `basis` is `self.basis`, if it was asked for already: the answer looks at every parameter.
-        `also` is filled in the same pass.
+        All of `also` are filled in the same pass.
 
         Rows are picked inside the hook: nothing but them outlives the layer, and nothing that is
         done to the live activation afterwards can reach them.
@@ -161,13 +161,13 @@ class Host:
         picker = RowPicker("mean" if by_attention else positions, looked_at)
         # Measured by passes of its own, so not inside the hooks below.
         centred = (basis or self.basis) == "centred"
-        picker_also = None if also is None else RowPicker("all", also.mask)
-        fired: dict[str, Tensor] = {}
+        pickers = [RowPicker("all", one.mask) for one in also]
 
         def reader(name: str) -> EditFn:
             def fn(activation: Tensor) -> None:
-                if picker_also is not None and also is not None and name in also.names:
-                    fired[name] = picker_also.rows(activation.detach())
+                for one, of_tokens in zip(also, pickers, strict=True):
+                    if name in one.names:
+                        one.rows[name] = of_tokens.rows(activation.detach())
                 if name not in wanted:
                     return
                 if by_attention:
@@ -175,18 +175,18 @@ class Host:
                 else:
                     rows[name] = picker.rows(activation.detach())
                 if norms is not None:
-                    of_tokens = self._norms(activation.detach().float(), centred)
-                    norms.setdefault(name, []).append(picker.tokens(of_tokens).cpu())
+                    of_each = self._norms(activation.detach().float(), centred)
+                    norms.setdefault(name, []).append(picker.tokens(of_each).cpu())
 
             return fn
 
         wanted = set(names)
-        both = list(dict.fromkeys([*names, *(also.names if also is not None else ())]))
-        stop = _layer_after(both)
+        asked = dict.fromkeys(names) | dict.fromkeys(name for one in also for name in one.names)
+        stop = _layer_after(list(asked))
         with ExitStack() as stack:
             if by_attention:
                 stack.enter_context(self.attention_at(attended.layers, attended.weigh))
-            stack.enter_context(self.intervene({name: reader(name) for name in both}))
+            stack.enter_context(self.intervene({name: reader(name) for name in asked}))
             if stop is not None and stop < self.n_layers:
                 self.forward(batch, stop_at_layer=stop)
             else:  # to the end, but nobody reads the logits: one token's will do
@@ -194,14 +194,15 @@ class Host:
                 one[0, 0] = True
                 self.logits_at(batch, one)
         rows |= attended.rows(self.name)
-        missing = [name for name in both if name not in rows and name not in fired]
+        fired = rows.keys() | {name for one in also for name in one.rows}
+        missing = [name for name in asked if name not in fired]
         if missing:
             raise InterventionError(
                 f"hook points {missing} did not fire in a forward pass of {self.name!r}."
             )
-        if also is not None:
-            for name, value in fired.items():
-                also.rows[name] = self._in_basis(value, centred).cpu()
+        for asked_too in also:
+            for name, value in asked_too.rows.items():
+                asked_too.rows[name] = self._in_basis(value, centred).cpu()
         return {name: self._in_basis(rows[name], centred).cpu() for name in names}
 
     def _norms(self, activation: Tensor, centred: bool) -> Tensor:

@@ -212,7 +212,7 @@ class Request:
         return batch if share is None else [share[i] for i in batch]
 
     def read(
-        self, number: int, into: StatesWriter | StatesInMemory, also: TokenRows | None = None
+        self, number: int, into: StatesWriter | StatesInMemory, also: Sequence[TokenRows] = ()
     ) -> None:
         """Run one pass and hand over its rows.
 

@@ -3,9 +3,9 @@ of the two that end at the same character can be paired, and nothing else of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.capture_plan import StatesInMemory
 from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.states import CheckedStates
 
 from .batching import length_batches
 from .reading import Request
@@ -25,19 +26,81 @@ if TYPE_CHECKING:
     from .parts import TokenBatch
 
 Rows = dict[str, Tensor]
+HookNames = tuple[Sequence[str], Sequence[str]]
+"""Of each of the two models."""
 OnTokens = Callable[[list[int], Rows, Rows, Tensor], object]
 """Given the texts of a batch (their places), the rows `[n, d]` of the first model's tokens by hook
 name, those of the second's, row by row of the same words, and how many are of each text."""
 
 
+class TokenSample:
+    """Some of the tokens that end at the same character in both models, evenly over the texts and
+    over each text: their states, row by row of the same words.
+
+    Args:
+        n_rows: how many in all, about; at least one of a text, where it has one.
+        n_texts: how many texts will be read.
+        hook_names: of each model, where they are read.
+    """
+
+    def __init__(self, n_rows: int, n_texts: int, hook_names: HookNames) -> None:
+        self.per_text = max(1, round(n_rows / n_texts))
+        self.hook_names = hook_names
+        self._texts: list[int] = []
+        self._rows: tuple[dict[str, list[Tensor]], ...] = tuple(
+            {name: [] for name in names} for names in hook_names
+        )
+
+    def among(self, mask: Tensor) -> Tensor:
+        """The tokens that are taken of those of a mask `[batch, pos]`."""
+        taken = torch.zeros_like(mask)
+        for row, tokens in enumerate(mask):
+            places = tokens.nonzero()[:, 0]
+            n = min(self.per_text, len(places))
+            if n:
+                taken[row, places[(2 * torch.arange(n) + 1) * len(places) // (2 * n)]] = True
+        return taken
+
+    def take(self, index: Sequence[int], counts: Tensor, rows: Sequence[Rows]) -> None:
+        """Keep the rows of a pass: of these texts so many each, of the two models."""
+        self._texts += torch.tensor(index).repeat_interleave(counts).tolist()
+        for mine, given in zip(self._rows, rows, strict=True):
+            for name, kept in mine.items():
+                kept.append(given[name])
+
+    @property
+    def n(self) -> int:
+        """Rows so far."""
+        return len(self._texts)
+
+    def stores(self, facts: Sequence[Mapping[str, Any]]) -> tuple[ActivationStore, ActivationStore]:
+        """The states of each model, text after text; `provenance["groups"]` has the text of each
+        row.
+
+        Args:
+            facts: provenance of each.
+        """
+        order = torch.tensor(self._texts).argsort(stable=True)
+        groups = sorted(self._texts)
+        one, two = (
+            ActivationStore(
+                CheckedStates.of({name: torch.cat(kept)[order] for name, kept in mine.items()}),
+                provenance={**given, "positions": "token pairs", "groups": groups},
+            )
+            for mine, given in zip(self._rows, facts, strict=True)
+        )
+        return one, two
+
+
 def capture_side_by_side(
     hosts: tuple[Host, Host],
     texts: Sequence[Text],
-    hook_names: tuple[Sequence[str], Sequence[str]],
-    token_hook_names: tuple[Sequence[str], Sequence[str]],
+    hook_names: HookNames,
+    token_hook_names: HookNames,
     on_tokens: OnTokens,
     *,
     positions: str | int,
+    sample: TokenSample | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
 ) -> tuple[ActivationStore, ActivationStore]:
@@ -50,6 +113,7 @@ def capture_side_by_side(
         token_hook_names: of each, where tokens are read.
         on_tokens: called with each batch's pairs of tokens; not where there are none.
         positions: as in `capture`.
+        sample: filled with some of the pairs of tokens, at hook points of its own.
         batch_size: as in `capture`.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -71,15 +135,16 @@ def capture_side_by_side(
         masks = _tokens_of_both(
             hosts, [texts[i] for i in index], [request.batch(number) for request in requests]
         )
-        also = [
-            TokenRows(names, mask) if bool(mask.any()) else None
-            for names, mask in zip(token_hook_names, masks, strict=True)
-        ]
-        for request, into, of_tokens in zip(requests, held, also, strict=True):
-            request.read(number, into, of_tokens)
-        first, second = also
-        if first is not None and second is not None:
-            on_tokens(index, first.rows, second.rows, masks[0].sum(1).cpu())
+        every = _rows_at(token_hook_names, masks)
+        some: list[TokenRows] = []
+        if sample is not None:
+            some = _rows_at(sample.hook_names, [sample.among(mask) for mask in masks])
+        for i, (request, into) in enumerate(zip(requests, held, strict=True)):
+            request.read(number, into, [*every[i : i + 1], *some[i : i + 1]])
+        if every:
+            on_tokens(index, every[0].rows, every[1].rows, masks[0].sum(1).cpu())
+        if some and sample is not None:
+            sample.take(index, some[0].mask.sum(1).cpu(), [of_one.rows for of_one in some])
     one, two = (request.result(states) for request, states in zip(requests, held, strict=True))
     return one, two
 
@@ -87,7 +152,7 @@ def capture_side_by_side(
 def read_common_tokens(
     hosts: tuple[Host, Host],
     texts: Sequence[Text],
-    token_hook_names: tuple[Sequence[str], Sequence[str]],
+    token_hook_names: HookNames,
     on_tokens: OnTokens,
     *,
     batch_size: int | None = None,
@@ -110,6 +175,13 @@ def read_common_tokens(
             for host, batch, names, mask in zip(hosts, here, token_hook_names, masks, strict=True)
         )
         on_tokens(index, first, second, masks[0].sum(1).cpu())
+
+
+def _rows_at(hook_names: HookNames, masks: Sequence[Tensor]) -> list[TokenRows]:
+    """What is asked of each model; nothing where the two have no token in common."""
+    if not bool(masks[0].any()):
+        return []
+    return [TokenRows(names, mask) for names, mask in zip(hook_names, masks, strict=True)]
 
 
 def _tokens_of_both(

@@ -16,10 +16,11 @@ from expertsteer_lens.pair.rules import PairingConfig
 
 Preset = Literal["anchored", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+MIOn = Literal["tokens", "texts"]
 Reading = Literal["answer", "mean", "last", "attention"] | int
 
 # What a field acts on, where that is not the choices made after reading; `refit`, which reads
-# nothing, refuses changes of these.
+# nothing, refuses changes of these, unless to the value "unread", for which nothing is read.
 READING = {"acts_on": "reading"}
 PASSES = {"acts_on": "passes"}
 
@@ -49,6 +50,11 @@ class ExpertSteerConfig:
     of `benchmarks/real_pair.py`, where it steered further than the other kinds."""
     mi: MIConfig = field(default_factory=MIConfig)
     """Step 2: how layers are compared."""
+    mi_on: MIOn = field(default="tokens", metadata={**READING, "unread": "texts"})
+    """Step 2: on what layers are compared: "tokens", about a thousand pairs of tokens that end at
+    the same character in both models (null and interval redraw whole texts), or "texts", one state
+    a text. Tokens are used where the maps are fitted on token pairs, from the same passes. They
+    say the order of the layer pairs far more reliably (docs/results.md)."""
     pairing: PairingConfig = field(default_factory=PairingConfig)
     """Step 2: which pairs are kept."""
     rfm: RFMConfig = field(default_factory=RFMConfig)
@@ -100,6 +106,7 @@ class ExpertSteerConfig:
                 aligner=AlignerConfig(kind="autoencoder"),
                 pairing=PairingConfig(rule="min_mi"),
                 reading="last",
+                mi_on="texts",
                 pair_tokens=False,
                 align_on_pairs=False,
             )
@@ -147,5 +154,5 @@ def reading_changes(
         f.name
         for f in fields(old)
         if f.metadata.get("acts_on") in without_effect
-        and getattr(old, f.name) != getattr(new, f.name)
+        and getattr(new, f.name) not in (getattr(old, f.name), f.metadata.get("unread"))
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,10 +237,11 @@ class ExpertSteer:
         with models.keeping(known):
             data = known or models.read_anchors(texts, labelled, tokens)
             if known is not None and tokens is not None:
-                models.read_tokens_again(known, texts, tokens)
+                data = models.read_tokens_again(known, texts, tokens)
         log.done("anchors", texts=data.n_anchors)
         if tokens is not None and tokens.moments.n < FEWEST_TOKEN_PAIRS:
             reason = f"only {tokens.moments.n} tokens of the anchors end at the same character"
+            data = replace(data, expert_token_states=None, target_token_states=None)
         if reason is not None:
             log.done("token pairs", maps_on="one state a text", because=reason)
         elif tokens is not None:

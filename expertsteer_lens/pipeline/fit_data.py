@@ -70,6 +70,12 @@ class FitData:
     token_moments: PairedMoments | None = field(default=None, repr=False)
     """Moments of the token pairs of the candidate layer pairs; None in what was read from a file
     if they are larger than `LARGEST_SAVED`."""
+    expert_token_states: ActivationStore | None = field(default=None, repr=False)
+    """The expert's states on a sample of the token pairs, on which layers are compared, with the
+    text of each row in `provenance["groups"]`; None where there are none, and in what was read from
+    a file if they were larger than `LARGEST_SAVED`."""
+    target_token_states: ActivationStore | None = field(default=None, repr=False)
+    """The target's, row by row of the same words."""
 
     def with_tokens(self, moments: PairedMoments, config: ExpertSteerConfig) -> FitData:
         """The same with moments of token pairs, on which the maps are then fitted.
@@ -78,7 +84,12 @@ class FitData:
             moments: of the token pairs.
             config: the settings under which these were chosen and read.
         """
-        facts = {"n": moments.n, **_token_settings(config)}
+        sample = self.expert_token_states
+        facts = {
+            "n": moments.n,
+            "compared": 0 if sample is None else sample.n,
+            **_token_settings(config),
+        }
         return replace(
             self,
             maps_on="tokens",
@@ -96,6 +107,11 @@ class FitData:
                     f"(they were read under {read[name]!r}); run ExpertSteer(...).fit again, or "
                     "leave it as it was."
                 )
+
+    @property
+    def n_compared(self) -> int:
+        """Token pairs that layers were compared on; 0 where it was one state a text."""
+        return int(self.provenance.get("token_pairs", {}).get("compared", 0))
 
     @property
     def n_anchors(self) -> int:
@@ -119,7 +135,29 @@ class FitData:
         content = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.token_moments is not None and self.token_moments.n_bytes > LARGEST_SAVED:
             content["token_moments"] = None
+        stores = [s for s in (self.expert_token_states, self.target_token_states) if s is not None]
+        if sum(4 * s.n * s[name].shape[1] for s in stores for name in s) > LARGEST_SAVED:
+            content |= {"expert_token_states": None, "target_token_states": None}
         return content
+
+    def states_to_compare(
+        self, config: ExpertSteerConfig
+    ) -> tuple[ActivationStore, ActivationStore, list[int] | None]:
+        """The states of expert and target that layers are compared on, and the group of each row
+        (None: every row is a text).
+
+        Raises:
+            ArgumentError: they were token pairs, which were too large to be saved with the fit.
+        """
+        expert, target = self.expert_token_states, self.target_token_states
+        if config.mi_on == "tokens" and expert is not None and target is not None:
+            return expert, target, list(expert.provenance["groups"])
+        if config.mi_on == "tokens" and self.n_compared:
+            raise ArgumentError(
+                "the layers of this fit were compared on token pairs, whose states were too large "
+                "to be saved with it; pass mi_on='texts', or run ExpertSteer(...).fit again."
+            )
+        return self.expert_anchor_states, self.target_anchor_states, None
 
     # Names of version 0.1.
     expert_anchors = Renamed("expert_anchor_states")

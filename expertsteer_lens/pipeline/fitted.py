@@ -162,7 +162,11 @@ class ExpertSteering:
             self.data.check_tokens_serve(settings)
         seed = self.seed if seed is None else seed
         check_seed(seed)
-        same_mi = settings.mi == self.config.mi and seed == self.seed
+        same_mi = (
+            settings.mi == self.config.mi
+            and settings.mi_on == self.config.mi_on
+            and seed == self.seed
+        )
         log = StepLog()
         found = solve(
             settings,

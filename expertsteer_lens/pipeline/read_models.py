@@ -6,7 +6,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -18,7 +18,7 @@ from expertsteer_lens.data.parts import groups_of, hashes_of
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.hosts.side_by_side import capture_side_by_side
+from expertsteer_lens.hosts.side_by_side import TokenSample, capture_side_by_side
 from expertsteer_lens.learn.directions import mean_difference
 
 from .config import ExpertSteerConfig
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
 
 
+COMPARED = 1024
+"""Token pairs that layers are compared on, about. Chosen by us: enough for the order of the layer
+pairs to be the same on other texts (`benchmarks/layer_pair_reliability.py`), and no larger than
+the states of a thousand anchors."""
 EXPERT, TARGET = "expert on pairs", "target on pairs"
 EXPERT_ANCHORS, TARGET_ANCHORS = "expert on anchors", "target on anchors"
 
@@ -83,8 +87,11 @@ class Models:
             tokens: takes the pairs of tokens of the unlabelled texts, from the same passes.
         """
         expert, target = self.expert, self.target
+        compared: tuple[ActivationStore | None, ActivationStore | None] = (None, None)
         if not isinstance(expert, ActivationStore) and tokens is not None:
-            expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens)
+            sample = self._sample(texts)
+            expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens, sample)
+            compared = self._compared(sample, (expert_anchors, target_anchors))
         else:
             if isinstance(expert, ActivationStore):
                 expert_anchors, _ = _rows_of_states(
@@ -102,6 +109,8 @@ class Models:
             target_anchor_states=target_anchors,
             expert_pair_states=labelled.expert,
             target_pair_states=labelled.target,
+            expert_token_states=compared[0],
+            target_token_states=compared[1],
             readout=labelled.readout,
             calibration_texts=tuple(texts.calibration_texts),
             test_texts=tuple(texts.test_texts),
@@ -120,16 +129,25 @@ class Models:
             },
         )
 
-    def read_tokens_again(self, known: FitData, texts: FitTexts, tokens: TokenPairs) -> None:
+    def read_tokens_again(self, known: FitData, texts: FitTexts, tokens: TokenPairs) -> FitData:
         """The pairs of tokens of a fit that was stopped: as they were kept, or read anew where
-        they were too large for its file."""
+        they were too large for its file; and its data with the sample of them."""
+        if isinstance(self.expert, ActivationStore):
+            return known
         if known.token_moments is not None:
             known.check_tokens_serve(self.config)
             tokens.take_over(known.token_moments)
-        elif not isinstance(self.expert, ActivationStore):
-            groups = groups_of(texts.fit_texts)
-            tokens.read(self.expert, self.target, texts.fit_texts, groups, progress=self.progress)
-            self._tokens_of_pairs(self.expert, texts, tokens)
+        is_lost = known.expert_token_states is None and known.n_compared > 0
+        sample = self._sample(texts) if is_lost else None
+        if known.token_moments is None:
+            stores = self._with_tokens(self.expert, texts, tokens, sample)
+        elif sample is not None:
+            again = TokenPairs(tokens.pairs, self.config, tokens.seed)
+            stores = self._with_tokens(self.expert, texts, again, sample, pairs_too=False)
+        if sample is None:
+            return known
+        expert, target = self._compared(sample, stores)
+        return replace(known, expert_token_states=expert, target_token_states=target)
 
     @contextmanager
     def keeping(self, known: FitData | None) -> Iterator[None]:
@@ -142,7 +160,13 @@ class Models:
             yield
 
     def _with_tokens(
-        self, expert: Host, texts: FitTexts, tokens: TokenPairs
+        self,
+        expert: Host,
+        texts: FitTexts,
+        tokens: TokenPairs,
+        sample: TokenSample | None,
+        *,
+        pairs_too: bool = True,
     ) -> tuple[ActivationStore, ActivationStore]:
         """The anchors' states, in the same passes their pairs of tokens; and, where they enter the
         maps, the pairs of tokens of the labelled texts, without their labels."""
@@ -153,11 +177,28 @@ class Models:
             tokens.hook_names,
             tokens.taking(groups_of(texts.fit_texts)),
             positions=self.reading,
+            sample=sample,
             batch_size=self.config.batch_size,
             progress=self.progress,
         )
-        self._tokens_of_pairs(expert, texts, tokens)
+        if pairs_too:
+            self._tokens_of_pairs(expert, texts, tokens)
         return states
+
+    def _sample(self, texts: FitTexts) -> TokenSample | None:
+        if self.config.mi_on != "tokens":
+            return None
+        hook_names = (self.expert_hook_names, self.target_hook_names)
+        return TokenSample(COMPARED, len(texts.fit_texts), hook_names)
+
+    def _compared(
+        self, sample: TokenSample | None, anchors: tuple[ActivationStore, ActivationStore]
+    ) -> tuple[ActivationStore | None, ActivationStore | None]:
+        """The states of a sample; none where half of the texts have no token in common, or there
+        are fewer rows than texts would give."""
+        if sample is None or sample.n < anchors[0].n:
+            return None, None
+        return sample.stores([_model_facts(store) for store in anchors])
 
     def _tokens_of_pairs(self, expert: Host, texts: FitTexts, tokens: TokenPairs) -> None:
         if self.config.align_on_pairs and texts.anchors is not None:

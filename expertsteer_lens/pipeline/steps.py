@@ -110,10 +110,12 @@ def solve(
 def _score_pairs(
     config: ExpertSteerConfig, seed: int, data: FitData, log: StepLog, progress: bool | None
 ) -> LayerPairMI:
+    expert, target, groups = data.states_to_compare(config)
     mi = layer_pair_mi(
-        data.expert_anchor_states,
-        data.target_anchor_states,
+        expert,
+        target,
         config.mi,
+        groups=groups,
         seed=seed,
         progress=is_shown(progress),
     )
@@ -121,6 +123,7 @@ def _score_pairs(
     log.done(
         "pair",
         estimator=config.mi.estimator,
+        on=f"{expert.n} {'texts' if groups is None else 'token pairs'}",
         mi_nats=f"{low:.2f} to {high:.2f}",
         null=f"{float(mi.null_mean.mean()):.3f}",
     )

@@ -168,14 +168,14 @@ class NNsightHost(Host):
         norms: dict[str, list[Tensor]] | None = None,
         *,
         basis: str | None = None,
-        also: TokenRows | None = None,
+        also: Sequence[TokenRows] = (),
     ) -> dict[str, Tensor]:
-        """See `Host.read`; from a server only the rows travel back, and no norms; `also` is a
-        request of its own."""
+        """See `Host.read`; from a server only the rows travel back, and no norms; each of
+        `also` is a request of its own."""
         if not self.remote or positions == "attention":
             return super().read(batch, names, positions, tokens, norms, basis=basis, also=also)
-        if also is not None:
-            also.rows |= self.read(batch, also.names, "all", also.mask, basis=basis)
+        for one in also:
+            one.rows |= self.read(batch, one.names, "all", one.mask, basis=basis)
         options = {
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
