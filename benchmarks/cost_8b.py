@@ -1,9 +1,8 @@
 """Memory and time of a fit on two 8B models: a model of the cost, and a check of its constants at
 small scale.
 
-    python benchmarks/cost_8b.py              # the tables of docs/recipe_8b.md python
-    benchmarks/cost_8b.py --measure    # the constants, measured on this machine in about two
-    minutes
+    python benchmarks/cost_8b.py            # the tables of docs/recipe_8b.md
+    python benchmarks/cost_8b.py --measure  # the constants, on this machine in about two minutes
 
 Nothing here runs an 8B model. Every line of a table is a formula of the numbers in `Shape`, `Work`
 and `Machine`."""
@@ -59,6 +58,9 @@ class Work:
     """Passes over the calibration texts to calibrate one control."""
     n_random: int = 5
     n_shuffles: int = 3
+    n_layers: int = 4
+    """Layers of either model whose tokens are paired, where both models are loaded."""
+    n_folds: int = 5
 
     @property
     def fitted(self) -> int:
@@ -88,6 +90,13 @@ class Machine:
     (benchmarks/results/mi_speed.md)."""
     cores: int = 8
     """Cores the linear algebra keeps busy."""
+
+
+def token_moments(work: Work, expert: Shape, target: Shape) -> float:
+    """Bytes of the moments of the token pairs, which a fit with both models loaded fits its maps
+    on; see `PairingConfig.n_layers`."""
+    k, e, t = work.n_layers, expert.d, target.d
+    return 8 * work.n_folds * k * (e * e + t * t + k * e * t)
 
 
 def saved_bytes(shape: Shape, tokens: int) -> float:
@@ -129,6 +138,11 @@ def memory(work: Work, expert: Shape, target: Shape) -> list[tuple[str, str, flo
             "CPU: decomposed target layers",
             "(L_t - 2) 8 n_fit (2 d_t + 3 n_fit)",
             (target.layers - 2) * side,
+        ),
+        (
+            "CPU: moments of token pairs (both models loaded; in place of the last two)",
+            "8 n_folds n_layers (d_e^2 + d_t^2 + n_layers d_e d_t)",
+            token_moments(work, expert, target),
         ),
     ]
 

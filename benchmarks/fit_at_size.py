@@ -122,7 +122,7 @@ PARTS = {
         moments, grid(n=(1000, 4000), d=(256, 512, 1024)), ({"n": 20000, "d": 384},)
     ),
     "maps from moments": Part(
-        maps_on_moments, grid(d=(256, 512, 768)), ({"d": 1024},), "d = 4,096 and 8,192 (d^3)"
+        maps_on_moments, grid(d=(192, 384, 576)), ({"d": 768},), "d = 4,096 and 8,192 (d^3)"
     ),
     "mutual information": Part(
         layer_scores,
@@ -137,9 +137,9 @@ PARTS = {
     ),
     "direction, n > d": Part(
         direction,
-        grid(n=(1024, 2048), d=(256, 512)),
-        ({"n": 3072, "d": 384},),
-        "8,192 labelled texts",
+        grid(n=(512, 1024), d=(128, 256)),
+        ({"n": 1536, "d": 192},),
+        "n above 1,536: 8,192 labelled texts (n^3)",
     ),
 }
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import expertsteer_lens as esl
 from expertsteer_lens.align import AlignerGrid, MomentGrid, PairedMoments, moment_grid
 from expertsteer_lens.linalg.moments import RunningMoments
 from expertsteer_lens.pair import layer_pair_mi
+from expertsteer_lens.pair.preparation import prepare_layer
 from expertsteer_lens.pipeline.maps import _Stacked
 
 LAYERS, N, D = 6, 40, 5
@@ -103,3 +105,37 @@ def test_moments_are_not_copied_as_a_whole_and_target_layers_are_prepared_once(m
         assert torch.equal(
             found[pair].encode(expert[pair[0]]), wanted[pair].encode(expert[pair[0]])
         )
+
+
+class Largest(TorchDispatchMode):
+    """Knows how many numbers the largest tensor had that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.untyped_storage().nbytes() // value.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("part", ["maps", "scores", "direction"])
+def test_with_fewer_rows_than_the_width_nothing_is_as_large_as_its_square(part, one_thread):
+    n, d = 24, 400
+    generator = torch.Generator().manual_seed(0)
+    expert, target = ({"0": torch.randn(n, d, generator=generator)} for _ in range(2))
+    labels = torch.arange(n) % 2
+    run = {
+        "maps": lambda: AlignerGrid(target, esl.AlignerConfig(kind="anchored_autoencoder")).fit(
+            expert
+        ),
+        # The rest of the scores is of the components; it runs in threads, which are not watched.
+        "scores": lambda: prepare_layer("expert", expert["0"], esl.MIConfig(), 8.0),
+        "direction": lambda: esl.fit_rfm(expert["0"], labels),
+    }[part]
+    with Largest() as largest:
+        run()
+    assert n * d <= largest.numel < 4 * n * d < d * d
