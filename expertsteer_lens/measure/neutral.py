@@ -8,7 +8,7 @@ token and as continuation after it, which matters only for plans whose positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from .stream_cache import StreamCache
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
+    from expertsteer_lens.interventions.edits import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
@@ -47,6 +48,8 @@ class NeutralTexts:
         self._steered, self._unsteered = StreamCache(host), StreamCache(host)
         self._batches = [batch for batch, _ in text_batches(host, self.texts, batch_size)]
         self._base: list[Tensor] | None = []
+        self.n_positions = sum(int(batch.attention_mask.sum()) for batch in self._batches)
+        """Tokens that predict something or end a text: where the divergence is taken."""
         self.n_tokens, nll, used = 0, 0.0, 0
         with torch.no_grad():
             for batch in self._batches:
@@ -66,21 +69,38 @@ class NeutralTexts:
         """(rise of the mean NLL, mean KL(unsteered || steered)), nats per token; the second is None
         with `kl=False`."""
         nll = divergence = 0.0
-        n_positions = 0
         with torch.no_grad():
-            for i, batch in enumerate(self._batches):
-                with self._steered.steered(batch, plan, middles(batch)):
-                    log_probs = self.host.forward(batch).float().log_softmax(-1)
-                picked, valid = pick_tokens(log_probs, batch)
-                nll -= float((picked * valid).double().sum())
-                if not kl:
-                    continue
+            for one, apart in self.sums(plan, kl=kl):
+                nll += float(one)
+                divergence += float(apart)
+        return (
+            nll / max(1, self.n_tokens) - self.nll,
+            divergence / self.n_positions if kl else None,
+        )
+
+    def sums(
+        self,
+        plan: SteeringPlan,
+        *,
+        kl: bool,
+        vector_edits: Sequence[VectorEdit] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch the summed NLL of its `n_tokens` and the summed KL at its `n_positions`
+        (0 with `kl=False`), nats, float64; gradients are the caller's choice, and reach the
+        parameters of `vector_edits` (see `PlanRun`)."""
+        for i, batch in enumerate(self._batches):
+            with self._steered.steered(batch, plan, middles(batch), vector_edits):
+                log_probs = self.host.forward(batch).float().log_softmax(-1)
+            picked, valid = pick_tokens(log_probs, batch)
+            nll = -(picked * valid).double().sum()
+            divergence = torch.zeros_like(nll)
+            if kl:
                 base = self._base[i] if self._base is not None else self._base_anew(batch)
                 mask = batch.attention_mask.to(log_probs)
-                divergence += float((_divergence(base, log_probs) * mask).double().sum())
-                n_positions += int(mask.sum())
-        return nll / max(1, self.n_tokens) - self.nll, divergence / n_positions if kl else None
+                divergence = (_divergence(base, log_probs) * mask).double().sum()
+            yield nll, divergence
 
+    @torch.no_grad()
     def _base_anew(self, batch: TokenBatch) -> Tensor:
         with self._unsteered.unsteered(batch):
             return self.host.forward(batch).float().log_softmax(-1)
