@@ -31,10 +31,11 @@ from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions
 
-N_WORDS, N_NEUTRAL_WORDS = 16, 40
-N_PAIRS, N_VALIDATION, N_TEST = 18, 12, 20
+N_WORDS, N_NEUTRAL_WORDS = 12, 24
+N_PAIRS, N_VALIDATION, N_TEST = 14, 10, 20
+N_CALIBRATION, N_NEUTRAL = 12, 12
 CONFIG = esl.ExpertSteerConfig(
-    mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=8),
+    mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
     pairing=esl.PairingConfig(n_candidates=3),
 )
 
@@ -141,19 +142,30 @@ def main() -> None:
     parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--fields", nargs="*", default=["4605", "3206"])
-    parser.add_argument("--anchors", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--anchors", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--budget", type=float, default=0.1)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    chats = worked_problems(args.shared, args.anchors + 32)
-    texts = {"calibration": chats[args.anchors : -16], "neutral": chats[-16:]}
+    chats = worked_problems(args.shared, args.anchors + N_CALIBRATION + N_NEUTRAL)
+    texts = {"calibration": chats[args.anchors : -N_NEUTRAL], "neutral": chats[-N_NEUTRAL:]}
     target, expert = (
         esl.load_model(str(args.models / name), host="huggingface", dtype="float32", device="cpu")
         for name in ("smollm2", "qwen")
     )
     rows: list[dict[str, Any]] = []
-    command = f"python benchmarks/context_strength.py --out {args.out}"
+
+    def measure(kind: str, name: str, plan: Any, data: dict[str, Any]) -> None:
+        row = {"task": name} | compared(kind, plan, target, data, args.steps, args.budget)
+        print(row, flush=True)
+        rows.append(row)
+        table = pd.DataFrame(rows)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(args.out, index=False)
+        command = "python benchmarks/context_strength.py --out " + args.out.as_posix()
+        args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
+
+    plans = {}
     for name, pairs, validation, test in tasks(args.models, args.shared, args.fields):
         started = time.perf_counter()
         data = texts | {"behaviour": behaviour(validation), "test_behaviour": behaviour(test)}
@@ -169,21 +181,13 @@ def main() -> None:
             behaviour=data["behaviour"],
             test_behaviour=data["test_behaviour"],
             neutral=chats[args.anchors :],
-            progress=False,
+            progress=True,
         )
         print(f"{name}: fitted in {time.perf_counter() - started:.0f} s", flush=True)
-        plan = fit.plan(coefficient=0.1)
-        for kind, one in (
-            ("expert's", plan),
-            ("random", plan.with_random_directions(seed=0)),
-        ):
-            row = {"task": name} | compared(kind, one, target, data, args.steps, args.budget)
-            print({k: v for k, v in row.items()}, flush=True)
-            rows.append(row)
-            table = pd.DataFrame(rows)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            table.to_csv(args.out, index=False)
-            args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
+        plans[name] = (fit.plan(coefficient=0.1), data)
+        measure("expert's", name, *plans[name])
+    for name, (plan, data) in plans.items():
+        measure("random", name, plan.with_random_directions(seed=0), data)
 
 
 if __name__ == "__main__":

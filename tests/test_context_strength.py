@@ -130,6 +130,13 @@ def test_the_start_is_the_fixed_strength_and_weights_keep_the_mean_strength() ->
     assert float(strengths.std(correction=0)) == pytest.approx(0.25, rel=1e-3)
 
 
+def test_a_vector_whose_gate_is_closed_everywhere_is_named() -> None:
+    gate = Gate(direction=torch.ones(models.D_MODEL), threshold=1e9, per="token")
+    plan = started("llama", HOOK, gate=gate)
+    with pytest.raises(DataError, match=r"its vector at 'blocks\.0.*' edits 0 tokens of the train"):
+        StrengthGradient(as_host(models.bridge("llama")), plan, ONE, TEXTS, "nll")
+
+
 # -- on the story models --------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.errors import DataError
 from expertsteer_lens.interventions.edits import VectorEdit, centre, find_edit, wide
 from expertsteer_lens.linalg.moments import RunningMoments
 
@@ -220,6 +221,13 @@ class StrengthGradient:
             self._prompts.totals(batch, plan, readers)
         for _ in self._texts.sums(plan, kl=False, vector_edits=readers):
             pass
+        for reader in readers:
+            if reader.moments.n < 2:
+                raise DataError(
+                    f"plan: its vector at {reader.hook_name!r} edits {reader.moments.n} tokens of "
+                    "the training prompts and texts (is its gate closed, or positions too narrow?),"
+                    " so there is no strength to learn; give prompts that it steers."
+                )
         results = [reader.moments.result() for reader in readers]
         return (
             [m.means["x"] for m in results],

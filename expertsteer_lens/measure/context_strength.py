@@ -167,7 +167,7 @@ def fit_context_strength(
     Raises:
         ArgumentError: a vector with another edit, a plan that steers away, or `budget` is exceeded
             by every strength.
-        DataError: too few prompts or texts.
+        DataError: too few prompts or texts, or a vector that edits none of their tokens.
 
     Cost: a step is one forward and one backward pass of the blocks above the lowest steered layer
     over the training prompts' completions and the training texts; a look, a few forward passes over
