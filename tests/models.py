@@ -29,6 +29,14 @@ home smiled cried
 """.split()  # noqa: SIM905
 
 
+def edit_parameters(edit: str, d: int = D_MODEL) -> dict[str, Any]:
+    """What a vector of this edit must bring besides its direction: strengths of either sign."""
+    if edit != "add_contextual":
+        return {}
+    weights = 0.2 * torch.randn(d, generator=torch.Generator().manual_seed(11))
+    return {"weights": weights, "bias": 0.4}
+
+
 @functools.cache
 def tokenizer_folder(*, pad: bool = True, bos: bool = True) -> str:
     """A folder with a word-level tokenizer: ids 0..3 are <pad>, <s>, </s>, <unk> (those asked

@@ -53,6 +53,9 @@ MORE = {
 }
 
 
+BOTH = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+
+
 def plan_of(*hook_names: str, coefficient: float = 3.5, **options) -> esl.SteeringPlan:
     generator = torch.Generator().manual_seed(4)
     names = hook_names or ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
@@ -196,6 +199,13 @@ def test_hooks_on_the_model_are_not_taken_along():
     [
         ({"positions": "generated"}, r"positions='generated' cannot be baked: weights steer every"),
         ({"edit": "clamp"}, "edit='clamp' at .* cannot be baked: only 'add' is a constant vector"),
+        (
+            {
+                "edit": "add_contextual",
+                "parameters": dict.fromkeys(BOTH, models.edit_parameters("add_contextual")),
+            },
+            "edit='add_contextual' at .* the strength depends on the activation, which weights do",
+        ),
         ({"preserve_norm": True}, "preserve_norm=True at .* cannot be baked"),
         ({"coefficient": 0.0}, "nothing to be baked"),
     ],

@@ -19,7 +19,15 @@ from expertsteer_lens.evaluation import (
     NotMeasured,
     register_control,
 )
-from expertsteer_lens.evaluation.methods import few_labels_plan
+from expertsteer_lens.evaluation.finished import KeptRows
+from expertsteer_lens.evaluation.methods import (
+    context_plan,
+    few_labels_plan,
+    shuffled_plan,
+    wrong_layer_plan,
+)
+from expertsteer_lens.interventions import edits
+from expertsteer_lens.interventions.edits import EDITS, Edit
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
 from expertsteer_lens.show.plots import plot_evaluation
@@ -143,6 +151,53 @@ def test_prompts_and_texts_that_the_fit_chose_by_are_named_in_the_verdict(fit, z
     assert again.data.text_hashes == fit.data.text_hashes
     assert len(fit.data.text_hashes["pairs"]) == 2 * len(zoo["pairs"])
     assert fit.data.pair_groups == list(range(2 * len(zoo["pairs"])))
+
+
+class TestAPlanWithParametersOfItsOwn:
+    def context(self, fit) -> esl.SteeringPlan:
+        plan = fit.plan(coefficient=0.1)
+        weights = torch.linspace(-0.1, 0.1, fit.target_pairs.d_model)
+        own = {"weights": weights, "bias": torch.tensor(1.0)}
+        vector = replace(plan.vectors[0], edit="add_contextual", parameters=own)
+        return replace(plan, vectors=(vector,))
+
+    def test_other_directions_and_layers_are_steered_at_a_fixed_strength(self, fit):
+        plan = self.context(fit)
+        for other in (shuffled_plan(fit, plan, 0), wrong_layer_plan(fit, plan)):
+            assert [v.edit for v in other.vectors] == ["add"]
+            assert not other.vectors[0].parameters
+        random = plan.with_random_directions(seed=0).vectors[0]
+        assert torch.equal(random.parameters["weights"], plan.vectors[0].parameters["weights"])
+
+    def test_an_edit_that_is_nothing_without_them_is_a_row_that_says_so(self, fit):
+        edits.register_edit(
+            "pull",
+            Edit(lambda x, v, coefficient, to: x + coefficient * to * v, parameters={"to": ""}),
+        )
+        try:
+            vector = replace(
+                fit.plan(coefficient=0.1).vectors[0], edit="pull", parameters={"to": 2.0}
+            )
+            plan = replace(fit.plan(coefficient=0.1), vectors=(vector,))
+            with pytest.raises(NotMeasured, match="parameters of edit='pull' belong to the plan's"):
+                wrong_layer_plan(fit, plan)
+            with pytest.raises(NotMeasured, match=r"edit='pull' at .* has no strength"):
+                context_plan(fit, plan, 0)
+        finally:
+            del EDITS["pull"]
+
+    def test_rows_of_other_weights_are_not_taken_for_this_plans(self, fit):
+        plan = self.context(fit)
+        settings = []
+        for sign in (1.0, -1.0):  # of one norm, so that they look alike
+            own = {
+                **plan.vectors[0].parameters,
+                "weights": sign * plan.vectors[0].parameters["weights"],
+            }
+            other = replace(plan, vectors=(replace(plan.vectors[0], parameters=own),))
+            assert repr(other) == repr(plan)
+            settings.append(KeptRows(other, {}, 0.1, None, None).setting)
+        assert settings[0] != settings[1]
 
 
 class TestAControlOfTheUser:

@@ -14,9 +14,21 @@ from expertsteer_lens.errors import ArgumentError, WidthError
 from expertsteer_lens.interventions import edits
 from expertsteer_lens.interventions.edits import EDITS, Edit, VectorEdit, find_edit, register_edit
 
+WEIGHTS = torch.linspace(-0.5, 1.0, 8, dtype=torch.float64)
+
+
+def parameters_of(name: str) -> dict[str, Tensor]:
+    """Those of `EVERY_EDIT`."""
+    own = {"weights": WEIGHTS, "bias": torch.tensor(0.5)}
+    return {key: own[key] for key in EDITS[name].parameters}
+
+
 EVERY_EDIT = {
     "add": lambda x, v, **k: edits.add(x, 1.5 * v, **k),
     "add_relative": lambda x, v, **k: edits.add_relative(x, v, coefficient=0.6, **k),
+    "add_contextual": lambda x, v, **k: edits.add_contextual(
+        x, v, coefficient=0.6, weights=WEIGHTS, bias=0.5, **k
+    ),
     "ablate": edits.ablate,
     "rescale": lambda x, v, **k: edits.rescale(x, v, coefficient=-1.5, **k),
     "clamp": lambda x, v, **k: edits.clamp(x, v, low=2.0, high=2.0, **k),
@@ -216,33 +228,65 @@ def test_the_table_holds_the_functions_above(name: str) -> None:
     same = {
         "add": lambda: edits.add(x, c * unit),
         "add_relative": lambda: edits.add_relative(x, v, coefficient=c),
+        "add_contextual": lambda: edits.add_contextual(
+            x, v, coefficient=c, weights=WEIGHTS, bias=0.5
+        ),
         "ablate": lambda: edits.ablate(x, v, coefficient=c),
         "rescale": lambda: edits.rescale(x, v, coefficient=c),
         "clamp": lambda: edits.clamp(x, v, low=torch.tensor(c)),  # which float32 rounds
     }
-    torch.testing.assert_close(EDITS[name].function(x, unit, c), same[name]())
+    made = EDITS[name].function(x, unit, c, **parameters_of(name))
+    torch.testing.assert_close(made, same[name]())
     assert EDITS[name].is_constant == (name == "add")
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_by_row_is_the_edit_of_each_row(name: str) -> None:
     x, v, _ = sample(13, dtype=torch.float32)
-    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, centred=True)
+    own = {"centred": True, "parameters": parameters_of(name)}
+    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, **own)
     rows = torch.tensor([2.0, -1.0])
     whole = one(x, rows=rows)
     for i, factor in enumerate(rows.tolist()):
-        alone = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8 * factor, centred=True)
+        alone = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8 * factor, **own)
         torch.testing.assert_close(whole[i], alone(x)[i])
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_in_the_centred_basis_is_done_on_what_is_left_of_the_mean(name: str) -> None:
     x, v, _ = sample(14)
-    v = edits.centre(v)
-    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, centred=True)
+    if name not in ("add", "add_relative", "add_contextual"):  # these need a mean-free direction
+        v = edits.centre(v)
+    own = {"centred": True, "parameters": parameters_of(name)}
+    one = VectorEdit(EDITS[name], "h", v / v.norm(), 0.8, **own)
     shift = torch.randn(2, 3, 1, dtype=x.dtype)
     torch.testing.assert_close(one(x + shift) - shift, one(x))
     torch.testing.assert_close(one(x).mean(-1), x.mean(-1))
+
+
+@pytest.mark.parametrize("preserve_norm", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_without_weights_a_strength_by_context_is_the_fixed_one(
+    centred: bool, preserve_norm: bool
+) -> None:
+    x, v, _ = sample(16)  # v has a mean of its own
+    rest = {"centred": centred, "preserve_norm": preserve_norm}
+    own = {"weights": torch.zeros(8), "bias": torch.tensor(1.0)}
+    fixed = VectorEdit(EDITS["add"], "h", v / v.norm(), 0.8, **rest)(x)
+    learnt = VectorEdit(EDITS["add_contextual"], "h", v / v.norm(), 0.8, parameters=own, **rest)
+    torch.testing.assert_close(learnt(x), fixed)
+    assert not torch.allclose(fixed, x)
+
+
+def test_a_strength_by_context_reads_each_token_and_the_coefficient_scales_the_whole() -> None:
+    x, v, _ = sample(17)
+    out = EVERY_EDIT["add_contextual"](x, v)
+    strengths = ((out - x) @ (v / v.norm())) / 0.6
+    torch.testing.assert_close(strengths, 0.5 + x @ WEIGHTS)
+    twice = edits.add_contextual(x, v, coefficient=1.2, weights=WEIGHTS, bias=0.5)
+    torch.testing.assert_close(twice - x, 2 * (out - x))
+    with pytest.raises(WidthError, match="weights has width 5, but the activations have width 8"):
+        edits.add_contextual(x, v, coefficient=1.0, weights=WEIGHTS[:5])
 
 
 def test_an_edit_of_ones_own_is_known_by_its_name(mirrored: Edit) -> None:

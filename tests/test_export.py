@@ -30,6 +30,9 @@ FAMILIES = {"gpt2": "h", "llama": "layers", "neox": "layers", "gemma2": "layers"
 IDS = torch.tensor([[1, 7, 12, 30, 5]])
 
 
+BOTH = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+
+
 def plan_of(basis: str | None = None, layers=(1, 2), **keywords) -> esl.SteeringPlan:
     generator = torch.Generator().manual_seed(4)
     vectors = {
@@ -141,6 +144,13 @@ class TestAddedVectors:
             ({"positions": [0, 1]}, r"positions=.* cannot be exported"),
             ({"edit": "clamp"}, "edit='clamp' at 'blocks.1.hook_resid_post' cannot be exported"),
             ({"edit": "ablate", "relative_to": "unit"}, "edit='ablate'"),
+            (
+                {
+                    "edit": "add_contextual",
+                    "parameters": dict.fromkeys(BOTH, models.edit_parameters("add_contextual")),
+                },
+                "the strength depends on the activation, which these formats do not read",
+            ),
             ({"preserve_norm": True}, "preserve_norm=True at"),
             (
                 {"gate": Gate(threshold=0.0, direction=torch.ones(models.D_MODEL))},

@@ -98,7 +98,9 @@ def test_what_is_captured_is_what_the_network_computes(network: Any) -> None:
     assert rows.provenance["name"] == "Patches"
 
 
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize(
+    "edit", ["add", "add_relative", "add_contextual", "ablate", "clamp", "rescale"]
+)
 def test_steering_is_the_edit_at_the_places_asked_for(network: Any, edit: str) -> None:
     with torch.no_grad():
         mixed = torch.tanh(network.mix(network.embed(IMAGES.transpose(1, 2))))
@@ -106,11 +108,19 @@ def test_steering_is_the_edit_at_the_places_asked_for(network: Any, edit: str) -
     wanted = {"add": mixed + 2 * V, "ablate": mixed - along * V, "rescale": mixed + along * V}
     wanted["clamp"] = mixed + (along.clamp(min=0.3) - along) * V
     wanted["add_relative"] = mixed + mixed.norm(dim=-1, keepdim=True) * V
+    own = models.edit_parameters(edit, d=mixed.shape[-1])
+    if own:
+        wanted[edit] = mixed + (own["bias"] + mixed @ own["weights"])[..., None] * V
     strength = {"add": 2.0, "clamp": 0.3}.get(edit, 1.0)
     chosen = torch.tensor([False, True, False, True, False, False, False, False])
     want = torch.where(chosen[:, None], wanted[edit], mixed)
     steer = SteeringPlan.from_vectors(
-        {"hook_mix": V}, coefficient=strength, relative_to="unit", edit=edit, positions=[1, 3]
+        {"hook_mix": V},
+        coefficient=strength,
+        relative_to="unit",
+        edit=edit,
+        positions=[1, 3],
+        parameters={"hook_mix": own},
     )
     before = network(IMAGES)
     with steer.hooks(network) as report, torch.no_grad():

@@ -240,7 +240,9 @@ def test_steering_another_site_is_the_same_on_every_host(kind: str, family: str)
     assert all(found == tokens["bridge"] for found in tokens.values())
 
 
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize(
+    "edit", ["add", "add_relative", "add_contextual", "ablate", "clamp", "rescale"]
+)
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])  # one in the centred basis, one in the raw
 def test_every_edit_that_travels_is_the_edit_that_stays(edit: str, keep: bool, family: str) -> None:
@@ -259,6 +261,7 @@ def test_every_edit_that_travels_is_the_edit_that_stays(edit: str, keep: bool, f
             edit=edit,
             preserve_norm=keep,
             positions=slice(1, None),
+            parameters=dict.fromkeys(vectors, models.edit_parameters(edit)),
         )
         ids = {"input_ids": torch.tensor([prompt_ids()[1]])}
         model, plain = model_of("nnsight edit", family), model_of("huggingface", family)

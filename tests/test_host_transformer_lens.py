@@ -833,7 +833,9 @@ def test_a_post_layernorm_model_is_raw_although_it_has_layernorm() -> None:
     assert capture(model, PROMPTS, [HOOK]).n == 4
 
 
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "rescale", "clamp"])
+@pytest.mark.parametrize(
+    "edit", ["add", "add_relative", "add_contextual", "ablate", "rescale", "clamp"]
+)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @kinds
 def test_one_plan_has_one_effect_whatever_the_weight_processing(
@@ -841,9 +843,9 @@ def test_one_plan_has_one_effect_whatever_the_weight_processing(
 ) -> None:
     """A direction with a mean of its own: in centred coordinates only its mean-free part counts, on
     every class."""
-    strengths = {"add": 5.0, "add_relative": 0.8, "ablate": 1.0, "rescale": 2.0, "clamp": 4.0}
-    coefficient = strengths[edit]
-    plan = plan_at(coefficient=coefficient, edit=edit)
+    strengths = {"add": 5.0, "add_relative": 0.8, "ablate": 1.0, "rescale": 2.0}
+    own = {HOOK: models.edit_parameters(edit)}
+    plan = plan_at(coefficient=strengths.get(edit, 4.0), edit=edit, parameters=own)
     found = []
     for model in (shared_model(kind, family), shared_model("bridge", family)):
         with plan.hooks(model):

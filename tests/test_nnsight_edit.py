@@ -183,12 +183,27 @@ def mirrored() -> Any:
     del EDITS["mirror"]
 
 
-def test_an_edit_of_the_users_own_travels_too(model: Any, mirrored: Any) -> None:
+def by_context() -> SteeringPlan:
+    return SteeringPlan.from_vectors(
+        {HOOK: vector("llama")},
+        coefficient=8.0,
+        edit="add_contextual",
+        relative_to="unit",
+        positions="generated",
+        parameters={HOOK: models.edit_parameters("add_contextual")},
+    )
+
+
+@pytest.mark.parametrize("kind", ["registered", "by context"])
+def test_an_edit_with_something_of_its_own_travels_too(
+    model: Any, mirrored: Any, kind: str
+) -> None:
+    plan = mirrored if kind == "registered" else by_context()
     ids = torch.tensor([prompt_ids()[1]])
     plain = model.generate(input_ids=ids, **GENERATE)
-    with mirrored.hooks(model):
+    with plan.hooks(model):
         want = model.generate(input_ids=ids, **GENERATE)
-    handle = mirrored.edit(as_host(model, remote="local"))
+    handle = plan.edit(as_host(model, remote="local"))
     with model.generate(input_ids=ids, remote="local", **GENERATE) as tracer:
         out = tracer.result.save()
     assert torch.equal(model.generate(input_ids=ids, **GENERATE), want)

@@ -56,6 +56,7 @@ def vector(seed: int = 0, **options: Any) -> SteeringVector:
         "hook_name": HOOK,
         "coefficient": 4.0,
         "relative_to": "unit",
+        "parameters": models.edit_parameters(options.get("edit", "add")),
         **options,
     }
     return SteeringVector(direction=direction(seed), **fields)
@@ -302,7 +303,7 @@ def test_shown_as_text_and_as_a_table() -> None:
 # -- effect ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", list(EDITS))
 def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
     model = model_of()
     plain = run(model)
@@ -317,7 +318,7 @@ def test_coefficient_zero_is_bit_equal_to_no_steering(edit: str) -> None:
 
 @pytest.mark.parametrize("preserve_norm", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", list(EDITS))
 def test_each_edit_does_what_the_pure_function_does(
     edit: str, family: str, preserve_norm: bool
 ) -> None:
@@ -329,7 +330,12 @@ def test_each_edit_does_what_the_pure_function_does(
     keep = {"preserve_norm": preserve_norm}
     wanted = {
         "add": lambda: edits.add(base, c * v, **keep),
-        "add_relative": lambda: edits.add_relative(base, direction(), coefficient=c, **keep),
+        # What is added is a multiple of the direction, here of its mean-free part, whose norm is
+        # below 1.
+        "add_relative": lambda: edits.add_relative(base, v, coefficient=c * v.norm(), **keep),
+        "add_contextual": lambda: edits.add_contextual(
+            base, v, coefficient=c * v.norm(), **models.edit_parameters(edit), **keep
+        ),
         "ablate": lambda: edits.ablate(base, direction(), coefficient=c, **keep),
         "clamp": lambda: edits.clamp(base, direction(), low=c, **keep),
         "rescale": lambda: edits.rescale(base, direction(), coefficient=c, **keep),
@@ -428,7 +434,7 @@ def test_vectors_at_one_hook_point_act_in_the_order_of_the_plan() -> None:
     torch.testing.assert_close(left, torch.full_like(left, 5.0), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("edit", ["add", "add_relative", "ablate", "clamp", "rescale"])
+@pytest.mark.parametrize("edit", list(EDITS))
 def test_row_coefficients_steer_each_row_by_its_own_strength(edit: str) -> None:
     model, ids = model_of(), IDS[:1].expand(4, -1)
     factors = [0.0, 1.0, -1.0, 0.5]

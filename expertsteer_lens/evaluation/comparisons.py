@@ -19,6 +19,7 @@ from expertsteer_lens.errors import ArgumentError
 from .methods import (
     NotMeasured,
     base_plan,
+    context_plan,
     few_labels_plan,
     learner,
     least_squares_plan,
@@ -279,6 +280,17 @@ COMPARISONS: dict[str, Comparison] = {
         role="baseline",
         methods="all",
         seeds=lambda s: (s.fitted.seed, s.fitted.seed + 1),
+    ),
+    "context-dependent strength": Comparison(
+        make=lambda s, seed: context_plan(s.fitted, s.plan, seed),
+        role="baseline",
+        methods="all",
+        seeds=lambda s: (s.seed,),
+    ),
+    "random, context-dependent strength": Comparison(
+        make=lambda s, seed: context_plan(s.fitted, _random(s, seed), seed),
+        methods="all",
+        seeds=lambda s: (s.seed,),
     ),
 }
 """All of them by the name of their rows, in the order of the rows."""

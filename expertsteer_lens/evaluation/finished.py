@@ -54,7 +54,12 @@ class KeptRows:
         finished: FinishedRows | None,
     ) -> None:
         vectors = [
-            (repr(v), hashlib.sha256(v.direction.numpy().tobytes()).hexdigest())
+            (
+                repr(v),
+                hashlib.sha256(
+                    b"".join(t.numpy().tobytes() for t in (v.direction, *v.parameters.values()))
+                ).hexdigest(),
+            )
             for v in plan.vectors
         ]
         said = [vectors, repr(plan.positions), dict(facts), budget, repr(generation)]

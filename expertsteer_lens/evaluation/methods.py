@@ -18,6 +18,7 @@ from torch import Tensor
 
 from expertsteer_lens.align import AlignerConfig
 from expertsteer_lens.errors import ArgumentError, DataError, SolveError, WidthError
+from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.directions import (
     expert_minus_base,
     mean_difference,
@@ -34,7 +35,7 @@ from expertsteer_lens.pipeline.maps import fit_maps
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.pipeline.fitted import ExpertSteering
-    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 Learner = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, d]`, labels `[n]`) to a unit direction `[d]`."""
@@ -235,8 +236,26 @@ def wrong_layer_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
         there = max(free, key=distance.__getitem__)
         free.remove(there)
         norm = fit.target_anchors.median_norm(there)
-        vectors.append(replace(vector, hook_name=there, median_norm=norm, provenance={}))
+        moved = replace(_unlearnt(vector), hook_name=there, median_norm=norm, provenance={})
+        vectors.append(moved)
     return replace(plan, vectors=tuple(vectors))
+
+
+def context_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPlan:
+    """The plan's directions with a strength that each token's activation decides, learnt on the
+    fit's validation prompts and calibration texts.
+
+    The learnt strength of the best step, whether or not it beats the fixed one there: the row is to
+    say what it is worth.
+
+    Raises:
+        NotMeasured: the fit has too few prompts or texts, or the plan's edit has no such strength.
+    """
+    try:
+        found = fit.context_strength(plan, seed=seed, progress=False)
+    except (ArgumentError, DataError) as error:
+        raise NotMeasured(str(error).rstrip(".")) from error
+    return found.learnt
 
 
 def base_plan(fit: ExpertSteering, plan: SteeringPlan, base: ActivationStore) -> SteeringPlan:
@@ -294,7 +313,7 @@ def _redirect(
     fit: ExpertSteering, plan: SteeringPlan, directions: Mapping[PairKey, Tensor]
 ) -> SteeringPlan:
     """The plan's edit, gate and positions with other directions at other layers."""
-    template = plan.vectors[0]
+    template = _unlearnt(plan.vectors[0])
     relative = template.relative_to == "median_norm"
     vectors = tuple(
         replace(
@@ -307,6 +326,23 @@ def _redirect(
         for (expert, hook), direction in directions.items()
     )
     return replace(plan, vectors=vectors, provenance={})
+
+
+def _unlearnt(vector: SteeringVector) -> SteeringVector:
+    """The vector without parameters of its own, which mean nothing at another hook point or along
+    another direction.
+
+    Raises:
+        NotMeasured: its edit is nothing without them.
+    """
+    edit = find_edit(vector.edit)
+    if not edit.parameters:
+        return vector
+    if edit.without_parameters is None:
+        raise NotMeasured(
+            f"the parameters of edit={vector.edit!r} belong to the plan's own directions"
+        )
+    return replace(vector, edit=edit.without_parameters, parameters={})
 
 
 def _pairing(fit: ExpertSteering, plan: SteeringPlan) -> PairingConfig:

@@ -1,5 +1,5 @@
-"""A plan as a file: each field by its own name in `config.json`, directions by number in
-`vectors.safetensors`."""
+"""A plan as a file: each field by its own name in `config.json`; directions by number in
+`vectors.safetensors`, and parameters of edits that have any, as `number.name`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ _REFUSALS = (TypeError, ValueError, LookupError, RuntimeError, OverflowError)
 
 
 def write_plan(plan: SteeringPlan) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What `config.json` says of a plan, and its directions by number."""
+    """What `config.json` says of a plan, and its directions and parameters by number."""
     tensors = {
-        str(i): v.direction.detach().float().cpu().contiguous().clone()
+        key: value.detach().float().cpu().contiguous().clone()
         for i, v in enumerate(plan.vectors)
+        for key, value in {
+            str(i): v.direction,
+            **{f"{i}.{name}": value for name, value in v.parameters.items()},
+        }.items()
     }
     content = {
         "sign_convention": SIGN_CONVENTION,
@@ -45,7 +49,7 @@ def _vector_fields(vector: Any) -> dict[str, Any]:
     entry = {
         f.name: getattr(vector, f.name)
         for f in fields(vector)
-        if f.name not in ("direction", "gate")
+        if f.name not in ("direction", "gate", "parameters")
     }
     return {**entry, "gate": None if vector.gate is None else vector.gate.to_dict()}
 
@@ -66,7 +70,7 @@ def read_plan(
     if missing:
         raise ArtifactError(f"{where} lacks the field {missing[0]!r}.")
     vectors = [
-        _read_vector(entry, tensors.get(str(i)), f"{where}, vectors[{i}]")
+        _read_vector(entry, tensors, i, f"{where}, vectors[{i}]")
         for i, entry in enumerate(content["vectors"])
     ]
     try:
@@ -81,14 +85,22 @@ def read_plan(
         raise ArtifactError(f"{where}: {error}") from error
 
 
-def _read_vector(entry: Any, direction: torch.Tensor | None, where: str) -> SteeringVector:
+def _read_vector(
+    entry: Any, tensors: dict[str, torch.Tensor], i: int, where: str
+) -> SteeringVector:
     from expertsteer_lens.steer.plan import SteeringVector
 
-    check_fields(entry, {f.name for f in fields(SteeringVector)} - {"direction"}, where)
-    if direction is None:
+    known = {f.name for f in fields(SteeringVector)} - {"direction", "parameters"}
+    check_fields(entry, known, where)
+    if str(i) not in tensors:
         raise ArtifactError(f"{where} ({entry.get('hook_name')}) has no tensor beside it.")
+    parameters = {
+        key.removeprefix(f"{i}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{i}.")
+    }
     try:
-        return SteeringVector(direction=direction, **entry)
+        return SteeringVector(direction=tensors[str(i)], parameters=parameters, **entry)
     except _REFUSALS as error:
         raise ArtifactError(f"{where} is invalid: {error}") from error
 

@@ -4,8 +4,8 @@ prompt at a time."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -297,6 +297,19 @@ class Host:
         if "fingerprint" not in facts:
             facts["fingerprint"] = measure_fingerprint(self)
         return facts["fingerprint"]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside the block, no weight asks for a gradient: the graph of a pass then holds nothing
+        for the weights."""
+        asked = [p for p in self._weights.parameters() if p.requires_grad]
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)
 
     def facts(self) -> dict[str, Any]:
         """What files say of a model: name, fingerprint, d_model, n_layers, basis."""

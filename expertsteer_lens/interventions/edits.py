@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -106,6 +106,48 @@ def add_relative(
         tensor([[[4., 4.]]])
     """
     edited = _add_relative_edit(wide(activations), _unit(direction, activations), coefficient)
+    return _finish(activations, edited, mask, preserve_norm)
+
+
+def add_contextual(
+    activations: Activations,
+    direction: Tensor,
+    *,
+    coefficient: float | Tensor,
+    weights: Float[Tensor, " d"],
+    bias: float | Tensor = 1.0,
+    mask: Mask = None,
+    preserve_norm: bool = False,
+) -> Activations:
+    """x + coefficient * (bias + x . weights) v: the strength is an affine function of the token's
+    own activation. At weights 0 and bias 1 it adds coefficient * v.
+
+    The form of arXiv 2604.24693 (CLAS), with a coefficient that scales the whole. Where
+    bias + x . weights is below 0, the token is steered the other way.
+
+    Args:
+        activations: `[batch, pos, d]`.
+        direction: `[d]`; normalised here.
+        coefficient: length added where bias + x . weights is 1; a number, or a tensor that
+            broadcasts to `[batch, pos]`.
+        weights: `[d]`, per unit of the activations; used as they are.
+        bias: the strength of a token whose activation is orthogonal to the weights.
+        mask: tokens to edit; None edits every token.
+        preserve_norm: rescale each edited token to the norm it had.
+
+    Raises:
+        WidthError: the direction or the weights have another width than the activations.
+
+    Example:
+        >>> x, right = torch.tensor([[[0.0, 2.0], [0.0, 4.0]]]), torch.tensor([1.0, 0.0])
+        >>> add_contextual(x, right, coefficient=10.0, weights=torch.tensor([0.0, 0.5]), bias=0.0)
+        tensor([[[10.,  2.],
+                 [20.,  4.]]])
+    """
+    _check_width("weights", weights, activations)
+    x = wide(activations)
+    unit, given = _unit(direction, activations), torch.as_tensor(bias).to(x)
+    edited = _add_contextual_edit(x, unit, coefficient, weights.to(x), given)
     return _finish(activations, edited, mask, preserve_norm)
 
 
@@ -222,18 +264,18 @@ def clamp(
 
 # -- the table ------------------------------------------------------------------------------------
 
-EditFunction = Callable[[Tensor, Tensor, "float | Tensor"], Tensor]
-"""`function(activations, direction, coefficient) -> activations`.
+EditFunction = Callable[..., Tensor]
+"""`function(activations, direction, coefficient, **parameters) -> activations`.
 
 `activations` `[batch, pos, d]` are in the plan's basis and in float32 or float64, `direction` `[d]`
-is a unit vector of that type, and `coefficient` is a number, or a tensor `[batch, 1]` where it
-differs from row to row. The basis, the mask, the norm to be kept and the model's own type are
-somebody else's business. For runs on a server the function must be one that can be sent: torch
-operations on its arguments."""
+is a unit vector of that type, `coefficient` is a number, or a tensor `[batch, 1]` where it differs
+from row to row, and `parameters` are the vector's own, if the edit has any. The basis, the mask,
+the norm to be kept and the model's own type are somebody else's business. For runs on a server the
+function must be one that can be sent: torch operations on its arguments."""
 
 CoefficientKind = Literal["length", "fraction"]
 COEFFICIENT_KINDS = ("length", "fraction")
-EditName = Literal["add", "add_relative", "ablate", "clamp", "rescale"]
+EditName = Literal["add", "add_relative", "add_contextual", "ablate", "clamp", "rescale"]
 """The edits that come with the package; `register_edit` adds others."""
 
 
@@ -255,6 +297,15 @@ class Edit:
     edit is done in the activations' own type, and is what other programs' files can hold."""
     check: Callable[[float], None] | None = None
     """Raises `ArgumentError` for a coefficient that makes no sense; None: any finite number."""
+    parameters: Mapping[str, Literal["d", ""]] = field(default_factory=dict, hash=False)
+    """Names of what each vector must bring besides its direction, with their axes: "d" for a
+    tensor `[d]`, "" for a number. `SteeringVector.parameters` holds them, files too."""
+    without_parameters: str | None = None
+    """The edit that takes its place where the parameters of a vector mean nothing: along another
+    direction, or at another hook point."""
+    adds_along: bool = False
+    """Whether all it adds is a multiple of the direction; in the centred basis that is then the
+    mean-free part of it, as for a constant edit."""
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -263,6 +314,8 @@ class Edit:
                 f"{self.function!r}."
             )
         check_choice("coefficient", self.coefficient, COEFFICIENT_KINDS)
+        for axes in self.parameters.values():
+            check_choice("the axes of a parameter", axes, ("d", ""))
 
     def delta(self, direction: Float[Tensor, " d"], coefficient: float) -> Float[Tensor, " d"]:
         """What a constant edit adds to every token."""
@@ -276,6 +329,13 @@ def _add_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tens
 
 def _add_relative_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
     sizes: Tensor = torch.as_tensor(coefficient, device=x.device) * x.norm(dim=-1)
+    return x + sizes[..., None] * direction
+
+
+def _add_contextual_edit(
+    x: Tensor, direction: Tensor, coefficient: float | Tensor, weights: Tensor, bias: Tensor
+) -> Tensor:
+    sizes: Tensor = torch.as_tensor(coefficient, device=x.device) * (bias + x @ weights)
     return x + sizes[..., None] * direction
 
 
@@ -298,7 +358,13 @@ def _clamp_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Te
 
 EDITS: dict[str, Edit] = {
     "add": Edit(_add_edit, coefficient="length", is_constant=True),
-    "add_relative": Edit(_add_relative_edit, coefficient="fraction"),
+    "add_relative": Edit(_add_relative_edit, coefficient="fraction", adds_along=True),
+    "add_contextual": Edit(
+        _add_contextual_edit,
+        parameters={"weights": "d", "bias": ""},
+        without_parameters="add",
+        adds_along=True,
+    ),
     "ablate": Edit(_ablate_edit, coefficient="fraction"),
     "clamp": Edit(_clamp_edit, coefficient="length"),
     "rescale": Edit(_rescale_edit, coefficient="fraction"),
@@ -354,6 +420,7 @@ class VectorEdit:
         scale: the coefficient in the unit of the activations.
         preserve_norm: rescale each edited token to the norm it had.
         centred: whether the edit is done on x - mean(x); the mean of x is left as it is.
+        parameters: the vector's own, where the edit has any.
 
     Example:
         >>> double = VectorEdit(EDITS["rescale"], "a hook", torch.tensor([1.0, 0.0]), 1.0)
@@ -370,6 +437,7 @@ class VectorEdit:
         *,
         preserve_norm: bool = False,
         centred: bool = False,
+        parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.hook_name = hook_name
         self.scale = scale
@@ -379,6 +447,10 @@ class VectorEdit:
         self._direction = direction
         self._preserve_norm = preserve_norm
         self._centred = centred
+        self._adds_centred = centred and edit.adds_along
+        self._parameters = dict(parameters or {})
+        self.live: Mapping[str, Tensor] | None = None
+        """Parameters that gradients should reach, in place of the vector's own."""
         self._constant: Tensor | None = None
         if edit.is_constant:
             constant = edit.delta(direction, scale)
@@ -398,7 +470,8 @@ class VectorEdit:
         before = centre(wide(x)) if self._centred else wide(x)
         if self._constant is None:
             scale = self.scale if rows is None else self.scale * rows[:, None]
-            after = self._function(before, self._unit(before), scale)
+            parameters = self._values(before)
+            after = self._function(before, self._unit(before), scale, **parameters)
         else:
             after = before + self._delta_by_row(before, rows)
         after = _finish(before, after, None, self._preserve_norm)
@@ -426,8 +499,21 @@ class VectorEdit:
         key = ("unit", x.dtype, x.device)
         if key not in self._ready:
             self._check_width(x)
-            self._ready[key] = _unit(self._direction, x)
+            unit = _unit(self._direction, x)
+            self._ready[key] = centre(unit) if self._adds_centred else unit
         return self._ready[key]
+
+    def _values(self, x: Tensor) -> dict[str, Tensor]:
+        """The parameters in the type and on the device of `x`."""
+        if self.live is not None:  # they change from pass to pass, so nothing of them is kept
+            return {name: value.to(x) for name, value in self.live.items()}
+        for name, value in self._parameters.items():
+            key = (f"parameter {name}", x.dtype, x.device)
+            if key not in self._ready:
+                self._ready[key] = value.to(x)
+        return {
+            name: self._ready[f"parameter {name}", x.dtype, x.device] for name in self._parameters
+        }
 
     def _check_width(self, x: Tensor) -> None:
         if self._direction.shape[0] != x.shape[-1]:

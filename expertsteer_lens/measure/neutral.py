@@ -8,7 +8,7 @@ token and as continuation after it, which matters only for plans whose positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ from .stream_cache import StreamCache
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
+    from expertsteer_lens.interventions.edits import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
@@ -50,6 +51,8 @@ class NeutralTexts:
         self._batches = [batch for batch, _ in text_batches(host, self.texts, batch_size)]
         self._base: dict[int, Tensor] = {}
         self._cache_bytes = cache_bytes
+        self.n_positions = sum(int(batch.attention_mask.sum()) for batch in self._batches)
+        """Tokens that predict something or end a text: where the divergence is taken."""
         self.n_tokens, nll = 0, 0.0
         with torch.no_grad():
             for batch in self._batches:
@@ -63,18 +66,35 @@ class NeutralTexts:
         """(rise of the mean NLL, mean KL(unsteered || steered)), nats per token; the second is None
         with `kl=False`."""
         nll = divergence = 0.0
-        n_positions = 0
         with torch.no_grad():
-            for i, batch in enumerate(self._batches):
-                with self._steered.steered(batch, plan, middles(batch)):
-                    log_probs = _log_probs(self.host, batch)
-                nll -= float(_following(log_probs, batch).double().sum())
-                if not kl:
-                    continue
-                divergence += float(_divergence(self._unsteered_log_probs(i), log_probs).sum())
-                n_positions += len(log_probs)
-        return nll / max(1, self.n_tokens) - self.nll, divergence / n_positions if kl else None
+            for one, apart in self.sums(plan, kl=kl):
+                nll += float(one)
+                divergence += float(apart)
+        return (
+            nll / max(1, self.n_tokens) - self.nll,
+            divergence / self.n_positions if kl else None,
+        )
 
+    def sums(
+        self,
+        plan: SteeringPlan,
+        *,
+        kl: bool,
+        vector_edits: Sequence[VectorEdit] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batch by batch the summed NLL of its `n_tokens` and the summed KL at its `n_positions`
+        (0 with `kl=False`), nats, float64; gradients are the caller's choice, and reach the
+        parameters of `vector_edits` (see `PlanRun`)."""
+        for i, batch in enumerate(self._batches):
+            with self._steered.steered(batch, plan, middles(batch), vector_edits):
+                log_probs = _log_probs(self.host, batch)
+            nll = -_following(log_probs, batch).double().sum()
+            divergence = torch.zeros_like(nll)
+            if kl:
+                divergence = _divergence(self._unsteered_log_probs(i), log_probs).sum()
+            yield nll, divergence
+
+    @torch.no_grad()
     def _unsteered_log_probs(self, i: int) -> Tensor:
         if i in self._base:
             return self._base[i]

@@ -18,11 +18,14 @@ from .stream_cache import CACHE_BYTES, StreamCache
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
+    from expertsteer_lens.interventions.edits import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
+class CompletionBatch:
+    """Completions of similar length, with their prompts."""
+
     tokens: TokenBatch
     index: list[int]
     """Which completions these rows are."""
@@ -138,28 +141,36 @@ class Completions:
         total = torch.zeros(len(self.owner), dtype=torch.float64)
         counts = torch.zeros(len(self.owner), dtype=torch.float64)
         for batch in self.batches:
-            log_probs = self._log_probs(batch, plan)
+            total[batch.index] = self.totals(batch, plan)
             row = batch.where.nonzero()[:, 0]
-            n = len(batch.index)
-            total[batch.index] = torch.zeros(n, dtype=torch.float64).index_add(0, row, log_probs)
-            counts[batch.index] = torch.bincount(row, minlength=n).double()
+            counts[batch.index] = torch.bincount(row, minlength=len(batch.index)).double()
         return CompletionScores(total, counts, self.owner, self.positive)
 
-    def _log_probs(self, batch: _Batch, plan: SteeringPlan | None) -> Tensor:
-        """Log-probability of each completion token, row by row, float64 on the CPU."""
+    def totals(
+        self,
+        batch: CompletionBatch,
+        plan: SteeringPlan | None,
+        vector_edits: Sequence[VectorEdit] | None = None,
+    ) -> Float[Tensor, " rows"]:
+        """Log-probability of each completion of a batch, float64 on the CPU; gradients are the
+        caller's choice, and reach the parameters of `vector_edits` (see `PlanRun`)."""
         tokens = batch.tokens
-        with self._cache.steered(tokens, plan, torch.tensor(batch.starts)):
+        with self._cache.steered(tokens, plan, torch.tensor(batch.starts), vector_edits):
             logits = self.host.logits_at(tokens, batch.where)
         following = tokens.input_ids[:, 1:].cpu()[batch.where[:, :-1]].to(logits.device)
         picked = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
-        return picked.double().cpu()
+        row = batch.where.nonzero()[:, 0]
+        zeros = torch.zeros(len(batch.index), dtype=torch.float64)
+        return zeros.index_add(0, row, picked.double().cpu())
 
-    def _make_batch(self, rows: Sequence[list[int]], starts: list[int], index: list[int]) -> _Batch:
+    def _make_batch(
+        self, rows: Sequence[list[int]], starts: list[int], index: list[int]
+    ) -> CompletionBatch:
         tokens = pad_right(rows, self.host.pad_id).to(self.host.device)
         column = torch.arange(tokens.input_ids.shape[1])[None]
         first = torch.tensor(starts)[:, None] - 1
         last = torch.tensor([len(row) for row in rows])[:, None] - 2
-        return _Batch(tokens, index, starts, (column >= first) & (column <= last))
+        return CompletionBatch(tokens, index, starts, (column >= first) & (column <= last))
 
 
 def _group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from expertsteer_lens.steer.run import PlanRun
+
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
     from expertsteer_lens.hosts.resume import KeptStream
+    from expertsteer_lens.interventions.edits import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 CACHE_BYTES = 2**29
@@ -42,6 +45,7 @@ class StreamCache:
         batch: TokenBatch,
         plan: SteeringPlan | None,
         prompt_lengths: Sequence[int] | Tensor | None = None,
+        vector_edits: Sequence[VectorEdit] | None = None,
     ) -> Iterator[None]:
         """Inside, a pass over `batch` is steered by `plan` (None: not at all).
 
@@ -49,12 +53,16 @@ class StreamCache:
             batch: the same object each time, so that it is known again.
             plan: what is steered.
             prompt_lengths: see `SteeringPlan.hooks`.
+            vector_edits: see `PlanRun`.
         """
         with ExitStack() as stack:
             if plan is not None:
                 kept = self._stream(batch, plan)
                 # The plan first: it may measure the model, which takes full passes of other tokens.
-                stack.enter_context(plan.hooks(self.host.model, prompt_lengths=prompt_lengths))
+                run = PlanRun(
+                    plan, self.host, prompt_lengths=prompt_lengths, vector_edits=vector_edits
+                )
+                stack.enter_context(run.run())
                 if kept is not None:
                     stack.enter_context(self.host.resume(kept))
             yield

@@ -16,10 +16,11 @@ from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
-from expertsteer_lens.errors import ArgumentError, ModelStateError
+from expertsteer_lens.errors import ArgumentError, DataError, ModelStateError
 from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
+from expertsteer_lens.measure.context_strength import ContextStrength, fit_context_strength
 from expertsteer_lens.pair.mutual_information import LayerPairMI
 from expertsteer_lens.pair.rules import LayerPairs, find_rule
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
@@ -245,6 +246,37 @@ class ExpertSteering:
             **kwargs,
         }
         return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
+
+    def context_strength(self, plan: SteeringPlan, **kwargs: Any) -> ContextStrength:
+        """`fit_context_strength` on this fit's validation behaviour and calibration texts; keywords
+        as there. `.plan` of the result is the better of both strengths.
+
+        Progress is shown where standard error is a terminal.
+
+        Raises:
+            DataError: the fit has no validation prompts; see `ExpertSteer.fit`, `behaviour`.
+
+        Example:
+            `fit.context_strength(fit.plan(), n_steps=10).plan`
+        """
+        if self.validation_behaviour is None:
+            raise DataError(
+                "this fit has no validation prompts, on which a strength could be learnt; pass "
+                "behaviour=Behaviour(...) to fit, or call measure.fit_context_strength."
+            )
+        settings = {
+            "budget": self.config.budget,
+            "unit": self.config.budget_unit,
+            "progress": None,
+            **kwargs,
+        }
+        return fit_context_strength(
+            plan,
+            self.target.model,
+            self.validation_behaviour,
+            list(self.calibration_texts),
+            **settings,
+        )
 
     def _plan_of(
         self,

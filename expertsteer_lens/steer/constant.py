@@ -39,8 +39,11 @@ def constant_additions(
     out: dict[str, Tensor] = {}
     for v in plan.vectors:
         edit = find_edit(v.edit)
+        why_not = "only 'add' is a constant vector"
+        if edit.adds_along:
+            why_not += f", here the strength depends on the activation, which {they} do not read"
         for setting, is_beyond, reason in (
-            (f"edit={v.edit!r}", not edit.is_constant, "only 'add' is a constant vector"),
+            (f"edit={v.edit!r}", not edit.is_constant, why_not),
             ("preserve_norm=True", v.preserve_norm, "what is added then depends on the activation"),
             (f"the gate {v.gate!r}", v.gate is not None, f"{they} have no conditions"),
         ):

@@ -23,6 +23,7 @@ from expertsteer_lens.hosts import Host, as_host
 from expertsteer_lens.interventions.edits import EDITS as EDITS
 from expertsteer_lens.interventions.edits import EditName, VectorEdit, centre, find_edit
 from expertsteer_lens.interventions.gates import Gate
+from expertsteer_lens.interventions.parameters import checked_parameters, shown_parameters
 from expertsteer_lens.interventions.positions import Positions, check_positions
 
 from . import bake as baking
@@ -46,6 +47,7 @@ class SteeringVector:
     | edit | effect on x | |
     |---|---|---|
     | add | x + s v | |
+    | add_contextual | x + s (bias + x.weights) v | both in `parameters` |
     | clamp | projection on v raised to at least s (s > 0), or lowered to at most s (s < 0) | |
     | add_relative | x + coefficient norm(x) v | a fraction: relative_to must be "unit" |
     | ablate | x - coefficient (x.v) v | a fraction: relative_to must be "unit" |
@@ -71,13 +73,18 @@ class SteeringVector:
     median_norm: float | None = None
     """Median norm of the target's activations at this hook point, in the plan's basis."""
     edit: EditName | str = "add"
-    """ "add", "add_relative", "ablate", "clamp", "rescale", or one that was registered."""
+    """ "add", "add_relative", "add_contextual", "ablate", "clamp", "rescale", or one that was
+    registered."""
     preserve_norm: bool = False
     """Rescale each edited token to the norm it had."""
     gate: Gate | None = None
     """Where the edit applies, by what the activation says; None: everywhere the positions say."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """JSON-able facts: expert layer, quality of the fit, ..."""
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the edit asks for besides the direction, float32, in the plan's basis; none but for
+    "add_contextual" (`weights` `[d]` per unit of the activations, `bias` a number) and edits that
+    were registered so."""
 
     def __post_init__(self) -> None:
         direction = torch.as_tensor(self.direction).detach().to(torch.float32).clone().contiguous()
@@ -108,7 +115,9 @@ class SteeringVector:
             )
         if self.median_norm is not None:
             check_number("median_norm", self.median_norm, low=0.0, low_open=True)
+        parameters = checked_parameters(self.edit, self.parameters, d=direction.shape[0])
         object.__setattr__(self, "direction", direction)
+        object.__setattr__(self, "parameters", parameters)
         object.__setattr__(
             self, "gate", Gate.from_dict(self.gate) if isinstance(self.gate, Mapping) else self.gate
         )
@@ -139,15 +148,16 @@ class SteeringVector:
             self.scale,
             preserve_norm=self.preserve_norm,
             centred=centred,
+            parameters=self.parameters,
         )
 
     _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         unit = f"×{self.median_norm:.4g} (median norm)" if self.relative_to == "median_norm" else ""
-        extras = (", norm preserved" if self.preserve_norm else "") + (
-            "" if self.gate is None else f", {self.gate}"
-        )
+        own = shown_parameters(self.parameters)
+        extras = (f", {own}" if own else "") + (", norm preserved" if self.preserve_norm else "")
+        extras += "" if self.gate is None else f", {self.gate}"
         width = self.direction.shape[0]
         return f"{self.hook_name}: {self.edit} {self.coefficient:+.4g}{unit}, d={width}{extras}"
 
@@ -208,6 +218,7 @@ class SteeringPlan:
         preserve_norm: bool = False,
         gate: Gate | None = None,
         basis: str | None = None,
+        parameters: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> SteeringPlan:
         """A plan from one tensor `[d]` per hook name, of any length: only its direction is used.
 
@@ -223,6 +234,7 @@ class SteeringPlan:
             preserve_norm: see `SteeringVector`.
             gate: one for every vector; see `Gate`.
             basis: see `SteeringPlan`; default: that of `median_norms`, if it says.
+            parameters: by hook name, what the edit asks for besides; see `SteeringVector`.
 
         Raises:
             ArgumentError: missing norms, zero vectors, bad choices.
@@ -252,6 +264,7 @@ class SteeringPlan:
                     edit=edit,
                     preserve_norm=preserve_norm,
                     gate=gate,
+                    parameters={} if parameters is None else parameters.get(name, {}),
                 )
             )
         facts = dict(median_norms.provenance) if isinstance(median_norms, ActivationStore) else {}
@@ -366,6 +379,10 @@ class SteeringPlan:
             evaluation=evaluation,
         )
         return where
+
+    def prepared(self, *, centred: bool) -> list[VectorEdit]:
+        """What each vector does, see `SteeringVector.prepared`."""
+        return [vector.prepared(centred=centred) for vector in self.vectors]
 
     @property
     def hook_names_read(self) -> list[str]:
@@ -581,6 +598,7 @@ class SteeringPlan:
                     "layer": layer_or_none(v.hook_name),
                     "scale": v.scale,
                     "gate": str(v.gate or ""),
+                    "parameters": shown_parameters(v.parameters),
                 }
             )
         return pd.DataFrame(rows)

@@ -53,7 +53,20 @@ class PlanRun:
         prompt_lengths: int | Sequence[int] | Tensor | None = None,
         row_coefficients: Sequence[float] | Tensor | None = None,
         everywhere: bool = False,
+        vector_edits: Sequence[edits.VectorEdit] | None = None,
     ) -> None:
+        """See `SteeringPlan.hooks`.
+
+        Args:
+            plan: what is done.
+            host: the model.
+            allow_mismatch: see `SteeringPlan.hooks`.
+            prompt_lengths: see `SteeringPlan.hooks`.
+            row_coefficients: see `SteeringPlan.hooks`.
+            everywhere: steer every thread.
+            vector_edits: used in place of the plan's own, one a vector: of the same kind, with
+                parameters that gradients reach.
+        """
         self.plan = plan
         self.host = host
         self.report = RunReport()
@@ -63,7 +76,7 @@ class PlanRun:
         host.check_ready()
         check_model(plan, host, allow_mismatch=allow_mismatch)
         self._centred = (plan.basis or host.basis) == "centred"
-        self._edits = [vector.prepared(centred=self._centred) for vector in plan.vectors]
+        self._edits = list(vector_edits or plan.prepared(centred=self._centred))
         # Every token of every pass, wherever it stands in its sequence: then there is nothing to
         # find out about a pass but its shape.
         self._edits_everything = plan.positions == "all" and all(

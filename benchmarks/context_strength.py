@@ -1,0 +1,194 @@
+"""A fixed strength against one that each token's activation decides, at one budget.
+
+    python benchmarks/fetch_real.py --out real-models smollm2 qwen domainsteer
+    python benchmarks/context_strength.py --models real-models --shared ../shared \\
+        --out benchmarks/results/context_strength.csv
+
+Qwen2.5-Coder-0.5B-Instruct teaches SmolLM2-135M-Instruct: to answer warmly, and the senses of words
+in fields of knowledge (development fields only). The direction is learnt on some pairs, the
+strength on validation questions and neutral texts, and the questions of the table are read once.
+Both strengths are the largest within the budget on the same held-out calibration texts. A random
+direction is treated in the same way: what a learnt strength gives to any direction. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+
+import expertsteer_lens as esl
+from expertsteer_lens.benchmarks.transfer.tasks import DEVELOPMENT_FIELDS, read_field, shown
+from expertsteer_lens.hosts import as_host
+from expertsteer_lens.measure import fit_context_strength
+from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
+from expertsteer_lens.measure.neutral import NeutralTexts
+from expertsteer_lens.measure.prepared import Completions
+
+N_WORDS, N_NEUTRAL_WORDS = 12, 24
+N_PAIRS, N_VALIDATION, N_TEST = 14, 10, 20
+N_CALIBRATION, N_NEUTRAL = 12, 12
+CONFIG = esl.ExpertSteerConfig(
+    mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
+    pairing=esl.PairingConfig(n_candidates=3),
+)
+
+
+def short(text: str, n_words: int = N_WORDS) -> str:
+    return " ".join(text.split()[:n_words])
+
+
+def behaviour(rows: list[dict[str, Any]]) -> esl.Behaviour:
+    """Questions with one wanted and one unwanted answer each."""
+    return esl.Behaviour(
+        [shown(r["question"], None, "chat") for r in rows],
+        [[short(r["positive"])] for r in rows],
+        [[short(r["negative"])] for r in rows],
+    )
+
+
+def tasks(models: pathlib.Path, shared: pathlib.Path, fields: list[str]) -> Iterator[Any]:
+    """(name, pairs, validation, test), rows of a question and two answers."""
+    lines = (shared / "data/steerkit_pairs/sentiment.jsonl").read_text("utf-8").split("\n")
+    names = {"question": "prompt", "positive": "positive_response", "negative": "negative_response"}
+    rows = [{k: json.loads(line)[v] for k, v in names.items()} for line in lines if line]
+    cut = N_PAIRS + N_VALIDATION
+    yield "sentiment", rows[:N_PAIRS], rows[N_PAIRS:cut], rows[cut : cut + N_TEST]
+    for code in fields:
+        assert code in DEVELOPMENT_FIELDS, f"{code} is tested on elsewhere"
+        task = read_field(models / "domainsteer", code)
+        pairs, tests = (
+            [
+                {"question": r.question, "positive": r.positive[0], "negative": r.negative[0]}
+                for r in part
+            ]
+            for part in (task.pairs, task.tests)
+        )
+        yield f"field {code}", pairs[:N_PAIRS], pairs[N_PAIRS:cut], tests[:N_TEST]
+
+
+def worked_problems(shared: pathlib.Path, n: int) -> list[esl.Chat]:
+    lines = (shared / "data/gsm8k/test.jsonl").read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines[:n] if line]
+    return [
+        esl.Chat.ask(short(r["question"], N_NEUTRAL_WORDS), short(r["answer"], N_NEUTRAL_WORDS))
+        for r in rows
+    ]
+
+
+def compared(
+    kind: str, plan: Any, target: Any, data: dict[str, Any], steps: int, budget: float
+) -> dict[str, Any]:
+    """One row: both strengths of one direction on the test questions."""
+    host, started = as_host(target), time.perf_counter()
+    found = fit_context_strength(
+        plan, target, data["behaviour"], data["calibration"], budget=budget, n_steps=steps
+    )
+    test, neutral = Completions(host, data["test_behaviour"]), NeutralTexts(host, data["neutral"])
+    base = test.scores().log_odds()
+    fixed, learnt = (test.scores(p).log_odds() - base for p in (found.fixed, found.learnt))
+    draws = bootstrap_draws(len(base), 2000, 0)
+    row: dict[str, Any] = {"direction": kind, "hook": plan.vectors[0].hook_name}
+    for name, change in (("fixed", fixed), ("learnt", learnt), ("gain", learnt - fixed)):
+        row[name] = float(change.mean())
+        row[f"{name}_low"], row[f"{name}_high"] = mean_interval(change, draws)
+    row |= {
+        "fixed_coefficient": found.fixed.vectors[0].coefficient,
+        "learnt_coefficient": found.learnt.vectors[0].coefficient,
+        "fixed_nll": neutral.cost(found.fixed, kl=False)[0],
+        "learnt_nll": neutral.cost(found.learnt, kl=False)[0],
+        "validation_gain": found.gain,
+        "validation_gain_se": found.gain_se,
+        "kept": "learnt" if found.beats_fixed else "fixed",
+        "best_step": found.best_step,
+        "n_test": len(base),
+        "seconds": time.perf_counter() - started,
+    }
+    print(found.to_pandas().to_string(), flush=True)
+    return row
+
+
+def markdown(table: pd.DataFrame, command: str) -> str:
+    """The table as it stands in the docs."""
+    lines = [
+        "| task | direction | fixed strength, nats | by context, nats | difference on test "
+        "questions | on held-out validation | kept | neutral NLL, fixed / by context |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table.itertuples():
+        cells = [
+            f"{r.task} ({r.n_test})",
+            f"{r.direction}, {r.hook.split('.')[1]}",
+            f"{r.fixed:+.2f} [{r.fixed_low:+.1f}, {r.fixed_high:+.1f}]",
+            f"{r.learnt:+.2f} [{r.learnt_low:+.1f}, {r.learnt_high:+.1f}]",
+            f"{r.gain:+.2f} [{r.gain_low:+.2f}, {r.gain_high:+.2f}]",
+            f"{r.validation_gain:+.2f} ± {r.validation_gain_se:.2f}",
+            r.kept,
+            f"{r.fixed_nll:+.3f} / {r.learnt_nll:+.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("real-models"))
+    parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--fields", nargs="*", default=["4605", "3206"])
+    parser.add_argument("--anchors", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--budget", type=float, default=0.1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chats = worked_problems(args.shared, args.anchors + N_CALIBRATION + N_NEUTRAL)
+    texts = {"calibration": chats[args.anchors : -N_NEUTRAL], "neutral": chats[-N_NEUTRAL:]}
+    target, expert = (
+        esl.load_model(str(args.models / name), host="huggingface", dtype="float32", device="cpu")
+        for name in ("smollm2", "qwen")
+    )
+    rows: list[dict[str, Any]] = []
+
+    def measure(kind: str, name: str, plan: Any, data: dict[str, Any]) -> None:
+        row = {"task": name} | compared(kind, plan, target, data, args.steps, args.budget)
+        print(row, flush=True)
+        rows.append(row)
+        table = pd.DataFrame(rows)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(args.out, index=False)
+        command = "python benchmarks/context_strength.py --out " + args.out.as_posix()
+        args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
+
+    plans = {}
+    for name, pairs, validation, test in tasks(args.models, args.shared, args.fields):
+        started = time.perf_counter()
+        data = texts | {"behaviour": behaviour(validation), "test_behaviour": behaviour(test)}
+        both = (
+            [shown(r["question"], short(r[side]), "chat") for r in pairs]
+            for side in ("positive", "negative")
+        )
+        fit = esl.ExpertSteer(CONFIG).fit(
+            expert,
+            target,
+            esl.ContrastPairs.from_lists(*both),
+            anchors=chats[: args.anchors],
+            behaviour=data["behaviour"],
+            test_behaviour=data["test_behaviour"],
+            neutral=chats[args.anchors :],
+            progress=True,
+        )
+        print(f"{name}: fitted in {time.perf_counter() - started:.0f} s", flush=True)
+        plans[name] = (fit.plan(coefficient=0.1), data)
+        measure("expert's", name, *plans[name])
+    for name, (plan, data) in plans.items():
+        measure("random", name, plan.with_random_directions(seed=0), data)
+
+
+if __name__ == "__main__":
+    main()
