@@ -61,6 +61,8 @@ def expected(case: Case, facts: dict[str, Any]) -> dict[str, float]:
     of_a_text = FLOAT * case.layers * (e.d + t.d)
     weights = FLOAT * (e.params + t.params)
     moments = 8 * folds * cells
+    # Float32 of all tokens, of those paired, and of a fold's share of them two copies in float64.
+    of_a_pass = (4 + 4 + 20 // folds) * facts["pass_tokens"] * (k_e * e.d + k_t * t.d)
     maps = k_e * k_t * 2 * FLOAT * e.d * t.d
     graph = facts["behaviour_tokens"] * (
         t.layers * saved_bytes(t, facts["longest"]) * FLOAT / 2 + 28 * t.vocab
@@ -74,7 +76,7 @@ def expected(case: Case, facts: dict[str, Any]) -> dict[str, float]:
         "models": weights,
         "capture": weights + m * of_a_text,
         "attribute": weights + m * of_a_text + graph,
-        "anchors": weights + (n + m) * of_a_text + moments,
+        "anchors": weights + (n + m) * of_a_text + moments + of_a_pass,
         "pair": weights + (n + m) * of_a_text + moments,
         "align": weights + (n + m) * of_a_text + moments + aligning + maps,
         "learn": weights + (n + m) * of_a_text + moments + maps + k_e * k_t * rfm,
@@ -156,6 +158,7 @@ def run(case: Case) -> dict[str, Any]:
         for completion in side
     ]
     lengths = [len(ids) for ids in tokenizer(texts).input_ids]
+    read = [*esl.zoo.contrast_pairs(case.pairs).texts, *esl.zoo.anchors(case.anchors)]
     pairs = fit.data.token_moments.pairs
     return {
         "base": base,
@@ -163,6 +166,7 @@ def run(case: Case) -> dict[str, Any]:
         "n_fit": fit.data.n_anchors,
         "vocab": len(tokenizer),
         "longest": max(lengths),
+        "pass_tokens": BATCH * max(map(len, tokenizer(read).input_ids)),
         "behaviour_tokens": max(lengths) * min(BATCH, len(texts)),
         "expert_layers": len({e for e, _ in pairs}),
         "target_layers": len({t for _, t in pairs}),

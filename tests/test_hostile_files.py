@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ import results
 import torch
 
 import expertsteer_lens as esl
+from expertsteer_lens._checked_json import digest_of
 from expertsteer_lens.benchmarks import public
+from expertsteer_lens.benchmarks.transfer.tasks import TransferTask
 from expertsteer_lens.cli.io import read_config, read_texts
 from expertsteer_lens.errors import ArtifactError, DataError
 
@@ -46,6 +50,48 @@ def test_a_file_that_is_none_is_named_and_never_waited_for(kind, tmp_path):
     for name in ("pipe", "zero", "folder", "loop", "nothing"):
         with pytest.raises(DataError, match=r"is no file|is not a file|cannot be read"):
             READERS[kind](tmp_path / f"{name}.jsonl")
+
+
+@contextmanager
+def waiting_is_an_error():
+    """A file that is waited for, or read for ever, ends the block after some seconds."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError("waited for a file that is none")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, 30.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["index.json", "progress.jsonl", "states-000.safetensors"])
+def test_a_part_of_a_states_folder_that_is_no_file_is_never_waited_for(name, tmp_path):
+    """Mutations 9079 and 9972 of seed 0: `index.json` led to /dev/zero, and was read for ever."""
+    host = esl.zoo.load("target", host="huggingface")
+    hooks, texts = ["blocks.1.hook_resid_post"], ["A dog.", "A cat."]
+    store = tmp_path / "states"
+    esl.capture(host, texts, hooks, store=store, positions="last")
+    whole = (store / "index.json").read_text()
+    if name == "progress.jsonl":  # is read where the store is not complete
+        index = json.loads(whole)
+        index["complete"] = False
+        index["content_sha256"] = digest_of(index)
+        (store / "index.json").write_text(json.dumps(index))
+    (store / name).unlink(missing_ok=True)
+    os.mkfifo(store / name)
+    for read in (esl.load, esl.ActivationStore.open):
+        with waiting_is_an_error(), pytest.raises(ArtifactError):
+            read(store)
+
+
+def test_a_task_that_is_no_file_is_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "task.json")
+    with waiting_is_an_error(), pytest.raises(DataError, match="is no file"):
+        TransferTask.from_json(tmp_path / "task.json")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails when read")

@@ -165,8 +165,10 @@ def read_progress(folder: Path) -> dict[int, str]:
     """Number and checksum of the batches that were written. A line that a kill cut off, or that is
     none of ours, does not count."""
     out: dict[int, str] = {}
+    file = folder / PROGRESS
     try:
-        lines = (folder / PROGRESS).read_bytes().split(b"\n")[:-1]
+        # A pipe or a device would be read for ever.
+        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     except OSError:
         return out
     for line in lines:

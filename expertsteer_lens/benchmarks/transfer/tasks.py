@@ -12,7 +12,7 @@ from typing import Any, Literal
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.data.chat import Chat, Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
-from expertsteer_lens.data.texts import text_hash
+from expertsteer_lens.data.texts import read_file, text_hash
 from expertsteer_lens.errors import DataError
 
 N_WORDS = 24
@@ -81,7 +81,7 @@ class TransferTask:
             DataError: no such file, no JSON, or another form.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            data = json.loads(read_file(path))
             parts = {key: tuple(map(_answered, data[key])) for key in ("pairs", "tests")}
             return cls(
                 name=str(data["name"]),
