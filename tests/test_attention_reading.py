@@ -157,11 +157,15 @@ def test_architectures_give_their_own_weights(family):
 
 
 class TestHuggingFace:
-    def test_the_way_attention_is_computed_is_as_before_whatever_happens(self):
+    def test_the_way_attention_is_computed_is_as_before_whatever_happens(self, monkeypatch):
         model = of("gemma3_vision", attn_implementation="sdpa")
         parts = [model.config, model.config.text_config, model.config.vision_config]
         before = [part._attn_implementation for part in parts]
         assert before == ["sdpa"] * 3
+
+        def half_way(self, name):
+            self.config._attn_implementation_internal = name
+            raise OSError("no kernel")
 
         def stopped():
             with eager_attention(model):
@@ -170,6 +174,11 @@ class TestHuggingFace:
 
         with pytest.raises(RuntimeError, match="stop"):
             stopped()
+        assert [part._attn_implementation for part in parts] == before
+        monkeypatch.setattr(type(model), "set_attn_implementation", half_way)
+        with pytest.raises(OSError, match="no kernel"):
+            esl.capture(model, TEXTS, [HOOK], positions="attention")
+        monkeypatch.undo()
         assert [part._attn_implementation for part in parts] == before
         esl.capture(model, TEXTS, [HOOK], positions="attention")
         assert [part._attn_implementation for part in parts] == before
