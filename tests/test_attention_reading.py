@@ -156,6 +156,22 @@ def test_architectures_give_their_own_weights(family):
             close(row, by_hand(model, text, name))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "deepseek_v3", "bloom"])
+def test_a_bridge_reads_what_the_model_inside_it_reads(family):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(
+        "tiny",
+        hf_model=architectures.built(family),
+        tokenizer=models.tokenizer(),
+        device="cpu",
+        dtype=torch.float32,
+    )
+    one, other = (esl.capture(m, TEXTS, positions="attention") for m in (bridge, of(family)))
+    for name in other:
+        close(one[name], other[name])
+
+
 class TestHuggingFace:
     def test_the_way_attention_is_computed_is_as_before_whatever_happens(self, monkeypatch):
         model = of("gemma3_vision", attn_implementation="sdpa")
