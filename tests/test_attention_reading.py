@@ -156,12 +156,32 @@ def test_architectures_give_their_own_weights(family):
             close(row, by_hand(model, text, name))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss", "deepseek_v3", "bloom"])
+def test_a_bridge_reads_what_the_model_inside_it_reads(family):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(
+        "tiny",
+        hf_model=architectures.built(family),
+        tokenizer=models.tokenizer(),
+        device="cpu",
+        dtype=torch.float32,
+    )
+    one, other = (esl.capture(m, TEXTS, positions="attention") for m in (bridge, of(family)))
+    for name in other:
+        close(one[name], other[name])
+
+
 class TestHuggingFace:
-    def test_the_way_attention_is_computed_is_as_before_whatever_happens(self):
+    def test_the_way_attention_is_computed_is_as_before_whatever_happens(self, monkeypatch):
         model = of("gemma3_vision", attn_implementation="sdpa")
         parts = [model.config, model.config.text_config, model.config.vision_config]
         before = [part._attn_implementation for part in parts]
         assert before == ["sdpa"] * 3
+
+        def half_way(self, name):
+            self.config._attn_implementation_internal = name
+            raise OSError("no kernel")
 
         def stopped():
             with eager_attention(model):
@@ -170,6 +190,11 @@ class TestHuggingFace:
 
         with pytest.raises(RuntimeError, match="stop"):
             stopped()
+        assert [part._attn_implementation for part in parts] == before
+        monkeypatch.setattr(type(model), "set_attn_implementation", half_way)
+        with pytest.raises(OSError, match="no kernel"):
+            esl.capture(model, TEXTS, [HOOK], positions="attention")
+        monkeypatch.undo()
         assert [part._attn_implementation for part in parts] == before
         esl.capture(model, TEXTS, [HOOK], positions="attention")
         assert [part._attn_implementation for part in parts] == before

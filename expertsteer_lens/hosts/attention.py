@@ -223,13 +223,13 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     if can is None or not can():
         yield
         return
-    with _SWITCHING:
-        if _running_eager[key] == 0:
-            _before[key] = [(c, c._attn_implementation_internal) for c in _configs(model)]
-            if any(name != "eager" for _, name in _before[key]):
-                model.set_attn_implementation("eager")  # type: ignore[operator]
-        _running_eager[key] += 1
     try:
+        with _SWITCHING:
+            _running_eager[key] += 1
+            if _running_eager[key] == 1:
+                _before[key] = [(c, c._attn_implementation_internal) for c in _configs(model)]
+                if any(name != "eager" for _, name in _before[key]):
+                    model.set_attn_implementation("eager")  # type: ignore[operator]
         yield
     finally:
         with _SWITCHING:
