@@ -1,14 +1,16 @@
 """A fixed strength against one that each token's activation decides, at one budget.
 
     python benchmarks/fetch_real.py --out real-models smollm2 qwen domainsteer
-    python benchmarks/context_strength.py --models real-models --shared ../shared \\
-        --out benchmarks/results/context_strength.csv
+    python benchmarks/context_strength.py --out context_strength.csv --tasks sentiment
+    python benchmarks/context_strength.py --out context_strength.csv --direction own \\
+        --at blocks.13.hook_resid_post --tasks 4605
 
-Qwen2.5-Coder-0.5B-Instruct teaches SmolLM2-135M-Instruct: to answer warmly, and the senses of words
-in fields of knowledge (development fields only). The direction is learnt on some pairs, the
-strength on validation questions and neutral texts, and the questions of the table are read once.
-Both strengths are the largest within the budget on the same held-out calibration texts. A random
-direction is treated in the same way: what a learnt strength gives to any direction. One thread.
+SmolLM2-135M-Instruct answers warmly, or gives a word the sense of a field of knowledge (development
+fields only). Directions: "expert" is the mapped one of Qwen2.5-Coder-0.5B-Instruct; "own", the
+target's own mean difference; "random", what a learnt strength gives to any direction. The direction
+is learnt on some pairs, the strength on validation questions and neutral texts, and the questions
+of the table are read once. Both strengths are the largest within the budget on the same held-out
+calibration texts. Rows that the file has already are kept. One thread, float32.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import json
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ import torch
 import expertsteer_lens as esl
 from expertsteer_lens.benchmarks.transfer.tasks import DEVELOPMENT_FIELDS, read_field, shown
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.measure import fit_context_strength
 from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
 from expertsteer_lens.measure.neutral import NeutralTexts
@@ -34,6 +36,7 @@ from expertsteer_lens.measure.prepared import Completions
 N_WORDS, N_NEUTRAL_WORDS = 12, 24
 N_PAIRS, N_VALIDATION, N_TEST = 14, 10, 20
 N_CALIBRATION, N_NEUTRAL = 12, 12
+KEYS = ("question", "positive", "negative")
 CONFIG = esl.ExpertSteerConfig(
     mi=esl.MIConfig(n_permutations=2, n_bootstrap=5, n_components=4),
     pairing=esl.PairingConfig(n_candidates=3),
@@ -53,24 +56,24 @@ def behaviour(rows: list[dict[str, Any]]) -> esl.Behaviour:
     )
 
 
-def tasks(models: pathlib.Path, shared: pathlib.Path, fields: list[str]) -> Iterator[Any]:
-    """(name, pairs, validation, test), rows of a question and two answers."""
-    lines = (shared / "data/steerkit_pairs/sentiment.jsonl").read_text("utf-8").split("\n")
-    names = {"question": "prompt", "positive": "positive_response", "negative": "negative_response"}
-    rows = [{k: json.loads(line)[v] for k, v in names.items()} for line in lines if line]
+def read_task(task: str, models: pathlib.Path, shared: pathlib.Path) -> Any:
+    """(name, pairs, validation, test) of "sentiment" or a field's code; rows of a question and two
+    answers."""
     cut = N_PAIRS + N_VALIDATION
-    yield "sentiment", rows[:N_PAIRS], rows[N_PAIRS:cut], rows[cut : cut + N_TEST]
-    for code in fields:
-        assert code in DEVELOPMENT_FIELDS, f"{code} is tested on elsewhere"
-        task = read_field(models / "domainsteer", code)
-        pairs, tests = (
-            [
-                {"question": r.question, "positive": r.positive[0], "negative": r.negative[0]}
-                for r in part
-            ]
-            for part in (task.pairs, task.tests)
-        )
-        yield f"field {code}", pairs[:N_PAIRS], pairs[N_PAIRS:cut], tests[:N_TEST]
+    if task == "sentiment":
+        lines = (shared / "data/steerkit_pairs/sentiment.jsonl").read_text("utf-8").split("\n")
+        found = [json.loads(line) for line in lines if line]
+        names = ("prompt", "positive_response", "negative_response")
+        pairs = [dict(zip(KEYS, (r[n] for n in names), strict=True)) for r in found]
+        return task, pairs[:N_PAIRS], pairs[N_PAIRS:cut], pairs[cut : cut + N_TEST]
+    if task not in DEVELOPMENT_FIELDS:
+        raise SystemExit(f"--tasks {task}: give 'sentiment' or one of {DEVELOPMENT_FIELDS}.")
+    field = read_field(models / "domainsteer", task)
+    pairs, tests = (
+        [dict(zip(KEYS, (r.question, r.positive[0], r.negative[0]), strict=True)) for r in part]
+        for part in (field.pairs, field.tests)
+    )
+    return f"field {task}", pairs[:N_PAIRS], pairs[N_PAIRS:cut], tests[:N_TEST]
 
 
 def worked_problems(shared: pathlib.Path, n: int) -> list[esl.Chat]:
@@ -80,6 +83,26 @@ def worked_problems(shared: pathlib.Path, n: int) -> list[esl.Chat]:
         esl.Chat.ask(short(r["question"], N_NEUTRAL_WORDS), short(r["answer"], N_NEUTRAL_WORDS))
         for r in rows
     ]
+
+
+def load(models: pathlib.Path, name: str) -> Any:
+    return esl.load_model(str(models / name), host="huggingface", dtype="float32", device="cpu")
+
+
+def own_plan(target: Any, pairs: esl.ContrastPairs, hook: str, neutral: list[esl.Chat]) -> Any:
+    """The target's own mean difference of the answers' mean states."""
+    states = esl.capture(
+        target,
+        pairs.texts,
+        [hook],
+        labels=pairs.labels,
+        positions="answer",
+        spans=pairs.answer_spans,
+    )
+    norms = esl.capture(target, neutral, [hook])
+    return esl.SteeringPlan.from_vectors(
+        {hook: mean_difference(states[hook], states.labels)}, coefficient=0.1, median_norms=norms
+    )
 
 
 def compared(
@@ -114,7 +137,7 @@ def compared(
     return row
 
 
-def markdown(table: pd.DataFrame, command: str) -> str:
+def markdown(table: pd.DataFrame) -> str:
     """The table as it stands in the docs."""
     lines = [
         "| task | direction | fixed strength, nats | by context, nats | difference on test "
@@ -133,7 +156,7 @@ def markdown(table: pd.DataFrame, command: str) -> str:
             f"{r.fixed_nll:+.3f} / {r.learnt_nll:+.3f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
@@ -141,7 +164,9 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("real-models"))
     parser.add_argument("--shared", type=pathlib.Path, default=pathlib.Path("../shared"))
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--fields", nargs="*", default=["4605", "3206"])
+    parser.add_argument("--tasks", nargs="+", default=["sentiment", "4605", "3206"])
+    parser.add_argument("--direction", choices=("expert", "own", "random"), default="expert")
+    parser.add_argument("--at", metavar="HOOK", help="where, for the directions own and random")
     parser.add_argument("--anchors", type=int, default=12)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--budget", type=float, default=0.1)
@@ -149,45 +174,47 @@ def main() -> None:
     torch.set_num_threads(1)
     chats = worked_problems(args.shared, args.anchors + N_CALIBRATION + N_NEUTRAL)
     texts = {"calibration": chats[args.anchors : -N_NEUTRAL], "neutral": chats[-N_NEUTRAL:]}
-    target, expert = (
-        esl.load_model(str(args.models / name), host="huggingface", dtype="float32", device="cpu")
-        for name in ("smollm2", "qwen")
-    )
-    rows: list[dict[str, Any]] = []
+    target = load(args.models, "smollm2")
+    if (args.at is None) != (args.direction == "expert"):
+        raise SystemExit("--at goes with --direction own and random; an expert's fit chooses it.")
+    expert = load(args.models, "qwen") if args.direction == "expert" else None
+    before = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
+    rows: dict[tuple[str, str], dict[str, Any]] = {(r["task"], r["direction"]): r for r in before}
 
     def measure(kind: str, name: str, plan: Any, data: dict[str, Any]) -> None:
         row = {"task": name} | compared(kind, plan, target, data, args.steps, args.budget)
         print(row, flush=True)
-        rows.append(row)
-        table = pd.DataFrame(rows)
+        rows[name, kind] = row
+        table = pd.DataFrame(list(rows.values()))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(args.out, index=False)
-        command = "python benchmarks/context_strength.py --out " + args.out.as_posix()
-        args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
+        args.out.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
 
-    plans = {}
-    for name, pairs, validation, test in tasks(args.models, args.shared, args.fields):
-        started = time.perf_counter()
+    for task in args.tasks:
+        name, pairs, validation, test = read_task(task, args.models, args.shared)
         data = texts | {"behaviour": behaviour(validation), "test_behaviour": behaviour(test)}
         both = (
             [shown(r["question"], short(r[side]), "chat") for r in pairs]
             for side in ("positive", "negative")
         )
-        fit = esl.ExpertSteer(CONFIG).fit(
-            expert,
-            target,
-            esl.ContrastPairs.from_lists(*both),
-            anchors=chats[: args.anchors],
-            behaviour=data["behaviour"],
-            test_behaviour=data["test_behaviour"],
-            neutral=chats[args.anchors :],
-            progress=True,
-        )
-        print(f"{name}: fitted in {time.perf_counter() - started:.0f} s", flush=True)
-        plans[name] = (fit.plan(coefficient=0.1), data)
-        measure("expert's", name, *plans[name])
-    for name, (plan, data) in plans.items():
-        measure("random", name, plan.with_random_directions(seed=0), data)
+        labelled = esl.ContrastPairs.from_lists(*both)
+        if expert is None:
+            plan = own_plan(target, labelled, args.at, data["calibration"])
+            if args.direction == "random":
+                plan = plan.with_random_directions(seed=0)
+        else:
+            fit = esl.ExpertSteer(CONFIG).fit(
+                expert,
+                target,
+                labelled,
+                anchors=chats[: args.anchors],
+                behaviour=data["behaviour"],
+                test_behaviour=data["test_behaviour"],
+                neutral=chats[args.anchors :],
+                progress=True,
+            )
+            plan = fit.plan(coefficient=0.1)
+        measure(args.direction, name, plan, data)
 
 
 if __name__ == "__main__":
