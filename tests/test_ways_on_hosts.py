@@ -135,29 +135,36 @@ RUNS = {"forward", "generate", "generate_stream", "hf_generate"}
 """Methods that a Bridge has on itself only while turns are kept."""
 
 
-def begun_within(model: Any, first: Any, second: Any) -> list[Any]:
-    """What both return, where another thread begins `second` in the middle of `first`, just after
-    a pass, and is given the time to end it."""
-    began, done, found = threading.Event(), threading.Event(), []
+def begun_within(model: Any, first: Any, second: Any, *, part: Any) -> list[Any]:
+    """What both return, where another thread begins `second` after the first pass of `first`, which
+    goes on (and ends, if it can) once `second` has come to `part` of the model."""
+    began, came, ended, found = threading.Event(), threading.Event(), threading.Event(), []
 
     def go_on() -> None:
         assert began.wait(60)
         found.append(second())
-        done.set()
+        came.set()
 
-    def wait(*_: Any) -> None:
+    def after_pass(*_: Any) -> None:
         if threading.current_thread() is here and not began.is_set():
             began.set()
-            done.wait(2)  # where it has to wait for its turn it is not done
+            came.wait(2)  # where it has to wait for its turn it does not come there
+
+    def at_part(*_: Any) -> None:
+        if threading.current_thread() is thread and not came.is_set():
+            came.set()
+            ended.wait(2)
 
     here, thread = threading.current_thread(), threading.Thread(target=go_on)
-    thread.start()
     # A HookedTransformer calls no hooks of its own.
-    after_pass = getattr(model, "original_model", None)
-    handle = (model if after_pass is not None else model.unembed).register_forward_hook(wait)
+    whole = model if hasattr(model, "original_model") else model.unembed
+    handles = [m.register_forward_hook(h) for m, h in ((whole, after_pass), (part, at_part))]
+    thread.start()
     found_first = first()
-    handle.remove()
+    ended.set()
     thread.join(60)
+    for handle in handles:
+        handle.remove()
     return [found_first, *found]
 
 
@@ -203,7 +210,9 @@ def test_a_run_that_begins_in_the_middle_of_another_threads(
 
     handle = plan.attach(model) if first == "attached" else None
     want = [run_first(), in_the_middle()]
-    assert begun_within(model, run_first, in_the_middle) == want
+    whole = model if kind == "bridge" else model.unembed
+    part = model.embed if second in ("read", "measured") else whole
+    assert begun_within(model, run_first, in_the_middle, part=part) == want
     if handle is not None:
         handle.remove()
     assert not RUNS & (model.__dict__.keys() | getattr(model, "original_model", model).__dict__)
