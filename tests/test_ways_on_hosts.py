@@ -17,6 +17,7 @@ import torch
 from test_interrupts import modules_of
 from test_ways_to_run import (
     GREEDY,
+    HOOK,
     PROMPTS,
     WRITES,
     alone,
@@ -127,6 +128,94 @@ def test_plain_and_steered_requests_by_the_hosts_own_generate(kind: str) -> None
     assert want[0] != want[1] != want[2]
     for _ in range(3):
         assert in_threads(*(lambda p=p: answers(model, p) for p in plans)) == want
+    assert not RUNS & (model.__dict__.keys() | getattr(model, "original_model", model).__dict__)
+
+
+RUNS = {"forward", "generate", "generate_stream", "hf_generate"}
+"""Methods that a Bridge has on itself only while turns are kept."""
+
+
+def begun_within(model: Any, first: Any, second: Any, *, part: Any) -> list[Any]:
+    """What both return, where another thread begins `second` after the first pass of `first`, which
+    goes on (and ends, if it can) once `second` has come to `part` of the model."""
+    began, came, ended, found = threading.Event(), threading.Event(), threading.Event(), []
+
+    def go_on() -> None:
+        assert began.wait(60)
+        found.append(second())
+        came.set()
+
+    def after_pass(*_: Any) -> None:
+        if threading.current_thread() is here and not began.is_set():
+            began.set()
+            came.wait(2)  # where it has to wait for its turn it does not come there
+
+    def at_part(*_: Any) -> None:
+        if threading.current_thread() is thread and not came.is_set():
+            came.set()
+            ended.wait(2)
+
+    here, thread = threading.current_thread(), threading.Thread(target=go_on)
+    # A HookedTransformer calls no hooks of its own.
+    whole = model if hasattr(model, "original_model") else model.unembed
+    handles = [m.register_forward_hook(h) for m, h in ((whole, after_pass), (part, at_part))]
+    thread.start()
+    found_first = first()
+    ended.set()
+    thread.join(60)
+    for handle in handles:
+        handle.remove()
+    return [found_first, *found]
+
+
+@pytest.mark.parametrize("kind", ["bridge", "hooked"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("plain", "steered"),
+        ("plain", "read"),
+        ("steered", "plain"),
+        ("steered", "stream"),
+        ("attached", "measured"),
+    ],
+)
+def test_a_run_that_begins_in_the_middle_of_another_threads(
+    kind: str, first: str, second: str
+) -> None:
+    """A Bridge keeps the cache of its generate, and the layer to stop at, on the model: runs of
+    several threads take turns, also with a plain run that began before anybody steered."""
+    model, plan, other = fresh(kind), plan_at("generated", size=9.0), plan_at("prompt", size=-9.0)
+
+    def work(kind_of_run: str, ids: list[int], plan: SteeringPlan) -> Any:
+        if kind_of_run == "read":
+            return esl.capture(model, ["cat saw", "sun"], [HOOK])[HOOK].tolist()
+        if kind_of_run == "measured":
+            with torch.no_grad():
+                next(model.parameters()).add_(0.0)  # written to, so it is measured anew
+            return as_host(model).fingerprint
+        with plan.hooks(model) if kind_of_run in ("steered", "stream") else nullcontext():
+            if kind_of_run == "stream":
+                options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+                steps = model.generate_stream(
+                    torch.tensor([ids]), 6, return_type="tokens", max_tokens_per_yield=2, **options
+                )
+                return [step.tolist() for step in steps]
+            return generated(model, ids)
+
+    def in_the_middle() -> Any:
+        return work(second, PROMPTS[1], other)
+
+    def run_first() -> Any:
+        return work(first, PROMPTS[0], plan)
+
+    handle = plan.attach(model) if first == "attached" else None
+    want = [run_first(), in_the_middle()]
+    whole = model if kind == "bridge" else model.unembed
+    part = model.embed if second in ("read", "measured") else whole
+    assert begun_within(model, run_first, in_the_middle, part=part) == want
+    if handle is not None:
+        handle.remove()
+    assert not RUNS & (model.__dict__.keys() | getattr(model, "original_model", model).__dict__)
 
 
 @pytest.mark.parametrize("kind", ["bridge", "hooked"])
@@ -234,6 +323,35 @@ def test_a_run_of_nnsight_in_the_middle_of_another_threads(first_is_steered: boo
     first.join()
     handle.remove()
     assert found == [steered if first_is_steered else plain]
+
+
+def test_a_run_of_nnsight_that_is_about_to_begin_in_another_thread_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plain run that began before anybody steered, and has not come to its first pass."""
+    model, plan = fresh("nnsight"), plan_at("generated", size=9.0)
+    plain, steered = answers(model, None)[0], answers(model, plan)[0]
+    began, go_on, found = threading.Event(), threading.Event(), []
+    device = type(model).device
+
+    def held_up(self: Any) -> Any:
+        if threading.current_thread() is first and not began.is_set():
+            began.set()
+            assert go_on.wait(60)
+        return device.fget(self)
+
+    monkeypatch.setattr(type(model), "device", property(held_up))
+    first = threading.Thread(target=lambda: found.append(generated(model, PROMPTS[0])))
+    first.start()
+    assert began.wait(60)
+    try:
+        with pytest.raises(InterventionError, match="another thread is in a run of nnsight"):
+            answers(model, plan)
+    finally:
+        go_on.set()
+        first.join()
+    assert found == [plain]
+    assert answers(model, plan)[0] == steered
 
 
 # -- compiled -------------------------------------------------------------------------------------

@@ -346,3 +346,49 @@ def test_a_model_that_runs_elsewhere_is_refused() -> None:
 
     with pytest.raises(HostError, match="runs its model elsewhere"):
         as_host(RemoteBridge())
+
+
+# -- caches whose beginning was not seen ----------------------------------------------------------
+
+
+def decoded_on(model: Any, cache: Any, token: int, rows: int, n: int = 3) -> list[list[int]]:
+    """Greedy tokens of a loop of one's own, on top of a cache."""
+    ids, out = torch.full((rows, 1), token), []
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache, use_cache=True).logits
+        ids = logits[:, -1:].argmax(-1)
+        out.append(ids[:, 0].tolist())
+    return out
+
+
+@pytest.mark.parametrize("filled", ["before the block", "in other rows"])
+@rules
+def test_a_step_on_a_cache_whose_prompt_was_not_seen(rule: Any, filled: str) -> None:
+    """Its first token would be taken for the end of the prompt."""
+    import transformers
+
+    model, ids = llama(), PROMPTS[0]
+    plan = plan_at(rule, size=9.0)
+
+    def steps(**options: Any) -> list[list[int]]:
+        cache = transformers.DynamicCache()
+        with nullcontext() if filled == "before the block" else plan.hooks(model, **options):
+            model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            if filled == "before the block":
+                with plan.hooks(model, **options):
+                    return decoded_on(model, cache, 9, rows=1)
+            cache.batch_repeat_interleave(2)
+            return decoded_on(model, cache, 9, rows=2)
+
+    if rule in ("prompt", "last_prompt", "generated"):
+        with pytest.raises(InterventionError, match="on top of a cache that was filled before"):
+            steps()
+    if rule in ("all", "generated") or filled == "in other rows":
+        found = steps(prompt_lengths=len(ids))
+        if filled == "in other rows":
+            with plan.hooks(model, prompt_lengths=len(ids)):
+                cache = transformers.DynamicCache()
+                model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+                want = decoded_on(model, cache, 9, rows=1)
+            assert found == [one * 2 for one in want]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from .pass_tracking import (
 )
 from .resume import logits_only_at
 from .scope import CHANGING_HOOKS, Scope, scope_or_new
+from .turns import turns_of
 
 
 class TransformerLensHost(Host):
@@ -110,9 +111,9 @@ class TransformerLensHost(Host):
         options: dict[str, Any] = {} if stop is None else {"stop_at_layer": stop}
         if hasattr(getattr(_underlying(self.model), "config", None), "use_cache"):
             options["use_cache"] = False  # a Bridge would keep keys and values that nobody asks for
-        out: Tensor = self.model(
-            batch.input_ids, attention_mask=batch.attention_mask, return_type="logits", **options
-        )
+        options |= {"attention_mask": batch.attention_mask, "return_type": "logits"}
+        with self._turns_kept():
+            out: Tensor = self.model(batch.input_ids, **options)
         return out
 
     def logits_at(self, batch: TokenBatch, where: Tensor) -> Tensor:
@@ -153,6 +154,7 @@ class TransformerLensHost(Host):
         block."""
         inner = _underlying(self.model)
         with ExitStack() as stack:
+            stack.enter_context(self._turns_kept())
             acts = stack.enter_context(scope_or_new(scope))
             if inner is not None:
                 decoder = self._watched()
@@ -166,8 +168,22 @@ class TransformerLensHost(Host):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """See `Host.quiet`: hook points, and whoever watches the passes."""
-        with measuring(self._watched()), hooks_suspended(list(self.model.hook_dict.values())):
+        inner = _underlying(self.model)
+        # A thread whose turn it is may want to change hooks: its turn comes first.
+        turn = nullcontext() if inner is None else turns_of(self.model, inner).taken()
+        with (
+            self._turns_kept(),
+            turn,
+            measuring(self._watched()),
+            hooks_suspended(list(self.model.hook_dict.values())),
+        ):
             yield
+
+    def _turns_kept(self) -> AbstractContextManager[None]:
+        """Inside, several threads run a Bridge in turn; a HookedTransformer keeps nothing of a run
+        on the model."""
+        inner = _underlying(self.model)
+        return nullcontext() if inner is None else turns_of(self.model, inner).kept()
 
     def _watched(self) -> nn.Module:
         """What every pass goes through: the module inside a Bridge that holds the list of
@@ -184,16 +200,17 @@ class TransformerLensHost(Host):
     def _generate_ids(
         self, ids: Tensor, *, max_new_tokens: int, temperature: float, eos: int | None
     ) -> Tensor:
-        out: Tensor = self.model.generate(
-            ids,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            stop_at_eos=eos is not None,
-            return_type="tokens",
-            verbose=False,
-            **({} if eos is None else {"eos_token_id": eos}),
-        )
+        with self._turns_kept():
+            out: Tensor = self.model.generate(
+                ids,
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature or 1.0,
+                stop_at_eos=eos is not None,
+                return_type="tokens",
+                verbose=False,
+                **({} if eos is None else {"eos_token_id": eos}),
+            )
         return out[:, ids.shape[1] :]
 
 

@@ -158,6 +158,8 @@ class Step:
         packed: whether the row is made of several sequences, whose prompts nobody knows.
         unseen_call: whether this is a step without a cache of a generate call whose beginning was
             not seen, so that it cannot be told from a prompt.
+        unseen_start: whether the sequence was first seen at one token on top of a cache, so that
+            its prompt was run before anybody watched, or in other rows.
         memory: kept with the sequence from pass to pass, for whoever wants to.
     """
 
@@ -170,9 +172,11 @@ class Step:
         guessed_prompt: bool = False,
         packed: bool = False,
         unseen_call: bool = False,
+        unseen_start: bool = False,
         memory: dict[Any, Any] | None = None,
     ) -> None:
         self.packed = packed
+        self.unseen_start = unseen_start
         self.unseen_call = unseen_call
         self.memory: dict[Any, Any] = {} if memory is None else memory
         self.index = index
@@ -196,6 +200,13 @@ class Step:
                 f"positions={positions!r} depends on where the prompt ends, and this generate call "
                 "was not seen to begin: its method was taken from the model before steering was "
                 "on; call model.generate inside the block, or pass prompt_lengths=..."
+            )
+        if self.unseen_start and needs_prompt_length(positions):
+            raise InterventionError(
+                f"positions={positions!r} depends on where the prompt ends, and this sequence was "
+                "first seen at one token on top of a cache that was filled before steering was on, "
+                "or whose rows were repeated or selected since; pass prompt_lengths=..., or start "
+                "steering before the prompt is run."
             )
         if self.guessed_prompt and needs_prompt_length(positions):
             raise InterventionError(
@@ -312,7 +323,7 @@ class SequenceState:
         lengths: of them, how many are prompt in each row.
         ids: those of its first pass, `[batch, n]`; None where they cannot be seen.
         prompt: the mask of that `[batch, pos]`; None where it did not.
-        memory: see `Step`.
+        unseen_start, memory: see `Step`.
     """
 
     def __init__(
@@ -322,6 +333,7 @@ class SequenceState:
         self.lengths = lengths
         self.ids = ids
         self.prompt = prompt
+        self.unseen_start = False
         self.memory: dict[Any, Any] = {}
 
 
@@ -453,6 +465,8 @@ class PositionClock:
             prompt = prompt if begins_call else None
             lengths = totals if prompt is None else _tokens_of_prompt(prompt, real)
             state = SequenceState(real, lengths, info.input_ids if info.past == 0 else None, prompt)
+            on_unknown = before is None and info.past > 0 and info.n_new == 1
+            state.unseen_start = on_unknown and prompt is None
         self._keep(info, state, call, is_own)
         lengths = state.lengths if self._given_lengths is None else self._given_for(info.batch)
 
@@ -472,6 +486,7 @@ class PositionClock:
             continues,
             guessed,
             unseen_call=unseen,
+            unseen_start=state.unseen_start and self._given_lengths is None,
             memory=state.memory,
         )
 

@@ -24,6 +24,7 @@ from nnsight.intervention.interleaver import Event, Mediator, Pending
 from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.hosts.blocks import first_argument, first_of, with_first, with_first_argument
 from expertsteer_lens.hosts.scope import CHANGING_HOOKS
+from expertsteer_lens.hosts.turns import who_is_in
 
 CODE = "body(model)"
 
@@ -258,11 +259,16 @@ class _OneAtATime:
         with self._lock:
             before, self.thread = self.thread, threading.get_ident()
             try:
-                if before is None and self._model.interleaver.interleaving:
+                if before is None and self._is_in_a_run():
                     raise InterventionError(ONE_RUN)
                 return type(self._model).interleave(self._model, *args, **kwargs)
             finally:
                 self.thread = before
+
+    def _is_in_a_run(self) -> bool:
+        """Whether a run is under way that began before anybody counted; nnsight notes that it runs
+        only after it has made the workers of the run."""
+        return self._model.interleaver.interleaving or who_is_in([(self._model, "interleave")])[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """On a copy of the model: the copy's own method."""
