@@ -4,7 +4,8 @@ the cost that is fitted to them and tried on sizes it has not seen.
     python benchmarks/fit_at_size.py --output benchmarks/results/fit_at_size
 
 Writes `fit_at_size.csv` (every run), `fit_at_size.md` (the tables) and `fit_at_size.html` (the
-figure). One thread; seconds are those of the processor, since the machine may be shared. Memory is
+figure). One thread; seconds are those of the processor, since the machine may be shared, the
+fewer of two runs where these are short. Memory is
 the kernel's high-water mark beyond what was resident before, inputs included.
 """
 
@@ -114,21 +115,20 @@ PARTS = {
     ),
     "maps, one state a text, n > d": Part(
         maps_on_texts,
-        grid(n=(1000, 4000, 16000), d=(128, 256)),
-        ({"n": 20000, "d": 192},),
+        grid(n=(2000, 8000, 16000), d=(128, 256, 512)),
+        ({"n": 20000, "d": 384},),
         "20,000 anchors at d = 4,096: use token pairs",
     ),
     "moments of token pairs": Part(
         moments, grid(n=(1000, 4000), d=(256, 512, 1024)), ({"n": 20000, "d": 384},)
     ),
     "maps from moments": Part(
-        maps_on_moments, grid(d=(192, 384, 576)), ({"d": 768},), "d = 4,096 and 8,192 (d^3)"
+        maps_on_moments, grid(d=(256, 512, 768)), ({"d": 1024},), "d = 4,096 and 8,192 (d^3)"
     ),
     "mutual information": Part(
         layer_scores,
-        grid(n=(256, 512), d=(512, 2048), layers=(6, 12)),
-        ({"n": 384, "d": 1024, "layers": 24},),
-        "80 x 80 layers",
+        grid(n=(256, 512), d=(512, 2048), layers=(8, 16)),
+        ({"n": 384, "d": 1024, "layers": 24}, {"n": 256, "d": 512, "layers": 80}),
     ),
     "direction, n < d": Part(
         direction,
@@ -137,9 +137,9 @@ PARTS = {
     ),
     "direction, n > d": Part(
         direction,
-        grid(n=(512, 1024), d=(128, 256)),
-        ({"n": 1536, "d": 192},),
-        "n above 1,536: 8,192 labelled texts (n^3)",
+        grid(n=(512, 1024, 2048), d=(128, 256)),
+        ({"n": 3072, "d": 192},),
+        "8,192 labelled texts (n^3; 512 MiB a kernel matrix)",
     ),
 }
 
@@ -153,7 +153,12 @@ def measured(part: Part, sizes: Sizes) -> tuple[float, float]:
     run = part.make(**sizes)
     started = time.process_time()
     run()
-    return time.process_time() - started, float(peak_since_last() - before)
+    took, used = time.process_time() - started, float(peak_since_last() - before)
+    if took < 4.0:  # again: what other processes do to the caches takes time too
+        started = time.process_time()
+        run()
+        took = min(took, time.process_time() - started)
+    return took, used
 
 
 def power_law(rows: list[tuple[Sizes, float]]) -> dict[str, float]:
