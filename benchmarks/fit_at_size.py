@@ -2,9 +2,10 @@
 the cost that is fitted to them and tried on sizes it has not seen.
 
     python benchmarks/fit_at_size.py --output benchmarks/results/fit_at_size
+    python benchmarks/fit_at_size.py --draw benchmarks/results/fit_at_size.csv --picture a.png
 
 Writes `fit_at_size.csv` (every run), `fit_at_size.md` (the tables) and `fit_at_size.html` (the
-figure). One thread; seconds are those of the processor, since the machine may be shared, the
+figure); as a picture it needs kaleido and Chrome. One thread; seconds are those of the processor, since the machine may be shared, the
 fewer of two runs where these are short. Memory is
 the kernel's high-water mark beyond what was resident before, inputs included.
 """
@@ -254,8 +255,23 @@ def figure(rows: list[Row]) -> Any:
             first = False
     drawn.update_xaxes(type="log", title="rows n (maps from moments: width d)")
     drawn.update_yaxes(type="log", title="processor seconds, one thread")
-    drawn.update_layout(template="plotly_white", width=900, height=500)
+    drawn.update_layout(template="plotly_white", width=900, height=450, margin={"t": 20})
     return drawn
+
+
+def read_rows(file: pathlib.Path) -> list[Row]:
+    """The runs in a table that was written."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [
+            (
+                row["part"],
+                row["kind"],
+                {k: int(row[k]) for k in ("n", "d", "layers") if row[k]},
+                float(row["cpu_seconds"]),
+                float(row["mib"]) * MIB,
+            )
+            for row in csv.DictReader(lines)
+        ]
 
 
 def grows(sizes: Sizes) -> str:
@@ -270,7 +286,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, help="without an ending")
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument(
+        "--draw", type=pathlib.Path, help="a table that was written; measure nothing"
+    )
+    parser.add_argument("--picture", type=pathlib.Path, default=pathlib.Path("fit_at_size.png"))
     args = parser.parse_args()
+    if args.draw is not None:
+        figure(read_rows(args.draw)).write_image(args.picture, scale=1.5)
+        return
     torch.set_num_threads(1)
     for part in PARTS.values():  # what is imported late, and the first call of LAPACK
         part.make(**{k: {"layers": 2}.get(k, 64) for k in part.sweeps[0]})()
