@@ -21,7 +21,6 @@ from expertsteer_lens.evaluation import (
 )
 from expertsteer_lens.evaluation.finished import KeptRows
 from expertsteer_lens.evaluation.methods import (
-    context_plan,
     few_labels_plan,
     shuffled_plan,
     wrong_layer_plan,
@@ -181,8 +180,6 @@ class TestAPlanWithParametersOfItsOwn:
             plan = replace(fit.plan(coefficient=0.1), vectors=(vector,))
             with pytest.raises(NotMeasured, match="parameters of edit='pull' belong to the plan's"):
                 wrong_layer_plan(fit, plan)
-            with pytest.raises(NotMeasured, match=r"edit='pull' at .* has no strength"):
-                context_plan(fit, plan, 0)
         finally:
             del EDITS["pull"]
 

@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.align.kinds import KINDS as ALIGNER_KINDS
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.interventions.edits import find_edit
 
 from .methods import (
     NotMeasured,
     base_plan,
-    context_plan,
     few_labels_plan,
     learner,
     least_squares_plan,
@@ -221,14 +219,6 @@ def _is_another(kind: str, setting: Setting) -> bool:
     return setting.fit is not None and setting.fit.config.aligner.kind != kind
 
 
-def _has_strength(setting: Setting) -> bool:
-    """Whether a strength could be learnt: vectors that add, and prompts to learn it on."""
-    if setting.fit is None or setting.fit.validation_behaviour is None:
-        return False
-    edits = (find_edit(v.edit) for v in setting.plan.vectors)
-    return all(edit.is_constant or edit.without_parameters is not None for edit in edits)
-
-
 COMPARISONS: dict[str, Comparison] = {
     "random (same norm)": Comparison(
         make=_random, applies=lambda s: True, seeds=_random_seeds, calibrate=False
@@ -289,19 +279,6 @@ COMPARISONS: dict[str, Comparison] = {
         role="baseline",
         methods="all",
         seeds=lambda s: (s.fitted.seed, s.fitted.seed + 1),
-    ),
-    "context-dependent strength": Comparison(
-        make=lambda s, seed: context_plan(s.fitted, s.plan, seed),
-        role="baseline",
-        methods="all",
-        applies=_has_strength,
-        seeds=lambda s: (s.seed,),
-    ),
-    "random, context-dependent strength": Comparison(
-        make=lambda s, seed: context_plan(s.fitted, _random(s, seed), seed),
-        methods="all",
-        applies=_has_strength,
-        seeds=lambda s: (s.seed,),
     ),
 }
 """All of them by the name of their rows, in the order of the rows."""

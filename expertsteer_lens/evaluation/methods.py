@@ -241,23 +241,6 @@ def wrong_layer_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
     return replace(plan, vectors=tuple(vectors))
 
 
-def context_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> SteeringPlan:
-    """The plan's directions with a strength that each token's activation decides, learnt on the
-    fit's validation prompts and calibration texts.
-
-    The learnt strength of the best step, whether or not it beats the fixed one there: the row is to
-    say what it is worth.
-
-    Raises:
-        NotMeasured: the fit has too few prompts or texts, or the plan's edit has no such strength.
-    """
-    try:
-        found = fit.context_strength(plan, seed=seed, progress=False)
-    except (ArgumentError, DataError) as error:
-        raise NotMeasured(str(error).rstrip(".")) from error
-    return found.learnt
-
-
 def base_plan(fit: ExpertSteering, plan: SteeringPlan, base: ActivationStore) -> SteeringPlan:
     """Expert minus its base model on the positive texts, through this fit's maps (UNLOCK, arXiv
     2604.06377).
