@@ -91,7 +91,8 @@ def test_the_head_of_a_bridge_is_applied_where_logits_are_read(family):
     where = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     where[0, 1] = where[1, 2] = True
     full = host.forward(batch)
-    assert torch.equal(host.logits_at(batch, where), full[where])
+    # A product of fewer rows may be rounded in another way.
+    torch.testing.assert_close(host.logits_at(batch, where), full[where], atol=1e-5, rtol=1e-5)
     heard: list[torch.Size] = []
     with host.intervene({"unembed.hook_in": lambda x: heard.append(x.shape)}):
         assert torch.equal(host.logits_at(batch, where), full[where])

@@ -4,6 +4,7 @@ begins and ends."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 import types
@@ -386,7 +387,7 @@ class _ObservedCall:
         """On a copy of the object nothing is watched: there it is the copy's own method."""
         copied = memo.get(id(self._obj))
         if self.previous is not None or copied is None:
-            return self.previous
+            return copy.deepcopy(self.previous, memo)  # which may be one of ours too
         return types.MethodType(getattr(type(copied), self._name), copied)
 
     def _call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ read or steered, whoever runs it waits for his turn, plain runs too."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import threading
@@ -170,5 +171,5 @@ class _InTurn:
         """On a copy of the model, which is another one: the copy's own method."""
         copied = memo.get(id(self._obj))
         if self._previous is not None or copied is None:
-            return self._previous
+            return copy.deepcopy(self._previous, memo)  # which may be one of ours too
         return types.MethodType(getattr(type(copied), self._name), copied)
