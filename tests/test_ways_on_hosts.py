@@ -456,6 +456,8 @@ def test_a_deep_copy_made_inside_the_block(kind: str) -> None:
 def test_weights_that_are_brought_for_each_pass_of_a_bridge(tmp_path: pathlib.Path) -> None:
     """nnsight moves its inputs to where the first weight is, and cannot run such a model at all."""
     accelerate = pytest.importorskip("accelerate")
+    if models.has_hooked_transformer():
+        pytest.skip("a Bridge of TransformerLens 3.9 gives the head a bias that no disk holds")
     from transformer_lens.model_bridge import TransformerBridge
 
     module, plan = accelerate.disk_offload(models.hf("llama"), tmp_path), plan_at("generated")
