@@ -91,9 +91,9 @@ def plot_layer_pair_mi(
     most = "share most" if what == "mi" else "exceed chance most"
     value = f"{float(matrix[i, j]):.2f} {unit}"
     title = f"Expert layer {e} and target layer {t} {most}: {value}"
-    rows = f"n = {mi.n_samples}"
-    rows += "" if mi.n_groups is None else f" in {mi.n_groups} texts"
-    null = f"mutual information{minus}, {mi.config.estimator}, {rows}"
+    size = f"n = {mi.n_samples}"
+    size += "" if mi.n_groups is None else f" in {mi.n_groups} texts"
+    null = f"mutual information{minus}, {mi.config.estimator}, {size}"
     if not has_null:
         null += "; no permutation null was drawn"
     elif what == "mi":
