@@ -70,7 +70,7 @@ def main() -> None:
         positions="mean",
         sample=sample,
     )
-    by_token = sample.stores([{}, {}])
+    by_token = sample.stores([{}, {}], range(len(texts)))
     groups = torch.tensor(by_token[0].provenance["groups"])
     config = esl.MIConfig(n_bootstrap=50, n_permutations=20)
     ways: dict[str, tuple[tuple[Layers, Layers], Tensor]] = {}

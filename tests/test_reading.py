@@ -312,6 +312,33 @@ class TestTokenPairs:
         key = next(iter(fit.rfms))
         torch.testing.assert_close(on.direction(*key), fit.direction(*key))
 
+    def test_equal_texts_are_one_group_of_the_sample(self, zoo):
+        texts = esl.zoo.anchors(30)
+        config = dataclasses.replace(SMALL, held_out=0.2)
+        fit = esl.ExpertSteer(config).fit(
+            *zoo, esl.zoo.contrast_pairs(8), anchors=[*texts, *texts], progress=False
+        )
+        groups = fit.data.expert_token_states.provenance["groups"]
+        assert fit.data.n_anchors == 2 * len(set(groups)) == 2 * fit.layer_pair_mi.n_groups
+
+    def test_without_tokens_in_common_layers_are_compared_on_texts(self, zoo, monkeypatch):
+        among = TokenSample.among
+        seen = iter(range(1000))
+
+        def of_a_few(self, mask):
+            taken = among(self, mask)
+            return taken if next(seen) < 2 else torch.zeros_like(taken)  # the first pass alone
+
+        monkeypatch.setattr(TokenSample, "among", of_a_few)
+        config = dataclasses.replace(SMALL, batch_size=4)
+        fit = esl.ExpertSteer(config).fit(
+            *zoo, esl.zoo.contrast_pairs(8), anchors=esl.zoo.anchors(30), progress=False
+        )
+        assert fit.data.maps_on == "tokens"
+        assert fit.data.expert_token_states is None
+        step = next(s for s in fit.steps if s["step"] == "pair")
+        assert step["on"] == f"{fit.data.n_anchors} texts"
+
     def test_a_sample_takes_tokens_evenly_of_each_text(self):
         sample = TokenSample(6, 2, (["a"], ["b"]))
         mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0, 0]]).bool()

@@ -84,8 +84,7 @@ def evaluate(
             also the target's own PCA and logistic probe, the fit's maps with the mean difference,
             other aligners, a least-squares map, the paper's preset in two gauges, and what is left
             where only one of the pairs is labelled: the target's own direction from this pair, and
-            from labels that the expert, or the target itself, gives the other texts; and the plan,
-            and a random direction, with a strength that each token's activation decides.
+            from labels that the expert, or the target itself, gives the other texts.
         n_random: random directions, drawn twice: at the same norm as the plan, and calibrated to
             the same budget.
         n_shuffles: RFMs fitted on shuffled labels, and draws of the labelled pair.

@@ -46,7 +46,8 @@ class TokenSample:
     def __init__(self, n_rows: int, n_texts: int, hook_names: HookNames) -> None:
         self.per_text = max(1, round(n_rows / n_texts))
         self.hook_names = hook_names
-        self._texts: list[int] = []
+        self.texts: list[int] = []
+        """Of each row so far: which of the texts that are read it is of."""
         self._rows: tuple[dict[str, list[Tensor]], ...] = tuple(
             {name: [] for name in names} for names in hook_names
         )
@@ -63,7 +64,7 @@ class TokenSample:
 
     def take(self, index: Sequence[int], counts: Tensor, rows: Sequence[Rows]) -> None:
         """Keep the rows of a pass: of these texts so many each, of the two models."""
-        self._texts += torch.tensor(index).repeat_interleave(counts).tolist()
+        self.texts += torch.tensor(index).repeat_interleave(counts).tolist()
         for mine, given in zip(self._rows, rows, strict=True):
             for name, kept in mine.items():
                 kept.append(given[name])
@@ -71,21 +72,24 @@ class TokenSample:
     @property
     def n(self) -> int:
         """Rows so far."""
-        return len(self._texts)
+        return len(self.texts)
 
-    def stores(self, facts: Sequence[Mapping[str, Any]]) -> tuple[ActivationStore, ActivationStore]:
-        """The states of each model, text after text; `provenance["groups"]` has the text of each
-        row.
+    def stores(
+        self, facts: Sequence[Mapping[str, Any]], groups: Sequence[int]
+    ) -> tuple[ActivationStore, ActivationStore]:
+        """The states of each model, text after text, with the group of each row in
+        `provenance["groups"]`.
 
         Args:
             facts: provenance of each.
+            groups: of every text that was read, equal for equal texts.
         """
-        order = torch.tensor(self._texts).argsort(stable=True)
-        groups = sorted(self._texts)
+        order = torch.tensor(self.texts).argsort(stable=True)
+        of_rows = [groups[text] for text in sorted(self.texts)]
         one, two = (
             ActivationStore(
                 CheckedStates.of({name: torch.cat(kept)[order] for name, kept in mine.items()}),
-                provenance={**given, "positions": "token pairs", "groups": groups},
+                provenance={**given, "positions": "token pairs", "groups": of_rows},
             )
             for mine, given in zip(self._rows, facts, strict=True)
         )

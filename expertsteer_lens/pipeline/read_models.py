@@ -91,7 +91,7 @@ class Models:
         if not isinstance(expert, ActivationStore) and tokens is not None:
             sample = self._sample(texts)
             expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens, sample)
-            compared = self._compared(sample, (expert_anchors, target_anchors))
+            compared = self._compared(sample, texts, (expert_anchors, target_anchors))
         else:
             if isinstance(expert, ActivationStore):
                 expert_anchors, _ = _rows_of_states(
@@ -146,7 +146,7 @@ class Models:
             stores = self._with_tokens(self.expert, texts, again, sample, pairs_too=False)
         if sample is None:
             return known
-        expert, target = self._compared(sample, stores)
+        expert, target = self._compared(sample, texts, stores)
         return replace(known, expert_token_states=expert, target_token_states=target)
 
     @contextmanager
@@ -192,13 +192,21 @@ class Models:
         return TokenSample(COMPARED, len(texts.fit_texts), hook_names)
 
     def _compared(
-        self, sample: TokenSample | None, anchors: tuple[ActivationStore, ActivationStore]
+        self,
+        sample: TokenSample | None,
+        texts: FitTexts,
+        anchors: tuple[ActivationStore, ActivationStore],
     ) -> tuple[ActivationStore | None, ActivationStore | None]:
-        """The states of a sample; none where half of the texts have no token in common, or there
-        are fewer rows than texts would give."""
-        if sample is None or sample.n < anchors[0].n:
+        """The states of a sample, equal texts as one group; none where most texts have no token in
+        common, or there are fewer rows or groups than layers can be compared on."""
+        if sample is None:
             return None, None
-        return sample.stores([_model_facts(store) for store in anchors])
+        n_least = 2 * (self.config.mi.n_folds or 1)
+        groups = groups_of(texts.fit_texts)
+        n_groups = len({groups[i] for i in sample.texts})
+        if sample.n < anchors[0].n or n_groups < max(n_least, len(set(groups)) / 2):
+            return None, None
+        return sample.stores([_model_facts(store) for store in anchors], groups)
 
     def _tokens_of_pairs(self, expert: Host, texts: FitTexts, tokens: TokenPairs) -> None:
         if self.config.align_on_pairs and texts.anchors is not None:
