@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
+from expertsteer_lens.data.parts import hashes_of
 from expertsteer_lens.data.spans import answer_span
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 from expertsteer_lens.hosts import as_host
@@ -264,7 +265,6 @@ class TestTokenPairs:
 
     def test_layers_are_compared_on_a_sample_of_the_same_tokens(self, zoo, monkeypatch):
         monkeypatch.setattr("expertsteer_lens.pipeline.read_models.COMPARED", 90)
-        expert, target = zoo
         fit = esl.ExpertSteer(SMALL).fit(
             *zoo, esl.zoo.contrast_pairs(8), anchors=esl.zoo.anchors(40), progress=False
         )
@@ -278,17 +278,27 @@ class TestTokenPairs:
         texts = esl.zoo.anchors(40)
         assert groups == sorted(groups)
         assert max(groups.count(g) for g in set(groups)) <= 3
-        name_e, name_t = list(data.expert_token_states)[2], list(data.target_token_states)[2]
-        every = {
-            host: esl.capture(host.model, texts, [name], positions="all")[name]
-            for host, name in ((expert, name_e), (target, name_t))
-        }
-        for host, store, name in (
-            (expert, data.expert_token_states, name_e),
-            (target, data.target_token_states, name_t),
+        of_hash = dict(zip(hashes_of(texts), texts, strict=True))
+        read = [of_hash[key] for key in data.text_hashes["anchors"]]
+        ends: list[list[int]] = []
+        for host, store in zip(
+            zoo, (data.expert_token_states, data.target_token_states), strict=True
         ):
-            apart = torch.cdist(store[name].double(), every[host].double()).min(1).values
-            assert float(apart.max()) < 1e-3
+            name = list(store)[2]
+            ends.append([])
+            for row, group in zip(store[name], groups, strict=True):
+                every = esl.capture(host.model, [read[group]], [name], positions="all")[name]
+                place = int((every - row).norm(dim=1).argmin())
+                torch.testing.assert_close(every[place], row, atol=1e-4, rtol=1e-4)
+                ends[-1].append(
+                    int(token_ends(host, [read[group]], host.tokenize([read[group]]))[0, place])
+                )
+        assert ends[0] == ends[1]
+        assert all(
+            one < other
+            for one, other, g, h in zip(ends[0], ends[0][1:], groups, groups[1:], strict=False)
+            if g == h
+        )
         reference = esl.layer_pair_mi(
             data.expert_token_states, data.target_token_states, SMALL.mi, groups=groups
         )
