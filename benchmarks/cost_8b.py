@@ -51,6 +51,8 @@ class Work:
     batch: int = 16
     metric_batch: int = 16
     """Completions per pass without gradients."""
+    compared: int = 1024
+    """Token pairs that layers are compared on."""
     candidates: int = 32
     curve: int = 10
     """Coefficients measured by the calibration: those of the search, and the points of its curve."""
@@ -116,9 +118,8 @@ def memory(work: Work, expert: Shape, target: Shape) -> list[tuple[str, str, flo
     """(what, formula, bytes) on the GPU and in the host's memory."""
     rows = work.batch * work.tokens
     graph = rows * target.layers * saved_bytes(target, work.tokens)
-    states = (
-        4 * (work.fitted + 2 * work.pairs) * (expert.layers * expert.d + target.layers * target.d)
-    )
+    n_rows = work.fitted + 2 * work.pairs + work.compared
+    states = 4 * n_rows * (expert.layers * expert.d + target.layers * target.d)
     rank = min(work.fitted - 1, expert.d, target.d)
     aligner = 8 * rank * (expert.d + target.d)
     held = target.layers - 2 + work.candidates
@@ -132,7 +133,7 @@ def memory(work: Work, expert: Shape, target: Shape) -> list[tuple[str, str, flo
             "metric_batch tokens vocab 10",
             work.metric_batch * work.tokens * target.vocab * 10,
         ),
-        ("CPU: states, float32", "4 (n_fit + 2 n_pairs) (L_e d_e + L_t d_t)", states),
+        ("CPU: states, float32", "4 (n_fit + 2 n_pairs + compared) (L_e d_e + L_t d_t)", states),
         ("CPU: maps held at once", "(L_t - 2 + candidates) 8 rank (d_e + d_t)", held * aligner),
         (
             "CPU: decomposed target layers",

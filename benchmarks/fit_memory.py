@@ -72,14 +72,15 @@ def expected(case: Case, facts: dict[str, Any]) -> dict[str, float]:
     layer_e, layer_t = (3 * folds + 5) * e.d**2, (folds + 2) * t.d**2
     aligning = 8 * (layer_e + k_t * layer_t + (5 * folds + 4) * e.d * t.d)
     rfm = FLOAT * m * t.d + 3 * 8 * m * min(m, t.d)
+    states = (n + m + facts["n_compared"]) * of_a_text
     return {
         "models": weights,
         "capture": weights + m * of_a_text,
         "attribute": weights + m * of_a_text + graph,
-        "anchors": weights + (n + m) * of_a_text + moments + of_a_pass,
-        "pair": weights + (n + m) * of_a_text + moments,
-        "align": weights + (n + m) * of_a_text + moments + aligning + maps,
-        "learn": weights + (n + m) * of_a_text + moments + maps + k_e * k_t * rfm,
+        "anchors": weights + states + moments + of_a_pass,
+        "pair": weights + states + moments,
+        "align": weights + states + moments + aligning + maps,
+        "learn": weights + states + moments + maps + k_e * k_t * rfm,
     }
 
 
@@ -164,6 +165,7 @@ def run(case: Case) -> dict[str, Any]:
         "base": base,
         "peaks": peaks,
         "n_fit": fit.data.n_anchors,
+        "n_compared": fit.data.n_compared,
         "vocab": len(tokenizer),
         "longest": max(lengths),
         "pass_tokens": BATCH * max(map(len, tokenizer(read).input_ids)),

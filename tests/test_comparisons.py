@@ -22,6 +22,7 @@ from expertsteer_lens.evaluation import (
 from expertsteer_lens.evaluation.finished import KeptRows
 from expertsteer_lens.evaluation.methods import (
     few_labels_plan,
+    paper_plan,
     shuffled_plan,
     wrong_layer_plan,
 )
@@ -313,3 +314,19 @@ def test_few_labels_are_rows_of_an_evaluation_with_all_methods(fit, zoo):
     for name in ("native mean difference", "expert as labeller", "self as labeller"):
         assert table.loc[f"{name}, 1 pair", "n"] == 2
         assert table.loc[f"{name}, 1 pair", "role"] == "baseline"
+
+
+def test_the_papers_preset_compares_layers_as_the_paper_does(fit, monkeypatch):
+    asked = []
+    refit = esl.ExpertSteering.refit
+    monkeypatch.setattr(
+        esl.ExpertSteering,
+        "refit",
+        lambda self, **changes: asked.append(changes) or refit(self, **changes),
+    )
+    paper_plan(fit, fit.plan(coefficient=0.1), 0)
+    preset = esl.ExpertSteerConfig.preset("paper")
+    (changes,) = asked
+    assert (changes["mi_on"], changes["align_on_pairs"]) == ("texts", False)
+    assert changes["aligner"] == preset.aligner
+    assert changes["pairing"].rule == preset.pairing.rule

@@ -283,3 +283,17 @@ def test_the_gradient_needs_logits_of_the_completions_only(host, monkeypatch):
         for prompt, length in zip(BEHAVIOUR.prompts, lengths, strict=True)
         for completion in (*BEHAVIOUR.positive, *BEHAVIOUR.negative)
     )
+
+
+@pytest.mark.parametrize(("cache_bytes", "passes_a_plan"), [(2**30, 1), (0, 2)])
+def test_unsteered_log_probabilities_are_made_once_where_they_fit(
+    host, monkeypatch, cache_bytes, passes_a_plan
+):
+    neutral = NeutralTexts(host, TEXTS, cache_bytes=cache_bytes)
+    neutral.cost(plan())
+    counts = counted_logits(host, monkeypatch)
+    neutral.cost(plan(1.0))
+    assert len(counts) == passes_a_plan
+    counts.clear()
+    neutral.cost(plan(1.0), kl=False)
+    assert len(counts) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import results
@@ -44,6 +45,8 @@ class TestLayerPairMI:
         assert "cca, n = 77" in text
         assert "permutation null 0.270 nats" in text
         assert "outlined" not in text
+        of_tokens = replace(results.layer_pair_mi(), n_groups=11)
+        assert "n = 77 in 11 texts" in plots.plot_layer_pair_mi(of_tokens).layout.title.text
 
     def test_titles_state_what_was_found(self):
         mi, pairs = results.layer_pair_mi(), results.layer_pairs()

@@ -58,10 +58,12 @@ def test_the_defaults_in_the_model_are_the_packages(cost):
     import expertsteer_lens as esl
     from expertsteer_lens.measure.metrics import default_batch
     from expertsteer_lens.measure.strengths import CURVE
+    from expertsteer_lens.pipeline.read_models import COMPARED
 
     work, config = cost.Work(), esl.ExpertSteerConfig()
     assert (work.batch, work.held_out) == (config.batch_size, config.held_out)
     assert work.candidates == config.pairing.n_candidates
+    assert work.compared == COMPARED
     assert work.curve == 3 + len(CURVE)
     assert work.metric_batch == default_batch(cost.TARGET.vocab)
     defaults = inspect.signature(esl.evaluate).parameters

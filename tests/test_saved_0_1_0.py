@@ -102,6 +102,11 @@ def test_the_fit_has_its_directions_and_makes_the_plan_it_made(fit):
         torch.testing.assert_close(ours.delta, theirs.delta, atol=1e-6, rtol=0)
 
 
+def test_the_fit_is_said_to_have_read_as_that_version_did(fit):
+    c = fit.config
+    assert (c.reading, c.pair_tokens, c.mi_on) == ("last", False, "texts")
+
+
 def test_the_fit_can_be_fitted_again_from_what_it_read(fit):
     close(directions(fit.refit()), FACTS["refit_directions"])
 

@@ -7,6 +7,7 @@ import copy
 import gc
 import pathlib
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -451,6 +452,15 @@ def test_a_deep_copy_made_inside_the_block(kind: str) -> None:
         return
     with plan.hooks(copied):
         assert generated(copied, PROMPTS[0]) == steered
+
+
+def test_a_deep_copy_of_a_bridge_whose_generate_somebody_had_replaced() -> None:
+    model, plan = models.bridge("llama"), plan_at()
+    model.__dict__["generate"] = types.MethodType(type(model).generate, model)
+    plain = generated(model, PROMPTS[0])
+    with plan.hooks(model):
+        assert generated(copy.deepcopy(model), PROMPTS[0]) == plain
+        assert generated(model, PROMPTS[0]) != plain
 
 
 def test_weights_that_are_brought_for_each_pass_of_a_bridge(tmp_path: pathlib.Path) -> None:

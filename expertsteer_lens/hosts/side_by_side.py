@@ -77,8 +77,8 @@ class TokenSample:
     def stores(
         self, facts: Sequence[Mapping[str, Any]], groups: Sequence[int]
     ) -> tuple[ActivationStore, ActivationStore]:
-        """The states of each model, text after text, with the group of each row in
-        `provenance["groups"]`.
+        """Hand over the states of each model, text after text, with the group of each row in
+        `provenance["groups"]`; nothing of them stays here.
 
         Args:
             facts: provenance of each.
@@ -88,7 +88,7 @@ class TokenSample:
         of_rows = [groups[text] for text in sorted(self.texts)]
         one, two = (
             ActivationStore(
-                CheckedStates.of({name: torch.cat(kept)[order] for name, kept in mine.items()}),
+                CheckedStates.of({name: torch.cat(mine.pop(name))[order] for name in list(mine)}),
                 provenance={**given, "positions": "token pairs", "groups": of_rows},
             )
             for mine, given in zip(self._rows, facts, strict=True)

@@ -253,11 +253,13 @@ class _Kept:
         return any((r["expert"], r["target"], r["task"]) == key for r in self.rows)
 
     def add(self, expert: str, target: str, task: TransferTask, rows: Sequence[Row]) -> None:
+        """Keep the rows of one task, and write them."""
         where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
         self.rows += [where | row for row in rows]
         self._write()
 
     def result(self) -> TransferBench:
+        """All rows and choices so far."""
         return TransferBench(self.rows, self.choices, self.settings)
 
     def _write(self) -> None:
