@@ -18,7 +18,10 @@ from expertsteer_lens.benchmarks.transfer import (
     TransferTask,
     bench_transfer,
 )
+from expertsteer_lens.benchmarks.transfer.models import Side, neutral_cost, steered
+from expertsteer_lens.benchmarks.transfer.rows import SHARES, choose_floor
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
+from expertsteer_lens.learn.directions import random_direction
 
 SMALL = TransferConfig(
     n_pairs=(1, 2),
@@ -79,6 +82,8 @@ def test_every_method_has_its_rows(bench):
     counts = frame.groupby(["method", "n_pairs"]).size().to_dict()
     assert counts["random", 0] == 3
     assert counts["native", 8] == counts["expert, mapped", 8] == 1
+    assert counts["random, same budget", 0] == 3
+    assert counts["native, wrong layer", 8] == 1
     assert counts["native", 1] == counts["expert as labeller", 2] == 3
     assert counts["expert as labeller", 0] == 1
     assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
@@ -94,6 +99,66 @@ def test_the_expert_knows_what_the_floor_does_not(bench):
     assert summary.agreement["expert as labeller", 2] > 0.9
     assert summary.share["native", 8] == pytest.approx(1.0)
     assert summary.sd_above_floor["native", 8] > 2
+
+
+def test_random_directions_keep_to_the_budget(models):
+    """Each has the largest strength of the grid within the budget, none a larger one than the
+    other directions have."""
+    target, of = Side("target", models["target"], 16), [task("dev", 12)]
+    neutral = zoo.neutral_texts(4)
+    hook, norm = target.at(0.5), target.states(of[0]).median_norm(target.at(0.5))
+    config = TransferConfig(n_random=4, budget=0.02)
+    found = choose_floor(target, {"hook": hook, "coefficient": 2.0}, of, neutral, config)
+    unsteered = neutral_cost(target, neutral, None)
+    grid = [2.0 * share for share in SHARES]
+    for seed, strength in enumerate(found["coefficients"]):
+        direction = random_direction(target.host.facts()["d_model"], seed=seed)
+        at = grid.index(strength)
+        rises = [
+            neutral_cost(target, neutral, steered(target, hook, direction, c, norm)) - unsteered
+            for c in grid[at : at + 2]
+        ]
+        assert rises[0] == pytest.approx(found["nll_rise"][seed], abs=1e-5)
+        assert rises[0] <= config.budget < (rises[1] if len(rises) == 2 else 1)
+    assert max(found["coefficients"]) < 2.0  # else nothing was searched
+
+
+def test_the_distance_from_the_floor_is_taken_within_the_budget(bench):
+    frame = bench[0].to_pandas()
+    floor = frame[frame.method == "random, same budget"].copy()
+    summary = bench[0].summary().set_index(["method", "n_pairs"])
+    above = (summary.effect["native", 8] - floor.effect.mean()) / floor.effect.std()
+    assert summary.sd_above_floor["native", 8] == pytest.approx(above)
+    weaker = [
+        row | {"effect": row["effect"] - 1.0} if row["method"] == "random, same budget" else row
+        for row in bench[0].rows
+    ]
+    moved = TransferBench(weaker).summary().set_index(["method", "n_pairs"])
+    assert moved.sd_above_floor["native", 8] > summary.sd_above_floor["native", 8]
+
+
+def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
+    """Rows that an older run lacks are added; none of its own is measured again."""
+    first, _ = bench
+    new = ("random, same budget", "native, wrong layer")
+    old = TransferBench(
+        [row for row in first.rows if row["method"] not in new],
+        {name: c for name, c in first.choices.items() if not name.startswith("floor")},
+        first.settings,
+    )
+    means = old.to_pandas().query("method == 'random'").groupby("draw").effect.mean()
+    assert old.floor_means("target").tolist() == means.tolist()
+    old.save_run(tmp_path)
+    again = bench_transfer(**arguments(models), out=tmp_path)
+    assert [r for r in again.rows if r["method"] not in new] == TransferBench.read(tmp_path).rows[
+        : len(old.rows)
+    ]
+    pd.testing.assert_frame_equal(
+        again.summary().set_index(["method", "n_pairs"]).sort_index(),
+        first.summary().set_index(["method", "n_pairs"]).sort_index(),
+        check_dtype=False,
+        atol=1e-4,
+    )
 
 
 def test_the_strength_is_the_best_within_the_budget(bench):
@@ -124,6 +189,24 @@ def test_a_run_goes_on_where_it_stopped(bench, models):
     for named, changed in other.items():
         with pytest.raises(ArgumentError, match="config" if named == "n_draws" else named):
             bench_transfer(**{**arguments(models), **changed}, out=out)
+
+
+def test_another_processor_rounds_the_fingerprint(bench, models, tmp_path):
+    """A few bits of it may be others; many are other weights."""
+    first, _ = bench
+    for n_bits, goes_on in ((2, True), (40, False)):
+        facts = {name: dict(f) for name, f in first.settings["models"].items()}
+        shape, digits = facts["target"]["fingerprint"].split("-")
+        flipped = int(digits, 16) ^ (2**n_bits - 1)
+        facts["target"]["fingerprint"] = f"{shape}-{flipped:0{len(digits)}x}"
+        changed = TransferBench(first.rows, first.choices, {**first.settings, "models": facts})
+        changed.save_run(tmp_path / str(n_bits))
+        if goes_on:
+            again = bench_transfer(**arguments(models), out=tmp_path / str(n_bits))
+            assert len(again.rows) == len(first.rows)
+        else:
+            with pytest.raises(ArgumentError, match="models 'target'"):
+                bench_transfer(**arguments(models), out=tmp_path / str(n_bits))
 
 
 def test_saved_and_read_again(bench, tmp_path):

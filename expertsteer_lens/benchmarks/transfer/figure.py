@@ -20,19 +20,19 @@ CURVES = {
 
 def plot_transfer(bench: TransferBench) -> Any:
     """Effect against the number of labelled pairs, a panel per transfer; whiskers: 95 % intervals
-    over tasks; grey band: random directions, mean ± 2 sd of their means over tasks."""
+    over tasks; grey band: random directions within the budget, mean ± 2 sd of their means over
+    tasks."""
     go = import_plotly()
     from plotly.subplots import make_subplots
 
-    summary, frame = bench.summary(), bench.to_pandas()
+    summary = bench.summary()
     counts = sorted(set(summary.n_pairs.astype(int)))
     place = {n: i for i, n in enumerate(counts)}
     titles = [f"{expert} → {target}" for expert, target in bench.transfers]
     figure = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.07)
     for column, (expert, target) in enumerate(bench.transfers, start=1):
         mine = summary[(summary.target == target) & summary.expert.isin([expert, target])]
-        floor = frame[(frame.target == target) & (frame.method == "random")]
-        means = floor.groupby("draw").effect.mean()
+        means = bench.floor_means(target)
         figure.add_hrect(
             y0=means.mean() - 2 * means.std(),
             y1=means.mean() + 2 * means.std(),

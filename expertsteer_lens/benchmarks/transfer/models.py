@@ -3,6 +3,7 @@ what a direction does to a target."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
 
 Row = dict[str, Any]
+ENDS = (0.1, 0.9)
+"""Depths of the blocks that a direction is written to as a control."""
 
 
 class Side:
@@ -51,7 +54,12 @@ class Side:
 
     def at(self, depth: float) -> str:
         """The residual after the block at this share of the depth."""
-        return self.hooks[min(round(depth * len(self.hooks)), len(self.hooks) - 2)]
+        return self.hooks[max(1, min(round(depth * len(self.hooks)), len(self.hooks) - 2))]
+
+    def far_from(self, hook: str) -> str:
+        """The farther of the blocks near both ends of the model."""
+        ends = [self.at(depth) for depth in ENDS]
+        return max(ends, key=lambda end: abs(self.hooks.index(end) - self.hooks.index(hook)))
 
     def states(self, task: TransferTask, form: Form | None = None) -> ActivationStore:
         """Of the texts of the task's pairs, without their labels: means over the answers."""
@@ -104,21 +112,23 @@ class Meter:
     def __init__(
         self, target: Side, task: TransferTask, hook: str, coefficient: float, neutral: list[Text]
     ) -> None:
-        self.target, self.hook, self.coefficient = target, hook, coefficient
+        self.target, self.task, self.hook, self.coefficient = target, task, hook, coefficient
         self.norm = target.states(task).median_norm(hook)
         self.neutral = neutral
         self.completions = Completions(target.host, task.behaviour(target.form))
         self.base = self.completions.scores()
         self._known: dict[bytes, Row] = {}
 
+    def at(self, hook: str, coefficient: float) -> Meter:
+        """The same questions under another block or strength; nothing is read again."""
+        other = copy.copy(self)
+        other.hook, other.coefficient, other._known = hook, coefficient, {}
+        other.norm = self.target.states(self.task).median_norm(hook)
+        return other
+
     def plan(self, direction: Tensor) -> SteeringPlan:
         """The direction at this block and strength, at all positions."""
-        return SteeringPlan.from_vectors(
-            {self.hook: direction},
-            coefficient=self.coefficient,
-            median_norms={self.hook: self.norm},
-            basis=self.target.host.facts()["basis"],
-        )
+        return steered(self.target, self.hook, direction, self.coefficient, self.norm)
 
     def effect(self, direction: Tensor) -> Row:
         """Change of nats per answer token (wanted minus unwanted), mean over the questions."""
@@ -139,6 +149,18 @@ class Meter:
     def cost(self, direction: Tensor) -> float:
         """NLL of the neutral texts, nats per token."""
         return neutral_cost(self.target, self.neutral, self.plan(direction))
+
+
+def steered(
+    target: Side, hook: str, direction: Tensor, coefficient: float, norm: float
+) -> SteeringPlan:
+    """One direction at one block, at all positions, in units of this norm."""
+    return SteeringPlan.from_vectors(
+        {hook: direction},
+        coefficient=coefficient,
+        median_norms={hook: norm},
+        basis=target.host.facts()["basis"],
+    )
 
 
 def neutral_cost(target: Side, neutral: Sequence[Text], plan: SteeringPlan | None) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RUN_FILE = "run.json"
 CEILING = "native"
 """The method, with all labelled pairs, that the others are given as a share of."""
-FLOOR = "random"
+FLOOR, SAME_BUDGET = "random", "random, same budget"
 N_BOOTSTRAP = 5000
 KEYS = ("expert", "target", "method", "n_pairs")
 COMPARED = (
@@ -87,7 +87,8 @@ class TransferBench:
 
         `share` is the effect as a share of the target's own direction from all labelled pairs
         (ratio of means), `sd_above_floor` the distance from the random directions' mean in standard
-        deviations of their means over tasks.
+        deviations of their means over tasks, each at its largest strength within the budget (where
+        a run has no such rows of a task: at the strength of all others).
         """
         import pandas as pd
 
@@ -176,10 +177,19 @@ class TransferBench:
         text = json.dumps({**content, DIGEST: digest_of(content)}, indent=None)
         write_text(out / RUN_FILE, text.replace('{"expert"', '\n{"expert"') + "\n")
 
-    def _above_floor(self, effect: float, target: str, tasks: Any) -> float | None:
+    def floor_means(self, target: str, tasks: Any = None) -> pandas.Series[float]:
+        """Mean effect over tasks of each random direction within the budget."""
         frame = self.to_pandas()
-        floor = frame[(frame.method == FLOOR) & (frame.target == target) & frame.task.isin(tasks)]
-        means = floor.groupby("draw").effect.mean()
+        frame = frame[(frame.target == target) & frame.method.isin((FLOOR, SAME_BUDGET))]
+        frame = frame if tasks is None else frame[frame.task.isin(tasks)]
+        within = frame[frame.method == SAME_BUDGET]
+        complete = set(within.task) == set(frame.task)
+        floor = within if complete else frame[frame.method == FLOOR]
+        means: pandas.Series[float] = floor.groupby("draw").effect.mean()
+        return means
+
+    def _above_floor(self, effect: float, target: str, tasks: Any) -> float | None:
+        means = self.floor_means(target, tasks)
         if len(means) < 2 or not means.std() > 0:
             return None
         return float((effect - means.mean()) / means.std())

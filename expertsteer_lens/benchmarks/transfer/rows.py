@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,16 @@ from expertsteer_lens.learn.config import RFMConfig
 from expertsteer_lens.learn.directions import mean_difference, random_direction
 from expertsteer_lens.learn.rfm import fit_rfm
 from expertsteer_lens.measure.prepared import Completions
+from expertsteer_lens.measure.strengths import search
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
-from .models import Maps, Meter, Row, Side, neutral_cost
+from .models import Maps, Meter, Row, Side, neutral_cost, steered
+from .result import FLOOR, SAME_BUDGET
 from .tasks import Form, TransferTask
 
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Strengths that a random direction may have, in shares of that of the other directions."""
 PAPER_SEEDS = 2
 """Gauges of the paper's alignment, which is free up to a rotation."""
 Setting = tuple[int, int, bool]
@@ -69,8 +73,8 @@ def label(
 def target_rows(
     meter: Meter, maps: Maps, setting: dict[str, Any], task: TransferTask, config: TransferConfig
 ) -> list[Row]:
-    """What needs no expert: floor, shuffled labels, prompting, the target's own directions, the
-    target as its own labeller and as its own expert."""
+    """What needs no expert: random directions at the strength of all others, shuffled labels,
+    prompting, the target's own directions, the target as its own labeller and as its own expert."""
     target = meter.target
     own, labels = target.states(task)[meter.hook], target.labels(task)
     base_nll, n_all = neutral_cost(target, meter.neutral, None), len(task.pairs)
@@ -83,7 +87,7 @@ def target_rows(
             rows[-1]["nll_rise"] = meter.cost(direction) - base_nll
 
     for seed in range(config.n_random):
-        add("random", 0, seed, random_direction(own.shape[1], seed=config.seed + seed))
+        add(FLOOR, 0, seed, random_direction(own.shape[1], seed=config.seed + seed))
     for seed in range(config.n_shuffles):
         g = torch.Generator().manual_seed(config.seed + seed)
         add(
@@ -100,6 +104,36 @@ def target_rows(
             add("native", n, draw, mean_difference(own[few], labels[few]))
     rows += _mapped(meter, maps, setting["hook"], task, config, "self")
     return rows + _labelled(meter, target, target.form, task, setting, config, "self")
+
+
+def control_rows(
+    meter: Meter,
+    floor: Mapping[str, Any],
+    elsewhere: str,
+    task: TransferTask,
+    config: TransferConfig,
+) -> list[Row]:
+    """Random directions, each at its own strength within the budget; the target's own direction
+    written to another block.
+
+    Args:
+        meter: of the task, at the steered block.
+        floor: strengths and their costs, a number a seed, from `choose_floor`.
+        elsewhere: the other block.
+        task: what is measured.
+        config: numbers of random directions, seed.
+    """
+    target = meter.target
+    states = target.states(task)[meter.hook]
+    rows = []
+    for seed in range(config.n_random):
+        direction = random_direction(states.shape[1], seed=config.seed + seed)
+        figures = meter.at(meter.hook, floor["coefficients"][seed]).effect(direction)
+        rows.append(_row(SAME_BUDGET, 0, seed, figures) | {"nll_rise": floor["nll_rise"][seed]})
+    there = meter.at(elsewhere, meter.coefficient)
+    own = mean_difference(states, target.labels(task))
+    rows.append(_row("native, wrong layer", len(task.pairs), 0, there.effect(own)))
+    return rows
 
 
 def expert_rows(
@@ -211,6 +245,36 @@ def choose_steering(
             f"texts lose more than budget={config.budget:g} nats per token; try smaller ones."
         )
     return {**max(within, key=lambda t: t["effect"]), "tried": tried}
+
+
+def choose_floor(
+    target: Side,
+    steering: Mapping[str, Any],
+    tasks: Sequence[TransferTask],
+    neutral: list[Text],
+    config: TransferConfig,
+) -> dict[str, Any]:
+    """For each random direction the largest strength within the budget at the steered block, no
+    larger than that of the other directions."""
+    hook, largest = steering["hook"], steering["coefficient"]
+    norms = [target.states(task).median_norm(hook) for task in tasks]
+    unsteered = neutral_cost(target, neutral, None)
+    coefficients, rises = [], []
+    for seed in range(config.n_random):
+        direction = random_direction(target.host.facts()["d_model"], seed=config.seed + seed)
+
+        def cost(coefficient: float, direction: Tensor = direction) -> dict[str, float]:
+            """Row of one strength for the search."""
+            plan = steered(target, hook, direction, coefficient, sum(norms) / len(norms))
+            rise = neutral_cost(target, neutral, plan) - unsteered
+            return {"coefficient": coefficient, "cost": rise}
+
+        rows = search(cost, [largest * share for share in SHARES], config.budget, largest)
+        # Nothing within the budget: the smallest strength that was tried stands for it.
+        within = [row for row in rows if row["cost"] <= config.budget] or rows[:1]
+        coefficients.append(within[-1]["coefficient"])
+        rises.append(within[-1]["cost"])
+    return {"coefficients": coefficients, "nll_rise": rises}
 
 
 def choose_expert(

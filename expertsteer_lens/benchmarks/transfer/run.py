@@ -16,15 +16,18 @@ from expertsteer_lens._checks import check_list
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.hosts.facts import fingerprints_match
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
-from .result import RUN_FILE, TransferBench
+from .result import CEILING, RUN_FILE, SAME_BUDGET, TransferBench
 from .rows import (
     choose_asking,
     choose_expert,
+    choose_floor,
     choose_labelling,
     choose_steering,
+    control_rows,
     expert_rows,
     target_rows,
 )
@@ -158,6 +161,10 @@ class _Target:
             f"steering of {name}", lambda: choose_steering(side, development, neutral, config)
         )
         say(f"{name}: block {self.steering['hook']}, strength {self.steering['coefficient']:g}")
+        self.floor = kept.choice(
+            f"floor of {name}",
+            lambda: choose_floor(side, self.steering, development, neutral, config),
+        )
         hook = self.steering["hook"]
         self.maps = {
             e.name: Maps(
@@ -197,8 +204,10 @@ class _Target:
         """Every task whose rows are not there yet."""
         name, steering = self.side.name, self.steering
         for task in tasks:
-            missing = [e for e in self.maps if not self.kept.has(e, name, task.name)]
-            if not missing:
+            of = {e: CEILING if e == name else "expert, mapped" for e in self.maps}
+            missing = [e for e in of if not self.kept.has(e, name, task.name, of[e])]
+            controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
+            if not missing and not controls:
                 continue
             meter = Meter(self.side, task, steering["hook"], steering["coefficient"], self.neutral)
             for e in missing:
@@ -206,6 +215,11 @@ class _Target:
                 rows = measured(meter, self.maps[e], self.settings[e], task, self.config)
                 self.kept.add(e, name, task, rows)
                 self.say(f"{e} → {name}, {task.name}: {len(rows)} rows")
+            if controls:
+                elsewhere = self.side.far_from(steering["hook"])
+                rows = control_rows(meter, self.floor, elsewhere, task, self.config)
+                self.kept.add(name, name, task, rows)
+                self.say(f"{name}, {task.name}: {len(rows)} rows of controls")
 
 
 class _Kept:
@@ -229,7 +243,7 @@ class _Kept:
         different = [name for name in now if name not in GROWING and before.get(name) != now[name]]
         for group in GROWING:
             old, new = before.get(group, {}), now[group]
-            different += [f"{group} {n!r}" for n in new if n in old and old[n] != new[n]]
+            different += [f"{group} {n!r}" for n in new if n in old and not _same(old[n], new[n])]
         if different:
             raise ArgumentError(
                 f"out={str(out)!r} holds a run with another {', '.join(different)}; give another "
@@ -247,10 +261,10 @@ class _Kept:
         made: dict[str, Any] = self.choices[name]
         return made
 
-    def has(self, expert: str, target: str, task: str) -> bool:
-        """Whether these rows are there: they are written all at once."""
-        key = (expert, target, task)
-        return any((r["expert"], r["target"], r["task"]) == key for r in self.rows)
+    def has(self, expert: str, target: str, task: str, method: str) -> bool:
+        """Whether the rows of this method are there, and so those written together with them."""
+        key = (expert, target, task, method)
+        return any((r["expert"], r["target"], r["task"], r["method"]) == key for r in self.rows)
 
     def add(self, expert: str, target: str, task: TransferTask, rows: Sequence[Row]) -> None:
         """Keep the rows of one task, and write them."""
@@ -265,6 +279,14 @@ class _Kept:
     def _write(self) -> None:
         if self.out is not None:
             self.result().save_run(self.out)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two are equal, fingerprints of models up to what another processor rounds."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return bool(before == now)
+    a, b = dict(before), dict(now)
+    return fingerprints_match(a.pop("fingerprint"), b.pop("fingerprint")) and a == b
 
 
 def _check(

@@ -81,6 +81,7 @@ def _form(value: float | None, form: str) -> str:
 OVERVIEW = (
     ("unsteered", 0),
     ("random", 0),
+    ("random, same budget", 0),
     ("prompting", 0),
     ("self as labeller", 0),
     ("expert as labeller", 0),
@@ -88,6 +89,7 @@ OVERVIEW = (
     ("self as labeller", 1),
     ("expert as labeller", 1),
     ("shuffled labels", None),
+    ("native, wrong layer", None),
     ("native", None),
     ("self, mapped", None),
     ("expert, mapped", None),
