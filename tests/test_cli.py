@@ -279,6 +279,39 @@ class TestOneModelAtATime:
         assert "native RFM" in {r["method"] for r in again["rows"]}
         assert again["verdict"] == first["verdict"]
 
+    def test_several_experts(self, states, files, tmp_path):
+        """One of them as states; the plan says which layer of which expert it comes from, and its
+        card how it is made again."""
+        result = run(
+            "fit",
+            "--expert",
+            states,
+            "--expert",
+            TARGET,
+            "--target",
+            TARGET,
+            "--pairs",
+            files / "pairs.jsonl",
+            "--anchors",
+            files / "anchors.txt",
+            "--config",
+            files / "config.json",
+            "--host",
+            "huggingface",
+            "--out",
+            tmp_path / "out",
+        )
+        assert result.exit_code == 0, result.output
+        plan = esl.load(tmp_path / "out" / "plan")
+        names = plan.provenance["expert"]["name"].split(" + ")
+        assert len(names) == 2
+        (vector,) = plan.vectors
+        folder, _, hook = vector.provenance["expert_hook_name"].partition("/")
+        assert folder in {pathlib.Path(name).name for name in names}
+        assert hook.startswith("blocks.")
+        card = (tmp_path / "out" / "plan" / "README.md").read_text()
+        assert f'--expert "{names[0]}" --expert "{names[1]}"' in card
+
     def test_what_was_saved_is_shown(self, states, found):
         assert "ActivationStore(" in run("show", states).output
         shown = run("show", found / "fit").output

@@ -17,6 +17,7 @@ from expertsteer_lens.errors import ArgumentError, DataError, HostError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.hosts.side_by_side import TokenSample, capture_side_by_side
 from expertsteer_lens.hosts.token_ends import NO_END, token_ends
+from expertsteer_lens.pipeline.experts import Experts
 from expertsteer_lens.pipeline.fit_data import reading_of
 from expertsteer_lens.pipeline.token_pairs import TokenPairs, candidate_pairs, why_not_tokens
 
@@ -63,15 +64,23 @@ class TestSpans:
         torch.testing.assert_close(store[HOOK][:2], whole[2:4], atol=1e-5, rtol=1e-5)
 
     def test_a_plain_text_is_its_own_answer(self, host):
+        """All of it, and not what the tokenizer puts before it; whatever is read beside it."""
         one = esl.capture(host.model, TEXTS, [HOOK], positions="answer")
-        other = esl.capture(host.model, TEXTS, [HOOK], positions="mean")
-        assert torch.equal(one[HOOK], other[HOOK])
+        for row, text in zip(one[HOOK], TEXTS, strict=True):
+            every = esl.capture(host.model, [text], [HOOK], positions="all")[HOOK]
+            torch.testing.assert_close(row, every[1:].mean(0), atol=1e-5, rtol=1e-5)
+        spans = [answer_span(text) for text in TEXTS]
+        explicit = esl.capture(host.model, TEXTS, [HOOK], positions="answer", spans=spans)
+        assert torch.equal(one[HOOK], explicit[HOOK])
 
     def test_the_unit_of_a_coefficient_is_the_norm_of_a_token_whatever_is_read(self, host):
         rows = esl.capture(host.model, TEXTS, [HOOK], positions="all")
-        for how in ("mean", "answer"):
+        inside = esl.capture(
+            host.model, TEXTS, [HOOK], positions="all", spans=[answer_span(t) for t in TEXTS]
+        )
+        for how, those in (("mean", rows), ("answer", inside)):
             store = esl.capture(host.model, TEXTS, [HOOK], positions=how, batch_size=2)
-            assert store.median_norm(HOOK) == pytest.approx(rows.median_norm(HOOK), rel=1e-5)
+            assert store.median_norm(HOOK) == pytest.approx(those.median_norm(HOOK), rel=1e-5)
             assert store.median_norm(HOOK) > float(store[HOOK].norm(dim=1).median())
         part = esl.capture(host.model, TEXTS[:1], [HOOK], positions="mean", spans=[(12, 17)])
         assert part.median_norm(HOOK) == pytest.approx(float(rows[HOOK][4].norm()), rel=1e-5)
@@ -106,8 +115,9 @@ class TestSpans:
         assert reading_of(esl.ExpertSteerConfig(), slow, host) == "mean"
         assert reading_of(esl.ExpertSteerConfig(), host, host) == "answer"
         assert reading_of(esl.ExpertSteerConfig(reading="last"), slow, host) == "last"
-        assert "target's tokenizer" in why_not_tokens(host, slow)
-        assert why_not_tokens(host, host) is None
+        assert "target's tokenizer" in why_not_tokens(Experts.of(host), slow)
+        assert "expert's tokenizer" in why_not_tokens(Experts({"": slow}), host)
+        assert why_not_tokens(Experts.of(host), host) is None
 
     def test_pairs_say_where_their_texts_differ(self):
         pairs = esl.ContrastPairs.from_lists(
@@ -123,8 +133,8 @@ class TestTokenPairs:
         expert, target = zoo
         texts = esl.zoo.anchors(6)
         hook = "blocks.1.hook_resid_post"
-        pairs = TokenPairs([(hook, hook)], SMALL, 0)
-        moments = pairs.read(expert, target, texts, range(6), progress=False).moments
+        pairs = TokenPairs([(hook, hook)], expert, SMALL, 0)
+        moments = pairs.read(target, texts, range(6), progress=False).moments
         rows_e, rows_t, groups = [], [], []
         for i, text in enumerate(texts):
             found = {}
@@ -238,10 +248,10 @@ class TestTokenPairs:
             return counted
 
         texts, names = esl.zoo.anchors(40), ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
-        pairs = TokenPairs([(names[1], names[0])], SMALL, 0)
+        pairs = TokenPairs([(names[1], names[0])], zoo[0], SMALL, 0)
         alone = [esl.capture(host.model, texts, names, positions="mean") for host in zoo]
-        separate = pairs.read(*zoo, texts, range(40), progress=False).moments
-        together = TokenPairs(pairs.pairs, SMALL, 0)
+        separate = pairs.read(zoo[1], texts, range(40), progress=False).moments
+        together = TokenPairs(pairs.pairs, zoo[0], SMALL, 0)
         for host in {type(host) for host in zoo}:
             monkeypatch.setattr(host, "read", counting(host.read))
         stores = capture_side_by_side(
@@ -403,7 +413,8 @@ class TestTokenPairs:
         rows[names[9]][labels == 1] += 5.0
         store = esl.ActivationStore(rows, labels)
         gradients = {n: torch.ones(8, dtype=torch.float64) for n in names}
-        chosen = candidate_pairs(esl.ExpertSteerConfig(), names, store, gradients)
+        one = Experts({"": store})
+        chosen = candidate_pairs(esl.ExpertSteerConfig(), one, names, store, gradients)
         experts, targets = ({k[i] for k in chosen} for i in (0, 1))
         assert len(chosen) == 16
         assert names[9] in targets

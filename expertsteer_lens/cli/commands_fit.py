@@ -165,9 +165,10 @@ def label(
 
 def fit(
     expert: Annotated[
-        str,
+        list[str],
         typer.Option(
-            help="folder or hub id of the model that teaches, or what `capture` saved of it"
+            help="folder or hub id of the model that teaches, or what `capture` saved of it; "
+            "may be repeated: layers are then chosen among those of all experts"
         ),
     ],
     target: Annotated[str, typer.Option(help="folder or hub id of the model to steer")],
@@ -208,7 +209,7 @@ def fit(
 
 
 def _fitted(
-    expert: str,
+    expert: list[str],
     target: str,
     texts: TextOptions,
     models: ModelOptions,
@@ -230,12 +231,12 @@ def _fitted(
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
     steer = ExpertSteer(read_config(config, preset), seed=seed)
     models.check()
-    expert_model = load_states_or_model(expert, models)
+    expert_models = [load_states_or_model(one, models) for one in expert]
     target_model = models.load(target)
     stopped = Stopped(out)
     with stopped.kept_as("states") as states:
         found = steer.fit(
-            expert_model,
+            expert_models,
             target_model,
             contrast,
             anchors=anchors,
@@ -282,7 +283,11 @@ def reproduce(
         ),
     ],
     expert: Annotated[
-        str, typer.Option(help="the model that taught, or the states that `capture` read of it")
+        list[str],
+        typer.Option(
+            help="the model that taught, or the states that `capture` read of it; repeated where "
+            "there were several"
+        ),
     ],
     target: Annotated[str, typer.Option(help="the model that was steered")],
     texts: TextOptions,
@@ -301,7 +306,7 @@ def reproduce(
         models.check()
         found = run_again(
             fit,
-            load_states_or_model(expert, models),
+            [load_states_or_model(one, models) for one in expert],
             models.load(target),
             contrast,
             anchors=anchors,

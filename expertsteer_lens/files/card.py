@@ -9,6 +9,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens.hosts.facts import TOGETHER
+
 from .plan_file import SIGN_CONVENTION
 
 if TYPE_CHECKING:
@@ -147,11 +149,12 @@ def _reproduce(plan: SteeringPlan) -> str:
     if not expert.get("name") or not target.get("name") or "config" not in plan.provenance:
         return ""
     seed = plan.provenance.get("seed", 0)
+    experts = " ".join(f'--expert "{plain(one)}"' for one in str(expert["name"]).split(TOGETHER))
     return f"""Made by, with the pairs whose hash is in `config.json` and its `provenance.config` as
 `fit.json`:
 
 ```bash
-expertsteer-lens fit --expert "{plain(expert["name"])}" --target "{plain(target["name"])}" \\
+expertsteer-lens fit {experts} --target "{plain(target["name"])}" \\
   --pairs pairs.jsonl --config fit.json --seed {plain(seed)}
 ```
 

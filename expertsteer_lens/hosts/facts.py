@@ -198,6 +198,8 @@ def _dropout_rate(part: nn.Module) -> float:
 
 FINGERPRINT_BITS = 256
 _TOLERATED_BITS = 8
+TOGETHER = " + "
+"""Between the facts of several models that are spoken of together."""
 
 
 @torch.no_grad()
@@ -229,9 +231,13 @@ def fingerprints_match(first: str, second: str) -> bool:
     apart.
 
     The margin covers other hosts, devices and half precision; unrelated models are about 128 bits
-    apart."""
+    apart. Those of several models, joined by " + ", match one by one."""
     if first == second:
         return True
+    if TOGETHER in first:
+        ours, theirs = first.split(TOGETHER), second.split(TOGETHER)
+        same_number = len(ours) == len(theirs)
+        return same_number and all(map(fingerprints_match, ours, theirs))
     (first_shape, _, first_bits), (second_shape, _, second_bits) = (
         first.partition("-"),
         second.partition("-"),

@@ -173,8 +173,8 @@ class Request:
             layers_of(names)
         tokens = host.tokenize(texts, prepend_bos=prepend_bos, max_length=max_length)
         _check_positions(positions, tokens.lengths)
-        if positions in OF_THE_ANSWER and spans is None and any(isinstance(t, Chat) for t in texts):
-            spans = [answer_span(text) for text in texts]
+        if spans is None:
+            spans = _answers(host, texts, positions)
         chosen = None if spans is None else _tokens_in_spans(host, texts, tokens, spans)
         plan = capture_plan(
             host,
@@ -262,12 +262,8 @@ def read_tokens(
 ) -> Tensor:
     """Mask `[n, pos]` of the tokens whose activations `capture` reads; arguments as there."""
     _check_positions(positions, tokens.lengths)
-    if (
-        positions in OF_THE_ANSWER
-        and spans is None
-        and any(isinstance(text, Chat) for text in texts)
-    ):
-        spans = [answer_span(text) for text in texts]
+    if spans is None:
+        spans = _answers(host, texts, positions)
     real = tokens.attention_mask.bool()
     if spans is not None:
         real = _tokens_in_spans(host, texts, tokens, spans)
@@ -277,6 +273,17 @@ def read_tokens(
     count = real.sum(1, keepdim=True)
     wanted = -1 if positions == "last" else int(positions)
     return real & (rank == (wanted if wanted >= 0 else count + wanted))
+
+
+def _answers(host: Host, texts: Sequence[Text], positions: str | int) -> list[Span] | None:
+    """Where the answers stand, which is all of a plain text but not what the tokenizer puts before
+    it; None where every token is looked at: at other positions, and of plain texts where the
+    tokenizer does not say which characters its tokens cover."""
+    if positions not in OF_THE_ANSWER:
+        return None
+    if not gives_offsets(host.tokenizer) and not any(isinstance(text, Chat) for text in texts):
+        return None
+    return [answer_span(text) for text in texts]
 
 
 def _tokens_in_spans(

@@ -1,5 +1,5 @@
-"""Two models read on the same texts, batch by batch together: while a batch is at hand, the tokens
-of the two that end at the same character can be paired, and nothing else of them is kept."""
+"""Models read on the same texts, batch by batch together: while a batch is at hand, the tokens of
+all of them that end at the same character can be paired, and nothing else of them is kept."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.capture_plan import StatesInMemory
 from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.states import CheckedStates
 
 from .batching import length_batches
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from .parts import TokenBatch
 
 Rows = dict[str, Tensor]
-HookNames = tuple[Sequence[str], Sequence[str]]
-"""Of each of the two models."""
-OnTokens = Callable[[list[int], Rows, Rows, Tensor], object]
-"""Given the texts of a batch (their places), the rows `[n, d]` of the first model's tokens by hook
-name, those of the second's, row by row of the same words, and how many are of each text."""
+HookNames = Sequence[Sequence[str]]
+"""Of each of the models."""
+OnTokens = Callable[[list[int], list[Rows], Tensor], object]
+"""Given the texts of a batch (their places), of each model the rows `[n, d]` of its tokens by hook
+name, row by row of the same words, and how many are of each text."""
 
 
 class TokenSample:
-    """Some of the tokens that end at the same character in both models, evenly over the texts and
+    """Some of the tokens that end at the same character in all models, evenly over the texts and
     over each text: their states, row by row of the same words.
 
     Args:
@@ -63,7 +64,7 @@ class TokenSample:
         return taken
 
     def take(self, index: Sequence[int], counts: Tensor, rows: Sequence[Rows]) -> None:
-        """Keep the rows of a pass: of these texts so many each, of the two models."""
+        """Keep the rows of a pass: of these texts so many each, of every model."""
         self.texts += torch.tensor(index).repeat_interleave(counts).tolist()
         for mine, given in zip(self._rows, rows, strict=True):
             for name, kept in mine.items():
@@ -76,7 +77,7 @@ class TokenSample:
 
     def stores(
         self, facts: Sequence[Mapping[str, Any]], groups: Sequence[int]
-    ) -> tuple[ActivationStore, ActivationStore]:
+    ) -> list[ActivationStore]:
         """Hand over the states of each model, text after text, with the group of each row in
         `provenance["groups"]`; nothing of them stays here.
 
@@ -86,37 +87,38 @@ class TokenSample:
         """
         order = torch.tensor(self.texts).argsort(stable=True)
         of_rows = [groups[text] for text in sorted(self.texts)]
-        one, two = (
+        return [
             ActivationStore(
                 CheckedStates.of({name: torch.cat(mine.pop(name))[order] for name in list(mine)}),
                 provenance={**given, "positions": "token pairs", "groups": of_rows},
             )
             for mine, given in zip(self._rows, facts, strict=True)
-        )
-        return one, two
+        ]
 
 
 def capture_side_by_side(
-    hosts: tuple[Host, Host],
+    hosts: Sequence[Host],
     texts: Sequence[Text],
     hook_names: HookNames,
     token_hook_names: HookNames,
     on_tokens: OnTokens,
     *,
     positions: str | int,
+    spans: Sequence[Span] | None = None,
     sample: TokenSample | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
-) -> tuple[ActivationStore, ActivationStore]:
+) -> list[ActivationStore]:
     """What `capture` gives of each model, and from the same passes the pairs of tokens.
 
     Args:
-        hosts: two models, whose tokenizers give offsets.
-        texts: read by both.
+        hosts: models, whose tokenizers give offsets.
+        texts: read by all.
         hook_names: of each, where a state of each text is kept.
         token_hook_names: of each, where tokens are read.
         on_tokens: called with each batch's pairs of tokens; not where there are none.
         positions: as in `capture`.
+        spans: as in `capture`.
         sample: filled with some of the pairs of tokens, at hook points of its own.
         batch_size: as in `capture`.
         progress: show a progress bar; None: where standard error is a terminal.
@@ -125,18 +127,18 @@ def capture_side_by_side(
         Errors of `capture`.
     """
     requests = [
-        Request.of(host, texts, names, positions=positions, batch_size=batch_size)
+        Request.of(host, texts, names, positions=positions, spans=spans, batch_size=batch_size)
         for host, names in zip(hosts, hook_names, strict=True)
     ]
-    longer = torch.maximum(*(request.tokens.lengths for request in requests))
+    longer = torch.stack([request.tokens.lengths for request in requests]).amax(0)
     batches = length_batches(longer.tolist(), batch_size=batch_size)
     requests = [replace(r, plan=replace(r.plan, batches=batches)) for r in requests]
     held = [StatesInMemory(request.plan) for request in requests]
-    cost = f"{len(texts)} texts, by both models"
+    cost = f"{len(texts)} texts, by {len(hosts)} models"
     bar = progress_bar(range(len(batches)), "anchors", progress=progress, unit="batch", cost=cost)
     for number in bar:
         index = batches[number]
-        masks = _tokens_of_both(
+        masks = _common_tokens(
             hosts, [texts[i] for i in index], [request.batch(number) for request in requests]
         )
         every = _rows_at(token_hook_names, masks)
@@ -146,15 +148,14 @@ def capture_side_by_side(
         for i, (request, into) in enumerate(zip(requests, held, strict=True)):
             request.read(number, into, [*every[i : i + 1], *some[i : i + 1]])
         if every:
-            on_tokens(index, every[0].rows, every[1].rows, masks[0].sum(1).cpu())
+            on_tokens(index, [of_one.rows for of_one in every], masks[0].sum(1).cpu())
         if some and sample is not None:
             sample.take(index, some[0].mask.sum(1).cpu(), [of_one.rows for of_one in some])
-    one, two = (request.result(states) for request, states in zip(requests, held, strict=True))
-    return one, two
+    return [request.result(states) for request, states in zip(requests, held, strict=True)]
 
 
 def read_common_tokens(
-    hosts: tuple[Host, Host],
+    hosts: Sequence[Host],
     texts: Sequence[Text],
     token_hook_names: HookNames,
     on_tokens: OnTokens,
@@ -165,35 +166,38 @@ def read_common_tokens(
     """The pairs of tokens alone; the passes end after the last layer they are read at. Arguments
     are those of `capture_side_by_side`."""
     tokens = [host.tokenize(list(texts)) for host in hosts]
-    longer = torch.maximum(*(t.lengths for t in tokens))
+    longer = torch.stack([t.lengths for t in tokens]).amax(0)
     batches = length_batches(longer.tolist(), batch_size=batch_size)
-    cost = f"{len(texts)} texts through both models, every token of them"
+    cost = f"{len(texts)} texts through {len(hosts)} models, every token of them"
     for index in progress_bar(batches, "token pairs", progress=progress, unit="batch", cost=cost):
         part = [texts[i] for i in index]
         here = [t.part(index) for t in tokens]
-        masks = _tokens_of_both(hosts, part, here)
+        masks = _common_tokens(hosts, part, here)
         if not bool(masks[0].any()):
             continue
-        first, second = (
+        rows = [
             host.read(batch, names, "all", mask)
             for host, batch, names, mask in zip(hosts, here, token_hook_names, masks, strict=True)
-        )
-        on_tokens(index, first, second, masks[0].sum(1).cpu())
+        ]
+        on_tokens(index, rows, masks[0].sum(1).cpu())
 
 
 def _rows_at(hook_names: HookNames, masks: Sequence[Tensor]) -> list[TokenRows]:
-    """What is asked of each model; nothing where the two have no token in common."""
+    """What is asked of each model; nothing where they have no token in common."""
     if not bool(masks[0].any()):
         return []
     return [TokenRows(names, mask) for names, mask in zip(hook_names, masks, strict=True)]
 
 
-def _tokens_of_both(
-    hosts: tuple[Host, Host], texts: Sequence[Text], batches: Sequence[TokenBatch]
+def _common_tokens(
+    hosts: Sequence[Host], texts: Sequence[Text], batches: Sequence[TokenBatch]
 ) -> list[Tensor]:
-    """Of each model the mask `[batch, pos]` of the tokens that end where one of the other's does.
+    """Of each model the mask `[batch, pos]` of the tokens that end where one of every other's does.
 
-    Ends grow along a row, so the chosen tokens of both models come in the same order."""
-    one, two = (token_ends(h, texts, b) for h, b in zip(hosts, batches, strict=True))
-    masks = common_ends(one, two), common_ends(two, one)
+    Ends grow along a row, so the chosen tokens of all models come in the same order."""
+    ends = [token_ends(h, texts, b) for h, b in zip(hosts, batches, strict=True)]
+    masks = [
+        torch.stack([common_ends(mine, other) for j, other in enumerate(ends) if j != i]).all(0)
+        for i, mine in enumerate(ends)
+    ]
     return [m.to(b.input_ids.device) for m, b in zip(masks, batches, strict=True)]

@@ -18,6 +18,7 @@ from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
+from .experts import Experts
 from .finished import check_finished, keeping
 from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
@@ -97,7 +98,9 @@ class ExpertSteer:
         Args:
             expert: the model that knows; any host object. May be the target itself (self-steering).
                 Or its states, captured elsewhere or earlier with `ExpertSteer(...).capture`, so
-                that the two models need never be in memory together.
+                that the two models need never be in memory together. Or a list of these: the layers
+                of all experts are candidates side by side, under names such as
+                `qwen/blocks.12.hook_resid_post`, and `config.pairing` chooses among them.
             target: the model to be steered; any host object.
             pairs: labelled texts. Here as everywhere a text may be a chat (a list of messages, see
                 `Chat`): each model is shown it in its own template.
@@ -116,7 +119,8 @@ class ExpertSteer:
                 them or with `pairs`. Default: `config.held_out` of the anchors, of those that are
                 no texts of `pairs`; where the texts of `pairs` stand in for anchors, of these: the
                 map is not fitted on what is held out then, but the direction is learnt from it.
-            expert_hook_names: expert hook points; default: the residual after every block.
+            expert_hook_names: expert hook points; default: the residual after every block. Of
+                several experts with the expert's name before them.
             target_hook_names: target hook points; default: the residual after every block.
             progress: show progress bars; default: where standard error is a terminal.
             on_step: called with each finished step's figures.
@@ -139,13 +143,12 @@ class ExpertSteer:
         )
         log = StepLog(on_step)
         target_host = as_host(target)
-        source = expert if isinstance(expert, ActivationStore) else as_host(expert)
+        experts = Experts.of(expert)
         target_host.check_ready()
-        expert_hooks = list(expert_hook_names or _hooks(source))
-        if not isinstance(source, ActivationStore):
-            source.check_ready()
-            expert_hooks = source.check_hook_names(expert_hooks)
-        target_hooks = target_host.check_hook_names(list(target_hook_names or _hooks(target_host)))
+        expert_hooks = experts.check(list(expert_hook_names or experts.hook_names()))
+        target_hooks = target_host.check_hook_names(
+            list(target_hook_names or target_host.hook_names())
+        )
         rehearse(
             self.config,
             self.seed,
@@ -155,15 +158,15 @@ class ExpertSteer:
             labels=pairs.labels,
             # Other hook points than the residual may have other widths.
             same_width=bool(expert_hook_names or target_hook_names)
-            or source.d_model == target_host.d_model,
+            or experts.are_as_wide_as(target_host),
         )
-        reading = reading_of(self.config, source, target_host)
+        reading = reading_of(self.config, *experts.sources.values(), target_host)
         if isinstance(finished, FitData):
             check_finished(
-                finished, source, target_host, texts, reading, expert_hooks, target_hooks
+                finished, experts, target_host, texts, reading, expert_hooks, target_hooks
             )
         models = Models(
-            expert=source,
+            experts=experts,
             target=target_host,
             expert_hook_names=expert_hooks,
             target_hook_names=target_hooks,
@@ -220,14 +223,14 @@ class ExpertSteer:
                     readout=labelled.readout,
                 )
         if gradients is not None and config.pair_tokens:
-            reason = why_not_tokens(models.expert, models.target)
+            reason = why_not_tokens(models.experts, models.target)
             if reason is None and not isinstance(KINDS[config.aligner.kind], MomentKind):
                 reason = f"aligner kind {config.aligner.kind!r} is fitted on rows"
             if reason is None:
                 candidates = candidate_pairs(
-                    config, models.expert_hook_names, labelled.target, gradients
+                    config, models.experts, models.expert_hook_names, labelled.target, gradients
                 )
-                tokens = TokenPairs(candidates, config, self.seed)
+                tokens = TokenPairs(candidates, models.experts, config, self.seed)
         if known is not None and known.maps_on == "tokens" and tokens is None:
             raise ArgumentError(
                 "finished holds states of a fit with another config.pair_tokens (or aligner or "
@@ -286,7 +289,3 @@ class ExpertSteer:
             store=store,
             shard=shard,
         )
-
-
-def _hooks(source: Any) -> list[str]:
-    return list(source) if isinstance(source, ActivationStore) else list(source.hook_names())

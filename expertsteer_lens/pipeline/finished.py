@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import Interrupted
 
+from .experts import Experts
 from .fit_data import FitData, FitTexts
 from .readings import check_same
 
@@ -36,7 +36,7 @@ def keeping(data: FitData) -> Iterator[None]:
 
 def check_finished(
     data: FitData,
-    expert: Host | ActivationStore,
+    experts: Experts,
     target: Host,
     texts: FitTexts,
     reading: str | int,
@@ -48,14 +48,9 @@ def check_finished(
     Raises:
         ArgumentError: they are of other models, texts or hook points.
     """
-    fingerprint: Any = (
-        expert.provenance.get("fingerprint")
-        if isinstance(expert, ActivationStore)
-        else expert.fingerprint
-    )
     facts = data.provenance
     same = {
-        "expert": facts["expert"]["fingerprint"] == fingerprint,
+        "expert": facts["expert"]["fingerprint"] == experts.fingerprint,
         "target": facts["target"]["fingerprint"] == target.fingerprint,
         "config.reading": facts["reading"] == reading,
         "texts": all(facts.get(name) == value for name, value in texts.facts.items())

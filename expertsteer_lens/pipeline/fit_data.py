@@ -192,6 +192,9 @@ class FitTexts:
     """All anchors in the order given; None where the texts of the pairs stand in for them."""
     fit_texts: list[Text]
     """Those the maps are fitted on."""
+    fit_spans: list[Span] | None
+    """The answers' spans of these, where they are texts of the pairs: both models are read on the
+    same words, whether here or before (`ExpertSteer.capture`). None: each text's own."""
     calibration_texts: list[Text]
     test_texts: list[Text]
     validation_behaviour: Behaviour | None
@@ -266,6 +269,7 @@ def divide_texts(
         pairs=pairs,
         anchors=None if anchors is None else list(texts),
         fit_texts=list(fit_texts),
+        fit_spans=None if anchors is not None else _spans_of(fit_texts, pairs),
         calibration_texts=list(calibration_texts),
         test_texts=list(test_texts),
         validation_behaviour=validation,
@@ -279,6 +283,12 @@ def divide_texts(
             "neutral": None if neutral is None else {"n": len(kept), "hash": text_hash(kept)},
         },
     )
+
+
+def _spans_of(texts: Sequence[Text], pairs: ContrastPairs) -> list[Span]:
+    """The answer of each of these texts of the pairs; of a text that comes twice the first."""
+    known = dict(reversed(list(zip(pairs.texts, pairs.answer_spans, strict=True))))
+    return [known[text] for text in texts]
 
 
 def reading_of(config: ExpertSteerConfig, *models: Any) -> str | int:

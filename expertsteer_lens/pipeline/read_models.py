@@ -16,12 +16,14 @@ from torch import Tensor
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.parts import groups_of, hashes_of
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
+from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
 from expertsteer_lens.hosts.side_by_side import TokenSample, capture_side_by_side
 from expertsteer_lens.learn.directions import mean_difference
 
 from .config import ExpertSteerConfig
+from .experts import Experts, model_facts
 from .finished import keeping
 from .fit_data import FitData, FitTexts, spans_to_read
 from .readings import Readings
@@ -44,7 +46,7 @@ class Models:
     """What a fit reads, where and how.
 
     Args:
-        expert: the model, or its states captured before.
+        experts: the expert, or several; each a model, or its states captured before.
         target: the model to be steered.
         expert_hook_names: where the expert is read, checked.
         target_hook_names: where the target is read, checked.
@@ -54,7 +56,7 @@ class Models:
         readings: reads, and knows what was read by a fit that was stopped.
     """
 
-    expert: Host | ActivationStore
+    experts: Experts
     target: Host
     expert_hook_names: list[str]
     target_hook_names: list[str]
@@ -65,10 +67,14 @@ class Models:
 
     def read_pairs(self, texts: FitTexts) -> PairStates:
         """The states of both models on the labelled texts."""
-        if isinstance(self.expert, ActivationStore):
-            _, expert = _rows_of_states(self.expert, self.expert_hook_names, texts, self.reading)
-        else:
-            expert = self._labelled(EXPERT, self.expert, texts, self.expert_hook_names)
+        expert = self.experts.joined(
+            [
+                _rows_of_states(source, names, texts, self.reading)[1]
+                if isinstance(source, ActivationStore)
+                else self._labelled(_of(EXPERT, label), source, texts, names)
+                for label, source, names in self._each_expert()
+            ]
+        )
         target = self._labelled(TARGET, self.target, texts, self.target_hook_names)
         final = self.target.hook_names()[-1]
         ends = target
@@ -86,24 +92,21 @@ class Models:
             labelled: read before.
             tokens: takes the pairs of tokens of the unlabelled texts, from the same passes.
         """
-        expert, target = self.expert, self.target
+        target = self.target
         compared: tuple[ActivationStore | None, ActivationStore | None] = (None, None)
-        if not isinstance(expert, ActivationStore) and tokens is not None:
+        if tokens is not None:
             sample = self._sample(texts)
-            expert_anchors, target_anchors = self._with_tokens(expert, texts, tokens, sample)
-            compared = self._compared(sample, texts, (expert_anchors, target_anchors))
+            anchors = self._with_tokens(texts, tokens, sample)
+            compared = self._compared(sample, texts, anchors)
         else:
-            if isinstance(expert, ActivationStore):
-                expert_anchors, _ = _rows_of_states(
-                    expert, self.expert_hook_names, texts, self.reading
-                )
-            else:
-                expert_anchors = self.readings.read(
-                    EXPERT_ANCHORS, expert, texts.fit_texts, self.expert_hook_names
-                )
-            target_anchors = self.readings.read(
-                TARGET_ANCHORS, target, texts.fit_texts, self.target_hook_names
-            )
+            anchors = [
+                _rows_of_states(source, names, texts, self.reading)[0]
+                if isinstance(source, ActivationStore)
+                else self._unlabelled(_of(EXPERT_ANCHORS, label), source, texts, names)
+                for label, source, names in self._each_expert()
+            ]
+            anchors.append(self._unlabelled(TARGET_ANCHORS, target, texts, self.target_hook_names))
+        expert_anchors, target_anchors = self.experts.joined(anchors[:-1]), anchors[-1]
         return FitData(
             expert_anchor_states=expert_anchors,
             target_anchor_states=target_anchors,
@@ -117,8 +120,8 @@ class Models:
             validation_behaviour=texts.validation_behaviour,
             test_behaviour=texts.test_behaviour,
             provenance={
-                "expert": _model_facts(labelled.expert),
-                "target": _model_facts(labelled.target),
+                "expert": model_facts(labelled.expert),
+                "target": model_facts(labelled.target),
                 "reading": self.reading,
                 "made_on": made_on(target),
                 **texts.facts,
@@ -132,7 +135,7 @@ class Models:
     def read_tokens_again(self, known: FitData, texts: FitTexts, tokens: TokenPairs) -> FitData:
         """The pairs of tokens of a fit that was stopped: as they were kept, or read anew where
         they were too large for its file; and its data with the sample of them."""
-        if isinstance(self.expert, ActivationStore):
+        if not self.experts.are_models:
             return known
         if known.token_moments is not None:
             known.check_tokens_serve(self.config)
@@ -140,10 +143,10 @@ class Models:
         is_lost = known.expert_token_states is None and known.n_compared > 0
         sample = self._sample(texts) if is_lost else None
         if known.token_moments is None:
-            stores = self._with_tokens(self.expert, texts, tokens, sample)
+            stores = self._with_tokens(texts, tokens, sample)
         elif sample is not None:
-            again = TokenPairs(tokens.pairs, self.config, tokens.seed)
-            stores = self._with_tokens(self.expert, texts, again, sample, pairs_too=False)
+            again = TokenPairs(tokens.pairs, self.experts, self.config, tokens.seed)
+            stores = self._with_tokens(texts, again, sample, pairs_too=False)
         if sample is None:
             return known
         expert, target = self._compared(sample, texts, stores)
@@ -161,41 +164,41 @@ class Models:
 
     def _with_tokens(
         self,
-        expert: Host,
         texts: FitTexts,
         tokens: TokenPairs,
         sample: TokenSample | None,
         *,
         pairs_too: bool = True,
-    ) -> tuple[ActivationStore, ActivationStore]:
-        """The anchors' states, in the same passes their pairs of tokens; and, where they enter the
-        maps, the pairs of tokens of the labelled texts, without their labels."""
+    ) -> list[ActivationStore]:
+        """The anchors' states of each expert and, last, of the target, in the same passes their
+        pairs of tokens; and, where they enter the maps, the pairs of tokens of the labelled texts,
+        without their labels."""
         states = capture_side_by_side(
-            (expert, self.target),
+            [*self.experts.hosts, self.target],
             texts.fit_texts,
-            (self.expert_hook_names, self.target_hook_names),
+            self._hook_names,
             tokens.hook_names,
             tokens.taking(groups_of(texts.fit_texts)),
             positions=self.reading,
+            spans=self._spans_to_read(texts),
             sample=sample,
             batch_size=self.config.batch_size,
             progress=self.progress,
         )
         if pairs_too:
-            self._tokens_of_pairs(expert, texts, tokens)
+            self._tokens_of_pairs(texts, tokens)
         return states
 
     def _sample(self, texts: FitTexts) -> TokenSample | None:
         if self.config.mi_on != "tokens":
             return None
-        hook_names = (self.expert_hook_names, self.target_hook_names)
-        return TokenSample(COMPARED, len(texts.fit_texts), hook_names)
+        return TokenSample(COMPARED, len(texts.fit_texts), self._hook_names)
 
     def _compared(
         self,
         sample: TokenSample | None,
         texts: FitTexts,
-        anchors: tuple[ActivationStore, ActivationStore],
+        anchors: Sequence[ActivationStore],
     ) -> tuple[ActivationStore | None, ActivationStore | None]:
         """The states of a sample, equal texts as one group; none where most texts have no token in
         common, or there are fewer rows or groups than layers can be compared on."""
@@ -206,14 +209,34 @@ class Models:
         n_groups = len({groups[i] for i in sample.texts})
         if sample.n < anchors[0].n or n_groups < max(n_least, len(set(groups)) / 2):
             return None, None
-        return sample.stores([_model_facts(store) for store in anchors], groups)
+        *experts, target = sample.stores([model_facts(store) for store in anchors], groups)
+        return self.experts.joined(experts), target
 
-    def _tokens_of_pairs(self, expert: Host, texts: FitTexts, tokens: TokenPairs) -> None:
+    def _tokens_of_pairs(self, texts: FitTexts, tokens: TokenPairs) -> None:
         if self.config.align_on_pairs and texts.anchors is not None:
             # The two texts of a pair are alike, and so one group.
             also, first = texts.pairs.texts, max(groups_of(texts.fit_texts)) + 1
             groups = [first + i // 2 for i in range(len(also))]
-            tokens.read(expert, self.target, also, groups, progress=self.progress)
+            tokens.read(self.target, also, groups, progress=self.progress)
+
+    @property
+    def _hook_names(self) -> list[list[str]]:
+        """Of each expert and, last, of the target."""
+        return [*self.experts.split(self.expert_hook_names).values(), self.target_hook_names]
+
+    def _each_expert(self) -> list[tuple[str, Host | ActivationStore, list[str]]]:
+        """Its name, itself, and where it is read."""
+        names = self.experts.split(self.expert_hook_names)
+        return [(label, source, names[label]) for label, source in self.experts.sources.items()]
+
+    def _spans_to_read(self, texts: FitTexts) -> list[Span] | None:
+        return texts.fit_spans if self.reading in OF_THE_ANSWER else None
+
+    def _unlabelled(
+        self, name: str, host: Host, texts: FitTexts, hook_names: list[str]
+    ) -> ActivationStore:
+        spans = self._spans_to_read(texts)
+        return self.readings.read(name, host, texts.fit_texts, hook_names, spans=spans)
 
     def _labelled(
         self, name: str, host: Host, texts: FitTexts, hook_names: list[str]
@@ -251,9 +274,9 @@ def made_on(target: Host) -> dict[str, Any]:
     }
 
 
-def _model_facts(store: ActivationStore) -> dict[str, Any]:
-    names = ("name", "fingerprint", "d_model", "n_layers", "basis", "prepend_bos")
-    return {name: store.provenance.get(name) for name in names}
+def _of(reading: str, label: str) -> str:
+    """What the reading of one of several experts is called."""
+    return f"{reading} ({label})" if label else reading
 
 
 def _rows_of_states(
@@ -284,8 +307,10 @@ def _rows_of_states(
             "expert holds states of other parts of these texts than their answers; make them with "
             "ExpertSteer(...).capture(expert, pairs, anchors=anchors)."
         )
-    # Reversed: a text that comes twice has the same state twice, and the first row stands for both.
-    row = {text: i for i, text in reversed(list(enumerate(expected)))}
+    # An anchor that is also a text of the pairs was read twice, on other words. Reversed: of a text
+    # that comes twice among the anchors the first row stands for both.
+    first = 0 if anchors is None else len(pairs.texts)
+    row = {text: i for i, text in reversed(list(enumerate(expected))) if i >= first}
     fitted = states.select([row[text] for text in texts.fit_texts], hook_names=names)
     labelled = states.select(range(len(pairs.texts)), hook_names=names)
     return (

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertsteer_lens._html import repr_html
-from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs, text_hash
 from expertsteer_lens.data.parts import groups_of, hashes_of
@@ -18,11 +17,15 @@ from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host, fingerprints_match
 
 from .expert_steer import ExpertSteer
+from .experts import Experts
 from .fit_data import PairKey, divide_texts
 from .fitted import ExpertSteering
 
 if TYPE_CHECKING:
     import pandas
+
+    from expertsteer_lens.hosts import Host
+
 
 LEAST_COSINE = 1 - 1e-6
 """Between two directions that are the same up to rounding."""
@@ -102,7 +105,8 @@ def reproduce(
 
     Args:
         saved: a fit, loaded with or without its target.
-        expert: the model that taught, or the states of it that the fit was made from.
+        expert: the model that taught, or the states of it that the fit was made from; or the list
+            of them, in the same order.
         target: the model that was steered.
         pairs: the labelled texts of the fit.
         anchors: its unlabelled texts, if it was given any.
@@ -114,8 +118,7 @@ def reproduce(
         ArgumentError: another model, or a fit that cannot be made again from texts: one that
             `refit` made under another seed, or one of a version that recorded no hashes.
     """
-    models = {"expert": expert, "target": target}
-    sources = {k: m if isinstance(m, ActivationStore) else as_host(m) for k, m in models.items()}
+    sources: dict[str, Experts | Host] = {"expert": Experts.of(expert), "target": as_host(target)}
     texts = None if anchors is None else check_texts("anchors", anchors)
     _check_texts(saved, pairs, texts)
     for side, source in sources.items():
@@ -266,13 +269,9 @@ def _check_texts(saved: ExpertSteering, pairs: ContrastPairs, anchors: list[Text
             )
 
 
-def _check_model(saved: ExpertSteering, side: str, source: Any) -> None:
-    recorded = saved.provenance[side]
-    if isinstance(source, ActivationStore):
-        found = source.provenance.get("fingerprint")
-    else:
-        found = source.fingerprint
-    if not fingerprints_match(str(recorded["fingerprint"]), str(found)):
+def _check_model(saved: ExpertSteering, side: str, source: Experts | Host) -> None:
+    recorded, found = saved.provenance[side], source.fingerprint
+    if not fingerprints_match(str(recorded["fingerprint"]), found):
         raise ArgumentError(
             f"{side} is not the model of the fit ({recorded['name']}, fingerprint "
             f"{recorded['fingerprint']}), but has fingerprint {found}; give the same model."

@@ -1,6 +1,6 @@
 """Paired states of tokens: what both models know after the same words of the same text.
 
-The two tokenizers cut a text differently, but many of their tokens end at the same character. One
+The tokenizers cut a text differently, but many of their tokens end at the same character. One
 state a text gives as many paired rows as there are texts, hopeless for a map between widths of
 hundreds; token pairs give fifty times as many from the same texts.
 """
@@ -8,7 +8,7 @@ hundreds; token pairs give fifty times as many from the same texts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,30 +22,32 @@ from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.pair.rules import allowed_targets
 
 from .config import ExpertSteerConfig
+from .experts import Experts
 from .fit_data import PairKey, labels_of
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
 
 
-def why_not_tokens(expert: object, target: Host) -> str | None:
+def why_not_tokens(experts: Experts, target: Host) -> str | None:
     """Why the maps of this fit cannot be fitted on token pairs; None if they can."""
-    tokenizer = getattr(expert, "tokenizer", None)
-    if tokenizer is None and not hasattr(expert, "read"):
+    if not experts.are_models:
         return "the expert's states are given, and hold one state a text"
-    for side, it in (("expert", tokenizer), ("target", target.tokenizer)):
-        if not gives_offsets(it):
+    for side, host in (*(("expert", host) for host in experts.hosts), ("target", target)):
+        if not gives_offsets(host.tokenizer):
             return f"the {side}'s tokenizer does not say which characters its tokens cover"
     return None
 
 
 def candidate_pairs(
     config: ExpertSteerConfig,
+    experts: Experts,
     expert_hook_names: Sequence[str],
     target_pair_states: ActivationStore,
     gradients: Mapping[str, Tensor],
 ) -> list[PairKey]:
-    """The layer pairs whose maps are fitted on tokens: at most `config.pairing.n_layers` squared.
+    """The layer pairs whose maps are fitted on tokens: at most `config.pairing.n_layers` squared of
+    each expert.
 
     Known before a single anchor is read. Target layers: where the target's own mean difference
     promises most, by the gradient of the behaviour. Expert layers: evenly over the middle half of
@@ -59,12 +61,21 @@ def candidate_pairs(
         for t in allowed
     }
     targets = sorted(promise, key=lambda t: -promise[t])[: c.n_layers]
-    experts = list(expert_hook_names)
-    if len(experts) > c.n_layers:
-        middle = experts[len(experts) // 4 : -(-3 * len(experts) // 4)]
-        places = torch.linspace(0, len(middle) - 1, min(c.n_layers, len(middle))).round().long()
-        experts = [middle[i] for i in dict.fromkeys(places.tolist())]
-    return [(e, t) for e in experts for t in names_t if t in targets]
+    read = [
+        experts.name_of(label, hook)
+        for label, hooks in experts.split(expert_hook_names).items()
+        for hook in _in_the_middle(hooks, c.n_layers)
+    ]
+    return [(e, t) for e in read for t in names_t if t in targets]
+
+
+def _in_the_middle(hooks: list[str], n: int) -> list[str]:
+    """So many evenly over the middle half; all where they are no more."""
+    if len(hooks) <= n:
+        return hooks
+    middle = hooks[len(hooks) // 4 : -(-3 * len(hooks) // 4)]
+    places = torch.linspace(0, len(middle) - 1, min(n, len(middle))).round().long()
+    return [middle[i] for i in dict.fromkeys(places.tolist())]
 
 
 class TokenPairs:
@@ -73,27 +84,31 @@ class TokenPairs:
 
     Args:
         pairs: which maps will be fitted.
+        experts: whose tokens are paired with the target's, from a single one on (any host object).
         config: number of folds, batch size.
         seed: of the folds.
     """
 
-    def __init__(self, pairs: Sequence[PairKey], config: ExpertSteerConfig, seed: int) -> None:
-        self.pairs, self.config, self.seed = list(pairs), config, seed
+    def __init__(
+        self, pairs: Sequence[PairKey], experts: Any, config: ExpertSteerConfig, seed: int
+    ) -> None:
+        self.pairs, self.experts = list(pairs), Experts.of(experts)
+        self.config, self.seed = config, seed
         self._moments: PairedMoments | None = None
 
     @property
-    def hook_names(self) -> tuple[list[str], list[str]]:
-        """Where tokens of the expert and of the target are read."""
+    def hook_names(self) -> list[list[str]]:
+        """Where tokens of each expert and, last, of the target are read."""
         expert, target = (list(dict.fromkeys(names)) for names in zip(*self.pairs, strict=True))
-        return expert, target
+        return [*self.experts.split(expert).values(), target]
 
     def taking(self, groups: Sequence[int]) -> OnTokens:
         """What takes the tokens of texts of these groups, which are never divided between the folds
         of the cross-validation."""
 
-        def take(
-            index: list[int], expert: dict[str, Tensor], target: dict[str, Tensor], counts: Tensor
-        ) -> None:
+        def take(index: list[int], rows: list[dict[str, Tensor]], counts: Tensor) -> None:
+            """Add the tokens of one batch."""
+            expert, target = self.experts.join(rows[:-1]), rows[-1]
             if self._moments is None:
                 self._moments = self._empty(
                     {name: rows.shape[1] for name, rows in expert.items()},
@@ -106,16 +121,15 @@ class TokenPairs:
 
     def read(
         self,
-        expert: Host,
         target: Host,
         texts: Sequence[Text],
         groups: Sequence[int],
         *,
         progress: bool | None,
     ) -> TokenPairs:
-        """Run texts through both models, each up to its highest layer; returns self."""
+        """Run texts through all models, each up to its highest layer; returns self."""
         read_common_tokens(
-            (expert, target),
+            [*self.experts.hosts, target],
             texts,
             self.hook_names,
             self.taking(groups),

@@ -209,9 +209,8 @@ class Maps:
 
     def _pair(self, texts: Sequence[Text], groups: Sequence[int]) -> PairedMoments:
         pairs = [(hook, self.hook) for hook in self.hooks]
-        tokens = TokenPairs(pairs, self.config, self.seed)
-        hosts = self.expert.host, self.target.host
-        return tokens.read(*hosts, texts, groups, progress=False).moments
+        tokens = TokenPairs(pairs, self.expert.model, self.config, self.seed)
+        return tokens.read(self.target.host, texts, groups, progress=False).moments
 
 
 def _coordinates(x: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def control_rows(
     there = meter.at(elsewhere, meter.coefficient)
     own = mean_difference(states, target.labels(task))
     rows.append(_row("native, wrong layer", len(task.pairs), 0, there.effect(own)))
+    rows[-1]["nll_rise"] = there.cost(own) - neutral_cost(target, meter.neutral, None)
     return rows
 
 
