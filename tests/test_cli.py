@@ -26,7 +26,7 @@ from expertsteer_lens.benchmarks.transfer import real
 from expertsteer_lens.cli import app as cli
 from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets, commands_states
 from expertsteer_lens.cli import io as _cli_io
-from expertsteer_lens.cli.options import TextOptions, parse_reading
+from expertsteer_lens.cli.options import LOADING, PUBLIC, SETTINGS, TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.show.report import SteeredText
 
@@ -775,6 +775,22 @@ class TestHelp:
                 parameter.name
             )
         assert run(command, "--help").exit_code == 0
+
+    def test_a_command_is_one_line_of_the_list_and_its_help_breaks_where_the_terminal_does(self):
+        from typer.main import get_command
+
+        for name, command in get_command(cli.app).commands.items():
+            first, *_ = paragraphs = command.help.split("\n\n")
+            assert len(first) <= 62, name  # what a terminal of 80 columns has room for
+            assert not any("\n" in paragraph for paragraph in paragraphs), name
+
+    def test_what_a_first_run_does_not_need_stands_apart_in_the_help(self):
+        shown = run("fit", "--help").output
+        options, *groups = re.split(r"╭─ (?!Options)", shown)
+        assert [g.split(" ─")[0] for g in groups] == [PUBLIC, LOADING, SETTINGS]
+        needed = ("--expert", "--target", "--pairs", "--anchors", "--behaviour", "--out")
+        assert all(f"{name} " in options for name in needed)
+        assert "--dtype" not in options
 
     def test_without_arguments_the_commands_are_listed(self):
         assert all(
