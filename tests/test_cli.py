@@ -1008,7 +1008,9 @@ def test_texts_are_labelled_by_a_question_alone(tmp_path, capsys):
 
 def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     command = ("bench", "--real", tmp_path / "nowhere", "--data", tmp_path)
-    assert "fetch_real.py" in refused(capsys, *command)
+    said = refused(capsys, *command)
+    assert "fetch_real.py" in said
+    assert "docs/results.md#where-" in said  # the script has not all of them
     assert "EXPERT:TARGET" in refused(capsys, *command, "--transfer", "one")
     assert "--task" in refused(capsys, *command, "--domain", "finance")
     assert "bfloat16" in refused(capsys, *command, "--dtype", "half a float")
