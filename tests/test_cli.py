@@ -169,6 +169,7 @@ class TestFit:
         } == names
         verdict = json.loads((out / "evaluation.json").read_text())["verdict"]
         assert verdict in printed
+        assert f"open {out / 'report.html'}" in printed
         assert verdict.replace("&", "&amp;") in (out / "report.html").read_text()
         assert "plotly.min.js" in (out / "comparison.html").read_text()[:2000]
 
@@ -320,6 +321,8 @@ class TestShow:
         plan = esl.load(fitted[0] / "plan")
         rows = [line for line in shown(fitted[0] / "plan").splitlines() if line.startswith("│")]
         assert any(plan.vectors[0].hook_name in row for row in rows)
+        assert len(rows) == 1  # with an empty column the unit would be broken into lines
+        assert "paramet" not in shown(fitted[0] / "plan")
         table = shown(found / "fit").split("fitted pairs")[1]
         assert len([line for line in table.splitlines() if line.startswith("│")]) == min(
             10, len(esl.load(found / "fit").rfms)

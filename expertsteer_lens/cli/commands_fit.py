@@ -280,6 +280,7 @@ def _fitted(
     else:
         write_results(out, found, plan, result, curve, contrast)
         print_evaluation(result)
+        say(f"\nopen {out / 'report.html'}")
     stopped.clear()
     say(str((out / "plan").resolve()))
     return found, result

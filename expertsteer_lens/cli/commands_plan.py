@@ -95,7 +95,7 @@ def _show_plan(plan: Any) -> None:
         }
     )
     # What says nothing is left out, so that the names fit into a terminal.
-    silent = [c for c in ("keeps norm", "gate") if not frame[c].astype(bool).any()]
+    silent = [c for c in ("keeps norm", "gate", "parameters") if not frame[c].astype(bool).any()]
     print_frame(frame.drop(columns=["layer", *silent]), "vectors", names=True)
     names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
     facts = {k: v for k, v in plan.provenance.items() if k in names}
