@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored site bench architectures sizes clean
+.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored pictures site bench architectures sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,10 @@ notebooks-stored: $(VENV)/.done ## execute the notebooks and keep their outputs,
 	$(BIN)/pip install -q --disable-pip-version-check kaleido
 	PLOTLY_RENDERER=png TQDM_DISABLE=1 $(BIN)/python -m pytest --nbmake --overwrite --nbmake-timeout=600 notebooks
 	$(BIN)/python tools/site/tidy_notebooks.py
+
+pictures: $(VENV)/.done ## the pictures of measured tables in the docs, drawn anew (needs Chrome)
+	$(BIN)/pip install -q --disable-pip-version-check kaleido
+	$(BIN)/python benchmarks/draw_pictures.py
 
 site: $(VENV)/.done ## build the site into build/site; warnings are errors, every internal link is followed
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'

@@ -2,11 +2,10 @@
 the cost that is fitted to them and tried on sizes it has not seen.
 
     python benchmarks/fit_at_size.py --output benchmarks/results/fit_at_size
-    python benchmarks/fit_at_size.py --draw benchmarks/results/fit_at_size.csv --picture a.png
 
 Writes `fit_at_size.csv` (every run), `fit_at_size.md` (the tables) and `fit_at_size.html` (the
-figure); as a picture it needs kaleido and Chrome. One thread; seconds are those of the processor, since the machine may be shared, the
-fewer of two runs where these are short. Memory is
+figure; `draw_pictures.py` makes the picture of the page). One thread; seconds are those of the
+processor, since the machine may be shared, the fewer of two runs where these are short. Memory is
 the kernel's high-water mark beyond what was resident before, inputs included.
 """
 
@@ -227,6 +226,8 @@ def figure(rows: list[Row]) -> Any:
     """Seconds against the size that grows, a line a part and the other sizes."""
     import plotly.graph_objects as go
 
+    from expertsteer_lens.show.drawing import set_style
+
     colours = dict(
         zip(
             PARTS,
@@ -253,10 +254,21 @@ def figure(rows: list[Row]) -> Any:
                 hovertext=str(key),
             )
             first = False
-    drawn.update_xaxes(type="log", title="rows n (maps from moments: width d)")
-    drawn.update_yaxes(type="log", title="processor seconds, one thread")
-    drawn.update_layout(template="plotly_white", width=900, height=450, margin={"t": 20})
-    return drawn
+    laws = [
+        power_law([(r[2], max(r[3], 1e-4)) for r in rows if r[:2] == (name, "sweep")])
+        for name in dict.fromkeys(r[0] for r in rows)
+    ]
+    most = {size: max(law[size] for law in laws if size in law) for size in ("n", "d")}
+    set_style(
+        drawn,
+        f"No part grows faster than n^{most['n']:.1f} with its rows or d^{most['d']:.1f} with the "
+        "width",
+        "at these sizes; a line for each width (mutual information: and number of layers)",
+    )
+    ticks = {"n": [100, 300, 1000, 3000, 10_000], "s": [0.01, 0.03, 0.1, 0.3, 1, 3]}
+    drawn.update_xaxes(type="log", title="rows n (maps from moments: width d)", tickvals=ticks["n"])
+    drawn.update_yaxes(type="log", title="processor seconds, one thread", tickvals=ticks["s"])
+    return drawn.update_layout(width=960, height=520)
 
 
 def read_rows(file: pathlib.Path) -> list[Row]:
@@ -286,14 +298,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=pathlib.Path, help="without an ending")
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument(
-        "--draw", type=pathlib.Path, help="a table that was written; measure nothing"
-    )
-    parser.add_argument("--picture", type=pathlib.Path, default=pathlib.Path("fit_at_size.png"))
     args = parser.parse_args()
-    if args.draw is not None:
-        figure(read_rows(args.draw)).write_image(args.picture, scale=1.5)
-        return
     torch.set_num_threads(1)
     for part in PARTS.values():  # what is imported late, and the first call of LAPACK
         part.make(**{k: {"layers": 2}.get(k, 64) for k in part.sweeps[0]})()

@@ -308,24 +308,41 @@ def summary(frame: pd.DataFrame, ranked: pd.DataFrame, command: str) -> str:
 
 
 def figure(frame: pd.DataFrame) -> Any:
+    """Each setting's effect as a share of the default's, a point a problem."""
     import plotly.express as px
 
+    from expertsteer_lens.show.drawing import set_style
+
     wide = relative(frame)
-    long = (
-        wide.div(wide.loc["default"])
-        .reset_index()
-        .melt(id_vars="setting", var_name="problem", value_name="share")
-    )
+    shares = wide.div(wide.loc["default"])
+    long = shares.reset_index().melt(id_vars="setting", var_name="problem", value_name="share")
     drawn = px.scatter(
         long,
         x="share",
         y="setting",
         color="problem",
-        template="plotly_white",
-        height=240 + 22 * len(wide),
         labels={"share": "effect on validation prompts / effect with the defaults", "setting": ""},
     )
-    return drawn.add_vline(x=1.0, line={"dash": "dash"}).update_yaxes(autorange="reversed")
+    set_style(
+        drawn,
+        _finding(shares.mean(axis=1)),
+        "one setting changed at a time; dashed: the defaults; in the title: the worst setting's "
+        "mean over problems",
+    )
+    drawn.update_traces(marker={"size": 8}).add_vline(x=1.0, line={"dash": "dash"})
+    drawn.update_yaxes(autorange="reversed")
+    return drawn.update_layout(width=1000, height=280 + 22 * len(wide), margin={"l": 290})
+
+
+def _finding(means: pd.Series) -> str:
+    """What a choice costs at worst: the two that cost most, and all settings of RFM together."""
+    worst = means.groupby(means.index.str.split(": ").str[0]).min().sort_values()
+    rfm = worst[worst.index.str.startswith("RFM ")].min()
+    first, second = worst.index[:2]
+    return (
+        f"A bad {first} leaves {worst[first]:.0%} of the effect, a bad {second} "
+        f"{worst[second]:.0%}; RFM's settings at least {rfm:.0%}"
+    )
 
 
 if __name__ == "__main__":

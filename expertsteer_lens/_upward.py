@@ -12,6 +12,7 @@ DRAWS = "results draw themselves: `.plot()`"
 HUB = "a plan has `from_pretrained` and `push_to_hub`, as hub users expect"
 UPWARD = {
     "plot_layer_pair_mi": ("show.plots", DRAWS),
+    "plot_layer_pairs": ("show.plots", DRAWS),
     "plot_dose_response": ("show.plots", DRAWS),
     "plot_evaluation": ("show.plots", DRAWS),
     "load": ("files.io", HUB),

@@ -26,7 +26,7 @@ from expertsteer_lens.benchmarks.transfer import real
 from expertsteer_lens.cli import app as cli
 from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets, commands_states
 from expertsteer_lens.cli import io as _cli_io
-from expertsteer_lens.cli.options import TextOptions, parse_reading
+from expertsteer_lens.cli.options import LOADING, PUBLIC, SETTINGS, TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.show.report import SteeredText
 
@@ -169,6 +169,7 @@ class TestFit:
         } == names
         verdict = json.loads((out / "evaluation.json").read_text())["verdict"]
         assert verdict in printed
+        assert f"open {out / 'report.html'}" in printed
         assert verdict.replace("&", "&amp;") in (out / "report.html").read_text()
         assert "plotly.min.js" in (out / "comparison.html").read_text()[:2000]
 
@@ -353,6 +354,8 @@ class TestShow:
         plan = esl.load(fitted[0] / "plan")
         rows = [line for line in shown(fitted[0] / "plan").splitlines() if line.startswith("│")]
         assert any(plan.vectors[0].hook_name in row for row in rows)
+        assert len(rows) == 1  # with an empty column the unit would be broken into lines
+        assert "paramet" not in shown(fitted[0] / "plan")
         table = shown(found / "fit").split("fitted pairs")[1]
         assert len([line for line in table.splitlines() if line.startswith("│")]) == min(
             10, len(esl.load(found / "fit").rfms)
@@ -809,6 +812,22 @@ class TestHelp:
             )
         assert run(command, "--help").exit_code == 0
 
+    def test_a_command_is_one_line_of_the_list_and_its_help_breaks_where_the_terminal_does(self):
+        from typer.main import get_command
+
+        for name, command in get_command(cli.app).commands.items():
+            first, *_ = paragraphs = command.help.split("\n\n")
+            assert len(first) <= 62, name  # what a terminal of 80 columns has room for
+            assert not any("\n" in paragraph for paragraph in paragraphs), name
+
+    def test_what_a_first_run_does_not_need_stands_apart_in_the_help(self):
+        shown = run("fit", "--help").output
+        options, *groups = re.split(r"╭─ (?!Options)", shown)
+        assert [g.split(" ─")[0] for g in groups] == [PUBLIC, LOADING, SETTINGS]
+        needed = ("--expert", "--target", "--pairs", "--anchors", "--behaviour", "--out")
+        assert all(f"{name} " in options for name in needed)
+        assert "--dtype" not in options
+
     def test_without_arguments_the_commands_are_listed(self):
         assert all(
             c in run().output
@@ -1025,7 +1044,9 @@ def test_texts_are_labelled_by_a_question_alone(tmp_path, capsys):
 
 def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     command = ("bench", "--real", tmp_path / "nowhere", "--data", tmp_path)
-    assert "fetch_real.py" in refused(capsys, *command)
+    said = refused(capsys, *command)
+    assert "fetch_real.py" in said
+    assert "docs/results.md#where-" in said  # the script has not all of them
     assert "EXPERT:TARGET" in refused(capsys, *command, "--transfer", "one")
     assert "--task" in refused(capsys, *command, "--domain", "finance")
     assert "bfloat16" in refused(capsys, *command, "--dtype", "half a float")

@@ -187,6 +187,19 @@ class TestBehaviour:
             Behaviour(prompts=("p",), positive=(), negative=(" b",))
 
 
+def test_pairs_and_prompts_are_tables_that_a_notebook_shows():
+    asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    pairs = ContrastPairs.from_lists(["It was warm.", asked], ["It was cold.", "No."])
+    frame = pairs.to_pandas()
+    assert frame.positive.tolist() == ["It was warm.", "user: Why?\nassistant: Because."]
+    assert frame.negative.tolist() == ["It was cold.", "No."]
+    assert "It was cold." in pairs._repr_html_()
+    shared = Behaviour(["a", "b"], [" x", " y"], [" z"]).to_pandas()
+    assert shared.positive.tolist() == [(" x", " y")] * 2
+    own = Behaviour(["a", "b"], [[" 4"], [" 6"]], [[" 5"], [" 7", " 8"]]).to_pandas()
+    assert own.values.tolist() == [["a", (" 4",), (" 5",)], ["b", (" 6",), (" 7", " 8")]]
+
+
 def test_labels_are_a_fresh_tensor_each_time():
     pairs = ContrastPairs.from_lists(GOOD, BAD)
     pairs.labels.zero_()

@@ -11,6 +11,7 @@ import pathlib
 import re
 import runpy
 import traceback
+import types
 
 import pytest
 
@@ -77,12 +78,16 @@ def test_links_to_files_lead_somewhere(page: pathlib.Path) -> None:
     assert not missing
 
 
+def script(name: str) -> types.ModuleType:
+    """A script of `benchmarks/`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_tables_of_the_pages_are_those_that_were_measured() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "fill_readme", ROOT / "benchmarks" / "fill_readme.py"
-    )
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
+    fill = script("fill_readme")
     assert fill.pages() == PAGES
     texts = [page.read_text() for page in PAGES]
     blocks = [block for text in texts for block in fill.BLOCK.findall(text)]
@@ -91,3 +96,26 @@ def test_the_tables_of_the_pages_are_those_that_were_measured() -> None:
     for text in texts:
         assert fill.filled(text) == text
         assert fill.filled(text.replace("| +0.", "| +1.", 1)) == text
+
+
+def test_the_pictures_of_measured_tables_are_on_a_page_and_say_what_they_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    figures = script("draw_pictures").figures()
+    assert set(figures) == {"bench", "method_choices", "fit_at_size"}
+    pages = "".join(page.read_text() for page in PAGES)
+    for name, figure in figures.items():
+        assert f"({name}.png)" in pages
+        title = figure.layout.title.text.split("<br>")[0]
+        assert re.search(r"[0-9]", title), f"{name} does not say what was found: {title}"
+        assert len(title) <= 100
+    choices = (ROOT / "benchmarks/results/method_choices.md").read_text()
+    worst = {
+        name: min(
+            float(share) for share in re.findall(rf"^\| {name}.* ([0-9.]+) \|$", choices, re.M)
+        )
+        for name in ("aligner", "pairing rule", "RFM")
+    }
+    said = figures["method_choices"].layout.title.text
+    assert all(f"{share:.0%}" in said for share in worst.values())

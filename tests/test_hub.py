@@ -214,12 +214,24 @@ class TestCards:
         vector = dataclasses.replace(plan.vectors[0], provenance=facts)
         card = plan_card(dataclasses.replace(plan, vectors=(vector,)))
         assert 'expertsteer-lens fit --expert "a" --target "b"' in card
-        assert "--config fit.json --seed 3" in card
+        assert "--pairs pairs.jsonl --config fit.json --seed 3" in card
         assert (
             "| `blocks.2.hook_resid_post` | `blocks.1.hook_resid_post` | 0.123 | 0.5 | 0.875 |"
             in card
         )
         assert "base_model" not in card  # "b" is no id of the hub
+
+    def test_the_command_takes_the_texts_that_were_given(self):
+        names = {"target": {"name": "b"}, "provenance": {"expert": {"name": "a"}, "config": {}}}
+        for given, options in {
+            "anchors": "--pairs pairs.jsonl --anchors anchors.txt --config",
+            "behaviour": "--pairs pairs.jsonl --behaviour behaviour.json --config",
+        }.items():
+            names["provenance"] = {"expert": {"name": "a"}, "config": {}, given: {"given": True}}
+            assert options in plan_card(self.plan(**names))
+        own = {"anchors": {"n": 3, "given": False}, "behaviour": None}
+        names["provenance"] = {"expert": {"name": "a"}, "config": {}, **own}
+        assert "--pairs pairs.jsonl --config" in plan_card(self.plan(**names))
 
     def test_the_verdict_of_an_evaluation(self):
         from expertsteer_lens.evaluation.result import Evaluation, EvaluationRow

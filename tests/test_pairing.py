@@ -61,6 +61,16 @@ def test_the_table_lists_every_allowed_pair_and_marks_the_chosen():
     assert frame.score.is_monotonic_increasing
 
 
+def test_the_pairs_draw_themselves():
+    pytest.importorskip("plotly")
+    pairs = pick("min_mi")
+    figure = pairs.plot()
+    best = pairs[0]
+    assert best.expert.split(".")[1] in figure.layout.title.text
+    drawn = [v for row in figure.data[0].z for v in row if v is not None]
+    assert sorted(drawn) == sorted(pairs.to_pandas().score)
+
+
 def test_scores_are_not_changed():
     scores = SCORES.clone()
     pick("min_mi", scores)

@@ -470,6 +470,7 @@ def test_fwd_hooks_are_the_same_edits_as_a_plain_list() -> None:
     assert plan.last_run is not None
     assert plan.last_run.n_edited == {HOOK: 2, NEXT: 2}
     assert plan.last_run.n_forwards == 1
+    assert plan.last_run.to_pandas().values.tolist() == [[HOOK, 1, 2, 2], [NEXT, 1, 2, 2]]
 
 
 def test_fwd_hooks_take_the_mask_of_a_padded_batch() -> None:

@@ -114,6 +114,20 @@ def test_every_part_is_there(page):
     assert "1.235" in page.cells
 
 
+def test_what_a_figure_shows_is_text_of_the_page_that_breaks_into_lines(tmp_path):
+    """Within the figure it would be cut off on a narrow screen."""
+    path = write_report(
+        tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration()
+    )
+    source = path.read_text(encoding="utf-8")
+    found = re.findall(r"<p class='found'><b>(.+?)</b><br>(.+?)</p>", source)
+    assert len(found) == source.count('class="plotly-graph-div"') >= 6
+    assert any("random directions by" in title for title, _ in found)
+    assert not [lines for _, lines in found if "sup" in lines]
+    figures = source[source.rindex("Plotly.newPlot", 0, source.index("Prompt by prompt")) :]
+    assert "\\u003csup\\u003e" not in figures  # no second time within the figures
+
+
 def test_the_scripts_are_in_the_page_once(tmp_path):
     source = write_report(
         tmp_path / "r.html", results.fit(), results.evaluation(), results.calibration()

@@ -38,6 +38,14 @@ def test_what_errors_and_verdicts_point_at_is_a_heading_of_the_page() -> None:
     assert explained_at("not-run").endswith("docs/why_nothing_happens.md#not-run.")
 
 
+def test_pages_that_messages_name_have_the_heading() -> None:
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "expertsteer_lens").rglob("*.py")]
+    named = {m for text in sources for m in re.findall(r"docs/(\w+\.md)#([\w-]+)", text)}
+    assert ("results.md", "where-models-and-texts-come-from") in named
+    for page, anchor in named:
+        assert anchor in headings((ROOT / "docs" / page).read_text(encoding="utf-8"))
+
+
 def test_links_between_pages_lead_to_headings() -> None:
     pages = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs").glob("*.md")}
     links = [

@@ -28,6 +28,7 @@ from .io import (
     write_table,
 )
 from .options import (
+    SETTINGS,
     AsJson,
     BehaviourFile,
     ModelOptions,
@@ -45,8 +46,9 @@ def demo(
     n_random: NRandom = 5,
     as_json: AsJson = False,
 ) -> None:
-    """The four steps on the two bundled models, with controls, figures and a verdict. Under two
-    minutes on two cores."""
+    """The four steps on two bundled models, with controls.
+
+    Under two minutes on two cores; nothing is downloaded."""
     with tables_as_json(as_json):
         result = _demonstrated(out, seed, n_random)
     if as_json:
@@ -137,7 +139,8 @@ def label(
     ] = None,
     out: Out = Path("labelled-texts"),
 ) -> None:
-    """Have a model label unlabelled texts from a few labelled pairs, or from a question:
+    """Have a model label texts, from a few pairs or from a question.
+
     OUT/pairs.jsonl is for `fit --pairs`, OUT/scores.csv holds every text with its score."""
     from expertsteer_lens.data.contrast import ContrastPairs
     from expertsteer_lens.errors import ArgumentError
@@ -175,9 +178,15 @@ def fit(
     texts: TextOptions,
     models: ModelOptions,
     behaviour: BehaviourFile = None,
-    preset: Annotated[str, typer.Option(help="anchored or paper")] = "anchored",
+    preset: Annotated[
+        str, typer.Option(help="anchored or paper", rich_help_panel=SETTINGS)
+    ] = "anchored",
     config: Annotated[
-        Path | None, typer.Option(help="JSON with fields of ExpertSteerConfig, over the preset's")
+        Path | None,
+        typer.Option(
+            help="JSON with fields of ExpertSteerConfig, over the preset's",
+            rich_help_panel=SETTINGS,
+        ),
     ] = None,
     n_random: NRandom = 5,
     save_fit: Annotated[
@@ -188,9 +197,11 @@ def fit(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Fit on your own two models and save the plan to OUT/plan; with a behaviour, evaluate it and
-    write the report too. Where it is stopped (Ctrl-C), what is finished is kept in OUT/stopped, and
-    the same command goes on from there."""
+    """Fit on two models of yours and save the plan.
+
+    The plan is OUT/plan; with --behaviour (or --benchmark) it is evaluated too, and OUT/report.html
+    shows how well it works. Where it is stopped (Ctrl-C), what is finished is kept in OUT/stopped,
+    and the same command goes on from there."""
     with tables_as_json(as_json):
         found, result = _fitted(
             expert, target, texts, models, behaviour, preset, config, n_random, save_fit, out, seed
@@ -270,6 +281,7 @@ def _fitted(
     else:
         write_results(out, found, plan, result, curve, contrast)
         print_evaluation(result)
+        say(f"\nopen {out / 'report.html'}")
     stopped.clear()
     say(str((out / "plan").resolve()))
     return found, result
@@ -294,8 +306,10 @@ def reproduce(
     models: ModelOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Make a saved fit again from its settings, its seed and the same texts, and compare: bit by
-    bit on the same kind of machine, else by the directions' cosines. Exit code 1 if it differs."""
+    """Make a saved fit again and compare.
+
+    From its settings, its seed and the same texts: bit by bit on the same kind of machine, else by
+    the directions' cosines. Exit code 1 if it differs."""
     from expertsteer_lens.pipeline import reproduce as run_again
 
     with tables_as_json(as_json):

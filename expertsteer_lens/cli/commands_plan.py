@@ -32,13 +32,15 @@ def show(
     saved: Annotated[
         str,
         typer.Argument(
-            metavar="PLAN", help="folder or hub id of a saved plan, fit, evaluation, ..."
+            metavar="SAVED", help="folder or hub id of a saved plan, fit, evaluation, ..."
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Print what was saved: what a plan does and where it comes from, the steps and pairs of a fit;
-    loads no model."""
+    """Print what was saved, without a model.
+
+    What a plan does and where it comes from; the steps and pairs of a fit; the rows of an
+    evaluation."""
     from expertsteer_lens.evaluation.result import Evaluation
     from expertsteer_lens.files.io import load
     from expertsteer_lens.pipeline import ExpertSteering
@@ -93,7 +95,7 @@ def _show_plan(plan: Any) -> None:
         }
     )
     # What says nothing is left out, so that the names fit into a terminal.
-    silent = [c for c in ("keeps norm", "gate") if not frame[c].astype(bool).any()]
+    silent = [c for c in ("keeps norm", "gate", "parameters") if not frame[c].astype(bool).any()]
     print_frame(frame.drop(columns=["layer", *silent]), "vectors", names=True)
     names = ("expert", "target", "pairs", "anchors", "behaviour", "seed")
     facts = {k: v for k, v in plan.provenance.items() if k in names}
@@ -120,7 +122,7 @@ def steer(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Generate at minus, zero and plus the plan's coefficient, side by side."""
+    """Generate at minus, zero and plus the plan's strength."""
     if not prompt and not interactive:
         raise ArgumentError("give --prompt TEXT (several times, if you like), or --interactive.")
     loaded = load_saved(plan, "SteeringPlan")
@@ -176,9 +178,12 @@ def evaluate(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """A saved plan against random directions; with `--fit` also against shuffled labels and the
-    native ceiling. Where it is stopped (Ctrl-C), the rows that are finished are kept in OUT/stopped
-    (expertsteer-evaluation/stopped without --out), and the same command goes on from there."""
+    """Measure a saved plan beside random directions.
+
+    With `--fit` also beside shuffled labels and the native ceiling: what the target can do with
+    its own direction. Where it is stopped (Ctrl-C), the rows that are finished are kept in
+    OUT/stopped (expertsteer-evaluation/stopped without --out), and the same command goes on from
+    there."""
     from expertsteer_lens.data.parts import halves
     from expertsteer_lens.evaluation.run import evaluate as run
 
@@ -259,8 +264,10 @@ def export(
         typer.Option("--allow-mismatch", help="merged: into other weights than it was made for"),
     ] = False,
 ) -> None:
-    """Write a saved plan in another program's format, coefficients folded in. Loads a model only if
-    one is given with `--target`, as plain Hugging Face (`--host` is of no matter)."""
+    """Write a saved plan in another program's format.
+
+    Coefficients are folded in. A model is loaded only if one is given with `--target`, as plain
+    Hugging Face (`--host` is of no matter)."""
     from expertsteer_lens._checks import check_choice
     from expertsteer_lens.files.export import FORMATS, export_plan
 

@@ -16,6 +16,9 @@ from .io import print_frame, say
 from .options import AsJson, ModelOptions, Out, Seed
 from .stopped import goes_on_from
 
+REAL = "On real models instead"
+"""Group of the options that go with `--real`."""
+
 TRANSFERS = ("qwen:smollm2", "smollm2:gemma3", "qwen:gemma3")
 
 
@@ -38,40 +41,49 @@ def bench(
     real: Annotated[
         Path | None,
         typer.Option(
-            help="on real models instead: folder that benchmarks/fetch_real.py made, with models "
-            "and domainsteer"
+            help="the folder that benchmarks/fetch_real.py made, with models and domainsteer",
+            rich_help_panel=REAL,
         ),
     ] = None,
     data: Annotated[
-        Path, typer.Option(help="with --real: folder with gsm8k, truthfulqa and steerkit_pairs")
+        Path,
+        typer.Option(help="folder with gsm8k, truthfulqa and steerkit_pairs", rich_help_panel=REAL),
     ] = Path("data"),
     transfers: Annotated[
         list[str] | None,
         typer.Option(
             "--transfer",
-            help="with --real: EXPERT:TARGET, folders in it or hub ids; may be repeated",
+            help="EXPERT:TARGET, folders in it or hub ids; may be repeated",
+            rich_help_panel=REAL,
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--task", help="with --real: default all 18; may be repeated"),
+        typer.Option("--task", help="default all 18; may be repeated", rich_help_panel=REAL),
     ] = None,
     n_pairs: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="with --real: numbers of labelled pairs; may be repeated"),
+        typer.Option(
+            min=1, help="numbers of labelled pairs; may be repeated", rich_help_panel=REAL
+        ),
     ] = None,
     n_draws: Annotated[
         int | None,
-        typer.Option(min=1, help="with --real: draws of the labelled pairs", show_default="20"),
+        typer.Option(
+            min=1, help="draws of the labelled pairs", show_default="20", rich_help_panel=REAL
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="with --real: of the weights, e.g. bfloat16", show_default="float32"),
+        typer.Option(
+            help="of the weights, e.g. bfloat16", show_default="float32", rich_help_panel=REAL
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="with --real: e.g. cuda:1")] = None,
+    device: Annotated[str | None, typer.Option(help="e.g. cuda:1", rich_help_panel=REAL)] = None,
 ) -> None:
-    """Run the offline benchmark: 15 tasks in four domains on bundled models, every method under the
-    same choices and budget. Under 15 minutes on two cores.
+    """The offline benchmark: 15 tasks on bundled models.
+
+    Four domains, every method under the same choices and budget. Under 15 minutes on two cores.
 
     With --real: real models and tasks from local folders, effect against the number of labelled
     pairs. Hours on two cores; a run that was stopped goes on from OUT."""
@@ -182,7 +194,7 @@ def benchmarks(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the public benchmarks that `fit --benchmark` takes; reads nothing."""
+    """List the public benchmarks that `fit --benchmark` takes."""
     import pandas as pd
 
     from expertsteer_lens.benchmarks import public

@@ -33,9 +33,11 @@ def capture(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Read the expert's states into OUT for `fit --expert OUT`: elsewhere, or where both models do
-    not fit in memory. They are written as they are read: the same command goes on where one that
-    was stopped or killed left off. With --shard several processes share the work."""
+    """Read the expert into a folder, for a fit without it.
+
+    For `fit --expert OUT` on another machine, or where both models do not fit in memory. States are
+    written as they are read: the same command goes on where one that was stopped or killed left
+    off. With --shard several processes share the work."""
     from expertsteer_lens.data.states_shards import shard_folder, shard_of
     from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
 
@@ -61,8 +63,10 @@ def merge(
         ),
     ],
 ) -> None:
-    """Put together what the processes of `capture --shard` read: DIR becomes what one process would
-    have written. A merge that was stopped goes on; the shards may be removed afterwards."""
+    """Put the shares of `capture --shard` together.
+
+    DIR becomes what one process would have written. A merge that was stopped goes on; the shards
+    may be removed afterwards."""
     from expertsteer_lens.data.activations import ActivationStore
 
     with goes_on_from(states):

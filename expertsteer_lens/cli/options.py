@@ -16,19 +16,37 @@ from typer.models import ArgumentInfo
 
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError, HostError
 
+SETTINGS = "Settings"
+PUBLIC = "A public benchmark, in place of --pairs"
+LOADING = "How models are loaded"
+"""Groups in the help of what a first run does not need."""
+
 Out = Annotated[Path, typer.Option("--out", help="folder for the results; made if missing")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of every random choice")]
-NRandom = Annotated[
-    int, typer.Option("--n-random", min=2, help="random directions behind the floor")
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="of every random choice", rich_help_panel=SETTINGS),
 ]
-PlanName = Annotated[str, typer.Argument(help="folder or hub id of a saved plan")]
+NRandom = Annotated[
+    int,
+    typer.Option(
+        "--n-random",
+        min=2,
+        help="random directions behind the floor",
+        rich_help_panel=SETTINGS,
+    ),
+]
+PlanName = Annotated[str, typer.Argument(metavar="PLAN", help="folder or hub id of a saved plan")]
 TargetName = Annotated[str, typer.Option("--target", help="folder or hub id of the target")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output, and no tables")
 ]
 BehaviourFile = Annotated[
     Path | None,
-    typer.Option("--behaviour", help="JSON with 'prompts', 'positive', 'negative'"),
+    typer.Option(
+        "--behaviour",
+        help="prompts with wanted and unwanted completions, to choose by and to test on: JSON with "
+        "lists 'prompts', 'positive', 'negative'",
+    ),
 ]
 
 
@@ -37,14 +55,32 @@ class ModelOptions:
     """How models are loaded."""
 
     host: Annotated[
-        str, typer.Option("--host", help="transformer_lens, nnsight or huggingface")
+        str,
+        typer.Option(
+            "--host",
+            help="transformer_lens, nnsight or huggingface (the fastest)",
+            rich_help_panel=LOADING,
+        ),
     ] = "transformer_lens"
-    dtype: Annotated[str, typer.Option("--dtype", help="of the weights, e.g. bfloat16")] = "float32"
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="of the weights, e.g. bfloat16", rich_help_panel=LOADING),
+    ] = "float32"
     device: Annotated[
-        str | None, typer.Option("--device", help="e.g. cuda:1; default: cuda where there is one")
+        str | None,
+        typer.Option(
+            "--device",
+            help="e.g. cuda:1; default: cuda where there is one",
+            rich_help_panel=LOADING,
+        ),
     ] = None
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run model code that ships with the weights")
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="run model code that ships with the weights",
+            rich_help_panel=LOADING,
+        ),
     ] = False
 
     def check(self) -> None:
@@ -119,28 +155,41 @@ class TextOptions:
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines with fields 'positive' and 'negative': texts, or lists of messages"
+            help="labelled texts: JSON lines with fields 'positive' and 'negative', texts or lists "
+            "of messages"
         ),
     ] = None
     benchmark: Annotated[
-        str | None, typer.Option(help="instead of --pairs: a name from `benchmarks`")
+        str | None,
+        typer.Option(
+            help="a name from the command `benchmarks`",
+            rich_help_panel=PUBLIC,
+        ),
     ] = None
     benchmark_path: Annotated[
-        Path | None, typer.Option(help="its local file; default: the hub")
+        Path | None,
+        typer.Option(help="its local file; default: the hub", rich_help_panel=PUBLIC),
     ] = None
     limit: Annotated[
-        int | None, typer.Option(min=1, help="most rows of the benchmark, drawn by the seed")
+        int | None,
+        typer.Option(
+            min=1, help="most rows of the benchmark, drawn by the seed", rich_help_panel=PUBLIC
+        ),
     ] = None
     chat: Annotated[
         bool,
         typer.Option(
             "--chat",
             help="benchmark questions and answers as conversations, in each model's template",
+            rich_help_panel=PUBLIC,
         ),
     ] = False
     anchors: Annotated[
         Path | None,
-        typer.Option(help="unlabelled texts, one a line (.jsonl: texts or lists of messages)"),
+        typer.Option(
+            help="unlabelled texts that both models read, one a line (.jsonl: texts or lists of "
+            "messages)"
+        ),
     ] = None
 
 
@@ -209,6 +258,18 @@ def _named(message: str, options: Mapping[str, str]) -> str:
     return options.get(name, name) + space + rest
 
 
+def _reflowed(doc: str | None) -> str:
+    r"""Paragraphs as one line each, since typer keeps the line ends of a docstring, which fit no
+    terminal but ours.
+
+    Example:
+        >>> _reflowed("What it does.\n\n    How it goes\n    about it.")
+        'What it does.\n\nHow it goes about it.'
+    """
+    paragraphs = inspect.cleandoc(doc or "").split("\n\n")
+    return "\n\n".join(" ".join(part.split()) for part in paragraphs)
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take groups of options as one object: typer sees the single options.
 
@@ -251,11 +312,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(str(stop).split(", which are kept")[0] or "stopped", err=True)
             raise typer.Exit(130) from stop
 
-    run.__name__, run.__doc__, run.__module__ = (
-        command.__name__,
-        command.__doc__,
-        command.__module__,
-    )
+    run.__name__, run.__module__ = command.__name__, command.__module__
+    run.__doc__ = _reflowed(command.__doc__)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from .parts import groups_of, rows_of
 from .spans import Span, differing_spans
 from .texts import lines_of, parse_json, read_file
 from .texts import text_hash as text_hash
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,18 @@ class ContrastPairs:
     def __len__(self) -> int:
         return len(self.positive)
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a pair: its positive and its negative text.
+
+        Example:
+            >>> ContrastPairs.from_lists(["It was warm."], ["It was cold."]).to_pandas().shape
+            (1, 2)
+        """
+        import pandas as pd
+
+        sides = {"positive": self.positive, "negative": self.negative}
+        return pd.DataFrame({name: [_readable(t) for t in side] for name, side in sides.items()})
+
     _repr_html_ = repr_html
 
     def __repr__(self) -> str:
@@ -391,11 +406,25 @@ class Behaviour:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a prompt, with its positive and its negative completions (tuples of texts)."""
+        import pandas as pd
+
+        rows = [(_readable(p), *self.completions(i)) for i, p in enumerate(self.prompts)]
+        return pd.DataFrame(rows, columns=["prompt", "positive", "negative"])
+
     _repr_html_ = repr_html
 
     def __repr__(self) -> str:
         good, bad = self.completions(0)
         return f"Behaviour({len(self)} prompts; + {_short(good[0])}; - {_short(bad[0])})"
+
+
+def _readable(text: Text) -> str:
+    """A text for a table; a chat with who says what."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{role}: {said}" for role, said in text.messages)
 
 
 def _check_completions(positive: tuple[str, ...], negative: tuple[str, ...], where: str) -> None:

@@ -150,15 +150,26 @@ def _reproduce(plan: SteeringPlan) -> str:
         return ""
     seed = plan.provenance.get("seed", 0)
     experts = " ".join(f'--expert "{plain(one)}"' for one in str(expert["name"]).split(TOGETHER))
-    return f"""Made by, with the pairs whose hash is in `config.json` and its `provenance.config` as
-`fit.json`:
+    texts = "--pairs pairs.jsonl"
+    if _facts(plan, "anchors").get("given"):
+        texts += " --anchors anchors.txt"
+    if _facts(plan, "behaviour"):
+        texts += " --behaviour behaviour.json"
+    return f"""To make it again, from the texts whose hashes are in `config.json`, and with its
+`provenance.config` kept as `fit.json`:
 
 ```bash
 expertsteer-lens fit {experts} --target "{plain(target["name"])}" \\
-  --pairs pairs.jsonl --config fit.json --seed {plain(seed)}
+  {texts} --config fit.json --seed {plain(seed)}
 ```
 
 """
+
+
+def _facts(plan: SteeringPlan, name: str) -> dict[str, Any]:
+    """What the provenance says of some texts, if it says anything."""
+    found = plan.provenance.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _number(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_finite, check_number
 from expertsteer_lens._html import repr_html
+from expertsteer_lens._upward import upward
 from expertsteer_lens.errors import ArgumentError, WidthError
 
 if TYPE_CHECKING:
@@ -228,6 +229,10 @@ class LayerPairs(Sequence[LayerPair]):
         ]
         ascending = find_rule(self.rule).lowest_first
         return pd.DataFrame(rows).sort_values("score", ascending=ascending, ignore_index=True)
+
+    def plot(self) -> Any:
+        """Heat map of the scores with the chosen pairs outlined (a plotly Figure)."""
+        return upward("plot_layer_pairs")(self)
 
     _repr_html_ = repr_html
 

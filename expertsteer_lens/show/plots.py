@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 Quantity = Literal["mi", "excess"]
 
 
+SYMBOLS = (
+    *("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star"),
+    *("pentagon", "hourglass", "bowtie", "circle-open", "square-open", "diamond-open"),
+    *("triangle-up-open", "hexagram", "star-open", "cross-open"),
+)
+"""One for each method of the benchmark: of plotly's own order the eighth to the thirteenth are one
+small triangle, turned."""
+
+
 class _DrawnBench(Protocol):
     """What a figure reads of `Bench`."""
 
@@ -351,7 +360,8 @@ def plot_bench(bench: _DrawnBench) -> Any:
     for i, method in enumerate(methods):
         part = frame[frame["method"] == method]
         shift = 0.32 - 0.64 * i / max(1, len(methods) - 1)
-        _add_tasks(figure, part, method, [tasks.index(t) + shift for t in part["task"]], i % 25)
+        heights = [tasks.index(t) + shift for t in part["task"]]
+        _add_tasks(figure, part, method, heights, SYMBOLS[i % len(SYMBOLS)])
     own = frame[frame["role"] == "plan"].set_index("task")
     plan, wins = own["method"].iloc[0], 0
     for j, task in enumerate(tasks):
@@ -388,7 +398,7 @@ def plot_bench(bench: _DrawnBench) -> Any:
     return figure
 
 
-def _add_tasks(figure: Any, part: Any, method: str, heights: list[float], symbol: int) -> None:
+def _add_tasks(figure: Any, part: Any, method: str, heights: list[float], symbol: str) -> None:
     """One method's markers on all tasks, with their intervals."""
     role = part["role"].iloc[0]
     main = role in ("plan", "ceiling")
@@ -397,7 +407,7 @@ def _add_tasks(figure: Any, part: Any, method: str, heights: list[float], symbol
         y=heights,
         name=method,
         mode="markers",
-        marker={"size": 11 if main else 7, "color": role_colour(role), "symbol": symbol},
+        marker={"size": 11 if main else 8, "color": role_colour(role), "symbol": symbol},
         error_x={
             "type": "data",
             "symmetric": False,

@@ -39,6 +39,7 @@ th{background:var(--fill)} td:first-child,th:first-child{text-align:left}
 table.texts{table-layout:fixed;width:100%;min-width:560px}
 .wide table.texts th,.wide table.texts td{text-align:left;vertical-align:top;white-space:pre-wrap;
 overflow-wrap:anywhere}
+.found{font-size:13px;margin:28px 0 0} .found b{font-size:17px;font-weight:600}
 pre{background:var(--fill);padding:12px;overflow-x:auto;font-size:13px}
 """
 # Figures are drawn in the light style; on a dark page their ink and grid follow it.
@@ -55,6 +56,10 @@ if(d&&s.line&&s.line.color==='#1f2933')u['shapes['+i+'].line.color']=ink;});
 Plotly.relayout(g,u);});}
 window.addEventListener('load',paint);q.addEventListener('change',function(){location.reload();});})();
 """
+
+
+TITLE_ROOM = 50
+"""Pixels above a figure that its title takes where it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -278,16 +283,21 @@ def _wide(table: str) -> str:
 
 
 def _figure(figure: Any, *, first: bool = False) -> str:
-    """A figure as wide as the page: on a narrow one it scrolls within itself."""
+    """A figure as wide as the page: on a narrow one it scrolls within itself, under its title,
+    which is text of the page and breaks into lines."""
     least = min(620, figure.layout.width or 620)
-    figure.update_layout(width=None, autosize=True)
+    title, _, subtitle = (figure.layout.title.text or "").partition("<br><sup>")
+    lines = html.escape(subtitle.removesuffix("</sup>")).replace("&lt;br&gt;", "<br>")
+    found = f"<p class='found'><b>{html.escape(title)}</b><br>{lines}</p>"
+    top = (figure.layout.margin.t or TITLE_ROOM) - TITLE_ROOM
+    figure.update_layout(width=None, autosize=True, title=None, margin_t=max(30, top))
     drawn = figure.to_html(
         full_html=False,
         include_plotlyjs=first,
         config={"displaylogo": False, "responsive": True},
         default_width="100%",
     )
-    return f"<div class='wide'><div style='min-width:{least}px'>{drawn}</div></div>"
+    return f"{found}<div class='wide'><div style='min-width:{least}px'>{drawn}</div></div>"
 
 
 def _shown(text: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._html import repr_html
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(eq=False)
@@ -37,6 +40,20 @@ class RunReport:
         """Tokens edited (selected, gate open, coefficient not 0), by hook name, summed over its
         vectors."""
         return _add_up(self._edited)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a hook: how often it fired, tokens selected and tokens edited.
+
+        Example:
+            >>> list(RunReport(n_forwards=2).to_pandas())
+            ['hook_name', 'fired', 'selected', 'edited']
+        """
+        import pandas as pd
+
+        selected, edited = self.n_selected, self.n_edited
+        names = list(dict.fromkeys([*self.n_fired, *selected, *edited]))
+        rows = [(n, self.n_fired.get(n, 0), selected.get(n, 0), edited.get(n, 0)) for n in names]
+        return pd.DataFrame(rows, columns=["hook_name", "fired", "selected", "edited"])
 
     _repr_html_ = repr_html
 

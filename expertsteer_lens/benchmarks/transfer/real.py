@@ -62,7 +62,9 @@ def read_real_data(
     missing = [str(path) for path in needed if not path.exists()]
     if missing:
         raise DataError(
-            f"{missing[0]} is not there; benchmarks/fetch_real.py says where it is had."
+            f"{missing[0]} is not there; benchmarks/fetch_real.py makes the models and "
+            "domainsteer, docs/results.md#where-models-and-texts-come-from says where the other "
+            "texts are had."
         )
     # One field of every domain, then the next: an unfinished run is of all domains.
     turns = zip_longest(*([(code, domain) for code in codes] for domain, codes in FIELDS.items()))
