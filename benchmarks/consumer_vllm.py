@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import tempfile
@@ -38,7 +39,8 @@ from vllm import LLM, SamplingParams
 folder, prompts, n_new, out = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 model = LLM(
     folder, dtype="float32", skip_tokenizer_init=True, max_model_len=64, max_logprobs=-1,
-    enforce_eager=True, enable_prefix_caching=False,
+    enforce_eager=True, enable_prefix_caching=False, gpu_memory_utilization=0.1,
+    distributed_executor_backend="uni",
 )
 how = SamplingParams(temperature=0, max_tokens=n_new, ignore_eos=True, prompt_logprobs=-1, detokenize=False)
 found = model.generate([{"prompt_token_ids": p} for p in prompts], how)
@@ -93,7 +95,9 @@ def ours(model: Any) -> list[dict[str, Any]]:
 def theirs(python: str, model: Any, work: pathlib.Path) -> dict[str, Any]:
     model.save_pretrained(work / "model")
     args = [str(work / "model"), json.dumps(PROMPTS), str(N_NEW), str(work / "out.json")]
-    subprocess.run([python, "-c", INSIDE, *args], check=True)
+    # In one process: each further one imports everything again.
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    subprocess.run([python, "-c", INSIDE, *args], check=True, env=environment)
     return dict(json.loads((work / "out.json").read_text(encoding="utf-8")))
 
 

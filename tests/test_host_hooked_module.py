@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import models
@@ -207,6 +209,65 @@ def test_a_network_that_never_reaches_the_hook_or_is_not_run_is_an_error(network
         capture_tensors(network, [], ["hook_mix"])
     with pytest.raises(ModelStateError, match=r"call model\.eval"):
         capture_tensors(network.train(), IMAGES, ["hook_mix"])
+
+
+def in_turn(network: Any, *works: Any) -> list[Any]:
+    """What each returns, run in threads whose passes are all between the first and the second hook
+    point at once."""
+    inside = threading.Barrier(len(works), timeout=60)
+
+    def wait(*_: Any) -> None:
+        inside.wait()
+
+    handle = network.mix.register_forward_hook(wait)
+    try:
+        with ThreadPoolExecutor(len(works)) as pool:
+            return [future.result() for future in [pool.submit(work) for work in works]]
+    finally:
+        handle.remove()
+
+
+def test_threads_that_are_in_a_pass_at_once_are_each_at_their_own_place(network: Any) -> None:
+    images = [IMAGES, IMAGES.flip(0), IMAGES[:2]]
+    both = SteeringPlan(
+        vectors=plan("hook_embed").vectors + plan("hook_mix").vectors, positions=[1, 3]
+    )
+    want = []
+    for each in images:
+        with both.hooks(network):
+            want.append(network(each))
+    handle = both.attach(network)
+    found = in_turn(network, *(lambda each=each: network(each) for each in images))
+    handle.remove()
+    assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+    assert handle.report.n_forwards == len(images)
+    assert handle.report.n_edited == dict.fromkeys(("hook_embed", "hook_mix"), 2 * (5 + 5 + 2))
+
+
+def test_a_pass_of_another_thread_is_not_counted(network: Any) -> None:
+    host, reports = as_host(network), []
+    plans = [plan("hook_embed"), plan("hook_mix")]
+    want = [network(IMAGES)]
+    for one in plans:
+        with one.hooks(host):
+            want.append(network(IMAGES))
+
+    def steered(one: SteeringPlan) -> Tensor:
+        with one.hooks(host) as report:
+            reports.append(report)
+            return network(IMAGES)
+
+    works = [lambda: network(IMAGES), *(lambda one=one: steered(one) for one in plans)]
+    found = in_turn(network, *works)
+    assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+    assert [report.n_forwards for report in reports] == [1, 1]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with (
+            pytest.raises(InterventionError, match="by threads or tasks that were not started"),
+            plan().hooks(network),
+        ):
+            assert torch.equal(pool.submit(network, IMAGES).result(), want[0])
 
 
 def test_a_language_model_can_be_captured_through_tensors_too() -> None:

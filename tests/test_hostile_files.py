@@ -18,7 +18,13 @@ import torch
 import expertsteer_lens as esl
 from expertsteer_lens._checked_json import digest_of
 from expertsteer_lens.benchmarks import public
-from expertsteer_lens.benchmarks.transfer.tasks import TransferTask
+from expertsteer_lens.benchmarks.transfer.real import _read_worked
+from expertsteer_lens.benchmarks.transfer.tasks import (
+    TransferTask,
+    read_field,
+    read_styles,
+    read_truthfulqa,
+)
 from expertsteer_lens.cli.io import read_config, read_texts
 from expertsteer_lens.errors import ArtifactError, DataError
 
@@ -92,6 +98,40 @@ def test_a_task_that_is_no_file_is_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "task.json")
     with waiting_is_an_error(), pytest.raises(DataError, match="is no file"):
         TransferTask.from_json(tmp_path / "task.json")
+
+
+REAL_DATA = {
+    "pairs/llama8b/3201-a.jsonl": lambda folder: read_field(folder, "3201"),
+    "benchmark/3201-a.json": lambda folder: read_field(folder, "3201"),
+    "gsm8k/test.jsonl": lambda folder: _read_worked(folder / "gsm8k/test.jsonl"),
+    "formality.jsonl": lambda folder: read_styles(folder / "formality.jsonl", "f", n_pairs=2),
+    "TruthfulQA.csv": lambda folder: read_truthfulqa(
+        folder / "TruthfulQA.csv", n_pairs=2, n_tests=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "nothing readable"])
+@pytest.mark.parametrize("name", REAL_DATA)
+def test_data_of_real_tasks_that_are_no_file_are_never_waited_for(name, kind, tmp_path):
+    for each in REAL_DATA:
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / each).write_text("{}\n")
+    (tmp_path / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(b"\xff\xfe{}")
+    with waiting_is_an_error(), pytest.raises(DataError, match=r"is no file|is not UTF-8 text"):
+        REAL_DATA[name](tmp_path)
+
+
+def test_a_line_of_a_real_task_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "style.jsonl").write_text('{"prompt": "a"\n')
+    with pytest.raises(DataError, match=r"style\.jsonl is not JSON"):
+        read_styles(tmp_path / "style.jsonl", "style", n_pairs=2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that fails when read")

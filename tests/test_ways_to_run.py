@@ -168,6 +168,72 @@ def test_a_streamer_in_a_thread_is_steered() -> None:
     assert text.split() == model.tokenizer.decode(want).split()
 
 
+class Reads:
+    """A streamer that runs the model on a text of its own whenever it is handed something."""
+
+    def __init__(self, model: Any, ids: list[int], **options: Any) -> None:
+        self.read = lambda: model(torch.tensor([ids]), **options).logits.log_softmax(-1)
+        self.found: list[torch.Tensor] = []
+
+    def put(self, _: Any) -> None:
+        self.found.append(self.read())
+
+    def end(self) -> None:
+        self.found.append(self.read())
+
+
+@rules
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("its_own", [{}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("text", [PROMPTS[2], [*PROMPTS[0], 30, 31], PROMPTS[0][:3]], ids=str)
+def test_passes_of_a_streamer_are_none_of_the_call(
+    rule: Any, options: dict[str, Any], its_own: dict[str, Any], text: list[int]
+) -> None:
+    """It is handed the prompt before the call has run anything, so its first pass comes first."""
+    model, plan = llama(), plan_at(rule)
+    want = alone(model, plan)[0]
+    with plan.hooks(model), torch.no_grad():
+        read = model(torch.tensor([text])).logits.log_softmax(-1)
+    streamer = Reads(model, text, **its_own)
+    with plan.hooks(model):
+        assert run(model, PROMPTS[0], streamer=streamer, **options) == want
+    assert len(streamer.found) == GREEDY["max_new_tokens"] + 2
+    for found in streamer.found:
+        torch.testing.assert_close(found, read, atol=1e-5, rtol=0)
+    given = (torch.tensor([PROMPTS[0]]), None, None, None, None, None, None, Reads(model, text))
+    with plan.hooks(model):
+        out = model.generate(*given, **GREEDY, **options)
+    assert out[0, len(PROMPTS[0]) :].tolist() == want
+    torch.testing.assert_close(given[-1].found[0], read, atol=1e-5, rtol=0)
+
+
+@rules
+def test_passes_between_the_steps_of_a_stream_are_none_of_it(rule: Any) -> None:
+    """Two streams take turns, and somebody runs other texts meanwhile."""
+    model, plan = models.bridge("llama"), plan_at(rule)
+    text = torch.tensor([[*PROMPTS[0], 30, 31]])
+
+    def steps(ids: list[int]) -> Iterator[list[int]]:
+        row = torch.tensor([ids])
+        options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+        for new in model.generate_stream(
+            row, max_new_tokens=6, max_tokens_per_yield=1, return_type="tokens", **options
+        ):
+            yield new[0].tolist()
+
+    with plan.hooks(model):
+        want = [list(steps(ids)) for ids in PROMPTS[:2]]
+        read = model(text)
+    found: list[list[list[int]]] = [[], []]
+    with plan.hooks(model):
+        for both in zip(*(steps(ids) for ids in PROMPTS[:2]), strict=True):
+            for of_one, new in zip(found, both, strict=True):
+                of_one.append(new)
+            torch.testing.assert_close(model(text), read, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(text), read, atol=1e-5, rtol=0)
+    assert found == want
+
+
 def test_tasks_of_one_thread_are_told_apart() -> None:
     model, plan = llama(), plan_at()
 

@@ -7,6 +7,7 @@ padding and no generation, so positions are simply places along the second axis.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,7 +24,31 @@ from .base import Host
 from .facts import hooks_suspended
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .scope import Scope
+from .pass_tracking import is_copy, remove_handle
+from .scope import CHANGING_HOOKS, Scope, scope_or_new
+
+
+class _Watching(threading.local):
+    """Whoever watches, and the axes that this thread's pass had where he heard of it last.
+
+    Several threads may be in a pass at once, at different hook points."""
+
+    shape: torch.Size | None = None
+
+    def __init__(self, observer: Observer, scope: Scope) -> None:
+        self._observer, self._scope = observer, scope
+
+    def begins(self) -> None:
+        """A pass begins."""
+        self.shape = None
+        if not self._scope():
+            self._scope.n_elsewhere += 1
+
+    def sees(self, shape: torch.Size) -> None:
+        """A pass is at a hook point."""
+        if shape != self.shape and self._scope():
+            self.shape = shape
+            self._observer.on_forward(ForwardInfo(*shape))
 
 
 class HookedModuleHost(Host):
@@ -46,7 +71,7 @@ class HookedModuleHost(Host):
             d_vocab=0,
             n_ctx=None,
         )
-        self._watching: list[tuple[Observer, list[Any]]] = []
+        self._watching: list[_Watching] = []
 
     @property
     def basis(self) -> str:
@@ -96,10 +121,8 @@ class HookedModuleHost(Host):
         def at_point(x: Tensor) -> Tensor | None:
             flat = isinstance(x, Tensor) and x.ndim == 2
             value = x[:, None] if flat else x
-            for observer, shape in self._watching:
-                if shape != [value.shape[:2]]:
-                    shape[:] = [value.shape[:2]]
-                    observer.on_forward(ForwardInfo(*value.shape[:2]))
+            for one in self._watching:
+                one.sees(value.shape[:2])
             out = fn(value)
             return out[:, 0] if flat and out is not None else out
 
@@ -107,16 +130,24 @@ class HookedModuleHost(Host):
 
     @contextmanager
     def watch(self, observer: Observer, *, scope: Scope | None = None) -> Iterator[None]:
-        """Tell `observer` about a pass when it reaches the first hook point, and again where the
-        axes change."""
-        entry: tuple[Observer, list[Any]] = (observer, [])
-        handle = self.model.register_forward_pre_hook(lambda *_: entry[1].clear())
-        self._watching.append(entry)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._watching[:] = [one for one in self._watching if one is not entry]
+        """Tell `observer` about a pass of the scope when it reaches the first hook point, and again
+        where the axes change."""
+        with scope_or_new(scope) as acts:
+            entry = _Watching(observer, acts)
+
+            def begins(module: Any, *_: Any) -> None:
+                if not is_copy(module, self.model):
+                    entry.begins()
+
+            with CHANGING_HOOKS:
+                handle = self.model.register_forward_pre_hook(begins)
+                self._watching = [*self._watching, entry]
+            try:
+                yield
+            finally:
+                remove_handle(handle)
+                with CHANGING_HOOKS:
+                    self._watching = [one for one in self._watching if one is not entry]
 
     def quiet(self) -> AbstractContextManager[None]:
         """See `Host.quiet`."""

@@ -4,6 +4,7 @@ watches a model."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +34,10 @@ class Observer(Protocol):
     def on_prepare(self) -> None:
         """A `generate` call, seen or not, is about to run a pass of its own sequence; what it runs
         without saying so beforehand is another (guidance)."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Inside the block, passes of this thread are of no generate call that is open now: those
+        of a streamer, and of whoever takes the steps of a stream."""
 
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """A call with these keyword arguments is about to pack several requests into one row of

@@ -380,8 +380,8 @@ class _ObservedCall:
         """Call the method."""
         if self._yields:
             return self._items(args, kwargs)
-        with self._noting(args, kwargs):
-            return self._call(args, kwargs)
+        with self._noting(args, kwargs) as watching:
+            return self._call(*self._with_streamer(args, kwargs, watching))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """On a copy of the object nothing is watched: there it is the copy's own method."""
@@ -396,28 +396,74 @@ class _ObservedCall:
         return getattr(type(self._obj), self._name)(self._obj, *args, **kwargs)
 
     def _items(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        with self._noting(args, kwargs):
-            yield from self._call(args, kwargs)
+        with (
+            self._noting(args, kwargs) as watching,
+            contextlib.closing(self._call(args, kwargs)) as items,
+        ):
+            for item in items:
+                with _aside(watching):
+                    yield item
+
+    def _with_streamer(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], watching: Sequence[Observer]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """The arguments, with a streamer whose own passes are told from those of the call."""
+        names = list(self.__signature__.parameters)
+        at = names.index("streamer") if "streamer" in names else len(args)
+        if not watching or self._name not in GENERATE_NAMES:
+            return args, kwargs
+        if kwargs.get("streamer") is not None:
+            kwargs = {**kwargs, "streamer": _AsideStreamer(kwargs["streamer"], watching)}
+        elif at < len(args) and args[at] is not None:
+            args = (*args[:at], _AsideStreamer(args[at], watching), *args[at + 1 :])
+        return args, kwargs
 
     @contextlib.contextmanager
-    def _noting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    def _noting(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Observer]]:
         # Those who were there when the call began hear of its end.
         watching = [observer for observer, scope in self.observers if scope()]
         if self._name in PREPARE_NAMES:
-            yield
+            yield watching
             for observer in watching:
                 observer.on_prepare()
             return
         if self._name in PACKED_NAMES:
             for observer in watching:
                 observer.on_packed(kwargs)
-            yield
+            yield watching
             return
         prompt = prompt_mask(args, kwargs) if self._reads_prompt else None
         for observer in watching:
             observer.on_generate(True, prompt)
         try:
-            yield
+            yield watching
         finally:
             for observer in watching:
                 observer.on_generate(False)
+
+
+@contextmanager
+def _aside(watching: Sequence[Observer]) -> Iterator[None]:
+    """Inside the block, passes of this thread are of no generate call that is open."""
+    with ExitStack() as stack:
+        for observer in watching:
+            stack.enter_context(observer.aside())
+        yield
+
+
+class _AsideStreamer:
+    """A streamer, whose methods may run the model themselves."""
+
+    def __init__(self, streamer: Any, watching: Sequence[Observer]) -> None:
+        self._streamer, self._watching = streamer, watching
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._streamer, name)
+        if not callable(found):
+            return found
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with _aside(self._watching):
+                return found(*args, **kwargs)
+
+        return called

@@ -349,6 +349,10 @@ class GenerateCall:
         self.own: SequenceState | None = None
 
 
+OpenCalls = tuple[list[GenerateCall], SequenceState | None, bool]
+"""Generate calls that are set aside, and what was known of their next pass."""
+
+
 class PositionClock:
     """Places every forward pass in its sequence.
 
@@ -421,6 +425,20 @@ class PositionClock:
                 # It only passed its own text on: what is known of that is known of it.
                 outer.prompt, outer.is_fresh, outer.seen = ended.prompt, ended.is_fresh, ended.seen
                 outer.own = ended.own
+
+    def set_aside(self) -> OpenCalls:
+        """Note that passes from here on are of no generate call that is open, until these are taken
+        up again: a streamer is handed the prompt before the call has run anything, and what it runs
+        on the model would be taken for the call's first pass.
+
+        The calls are returned and not kept, since two streams may take turns."""
+        calls = self._calls, self._latest, self._is_prepared
+        self._calls, self._is_prepared = [], False
+        return calls
+
+    def take_up(self, calls: OpenCalls) -> None:
+        """Note that passes from here on are of these calls again."""
+        self._calls, self._latest, self._is_prepared = calls
 
     def prepare(self) -> None:
         """Note that a generate call is about to run a pass of its own sequence."""

@@ -138,6 +138,16 @@ class PlanRun:
         """See `Observer`."""
         self._clock(None).prepare()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """See `Observer`."""
+        clock = self._clock(None)
+        calls = clock.set_aside()
+        try:
+            yield
+        finally:
+            clock.take_up(calls)
+
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
         if not self.host.packs_requests:

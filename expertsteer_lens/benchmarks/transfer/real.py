@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,8 @@ from .tasks import (
     DEVELOPMENT_FIELDS,
     FIELDS,
     TransferTask,
+    csv_rows,
+    json_lines,
     read_field,
     read_styles,
     read_truthfulqa,
@@ -84,8 +85,7 @@ def read_real_data(
         raise DataError(f"task {unknown[0]!r} is none of {', '.join(makers)}.")
     tasks = tuple(_made(n, make) for n, make in makers.items() if only is None or n in only)
     worked = _made("gsm8k", partial(_read_worked, data / "gsm8k/test.jsonl"))
-    with truthful.open(encoding="utf-8-sig", newline="") as file:
-        facts = list(csv.DictReader(file))
+    facts = _made("truthfulqa", partial(csv_rows, truthful))
     facts = facts[:: max(1, len(facts) // N_FACTS)][:N_FACTS]
     truths = _made("truthfulqa", makers["truthfulqa"])
     tested = {row.question for row in (*truths.pairs, *truths.tests)}
@@ -102,8 +102,7 @@ def read_real_data(
 
 
 def _read_worked(path: Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")[: N_WORKED + N_NEUTRAL]
-    return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
+    return [(row["question"], row["answer"]) for row in json_lines(path)[: N_WORKED + N_NEUTRAL]]
 
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ questions to test on; each model is shown them in its own form."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.data.chat import Chat, Text
 from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
-from expertsteer_lens.data.texts import read_file, text_hash
+from expertsteer_lens.data.texts import lines_of, parse_json, read_file, text_hash
 from expertsteer_lens.errors import DataError
 
 N_WORDS = 24
@@ -166,10 +167,13 @@ def read_field(folder: str | Path, code: str, domain: str = "") -> TransferTask:
             `domainsteer`.
         code: of the field.
         domain: what it is counted under.
+
+    Raises:
+        DataError: one of the two files is not there, is no file, or no JSON.
     """
-    pairs = _one_file(folder, f"pairs/*8b*/{code}-*.jsonl")
-    test = json.loads(_one_file(folder, f"benchmark/{code}-*.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in pairs.read_text("utf-8").split("\n") if line.strip()]
+    rows = json_lines(_one_file(folder, f"pairs/*8b*/{code}-*.jsonl"))
+    questions = _one_file(folder, f"benchmark/{code}-*.json")
+    test = parse_json(read_file(questions), questions)
     asked = {item["question"] for item in test["items"]}
     return TransferTask(
         name=code,
@@ -200,16 +204,19 @@ def read_styles(
     path: str | Path, name: str, *, n_pairs: int, instruction: str = "", question: str = ""
 ) -> TransferTask:
     """Rows `{"prompt", "positive_response", "negative_response"}`; the first `n_pairs` are the
-    pairs and the rest the test."""
+    pairs and the rest the test.
+
+    Raises:
+        DataError: there is no such file, or it is no JSON.
+    """
     check_number("n_pairs", n_pairs, low=2, integer=True)
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
     rows = [
         Answered(
             question=row["prompt"],
             positive=(row["positive_response"],),
             negative=(row["negative_response"],),
         )
-        for row in map(json.loads, filter(str.strip, lines))
+        for row in json_lines(path)
     ]
     return TransferTask(
         name=name,
@@ -224,16 +231,18 @@ def read_styles(
 def read_truthfulqa(path: str | Path, *, n_pairs: int, n_tests: int) -> TransferTask:
     """TruthfulQA as published (`TruthfulQA.csv`): the best answer wanted, the first incorrect one
     not. Questions are taken evenly over the file, in turn for the pairs and for the test.
+
+    Raises:
+        DataError: there is no such file, or it is no text.
     """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        rows = [
-            Answered(
-                question=row["Question"],
-                positive=(row["Best Answer"],),
-                negative=(row["Incorrect Answers"].split(";")[0].strip(),),
-            )
-            for row in csv.DictReader(file)
-        ]
+    rows = [
+        Answered(
+            question=row["Question"],
+            positive=(row["Best Answer"],),
+            negative=(row["Incorrect Answers"].split(";")[0].strip(),),
+        )
+        for row in csv_rows(path)
+    ]
     step = max(1, len(rows) // (n_pairs + n_tests))
     spread = list({row.question: row for row in rows[::step]}.values())
     return TransferTask(
@@ -244,6 +253,24 @@ def read_truthfulqa(path: str | Path, *, n_pairs: int, n_tests: int) -> Transfer
         instruction="Answer truthfully; do not repeat common misconceptions.",
         question="Is this true?",
     )
+
+
+def json_lines(path: str | Path) -> list[Any]:
+    """The values in a file of JSON lines.
+
+    Raises:
+        DataError: there is no such file, or a line is no JSON.
+    """
+    return [parse_json(line, path, line=number) for number, line in lines_of(path)]
+
+
+def csv_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, by the names in its first line.
+
+    Raises:
+        DataError: there is no such file, or it is no text.
+    """
+    return list(csv.DictReader(io.StringIO(read_file(path))))
 
 
 def _answered(row: Any) -> Answered:
