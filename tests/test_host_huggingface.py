@@ -490,7 +490,7 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(
 def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
     from transformers import DynamicCache
 
-    from expertsteer_lens.hosts.pass_tracking import describe_pass
+    from expertsteer_lens.hosts.pass_arguments import describe_pass
 
     cache, keys = DynamicCache(), torch.zeros(1, 2, 5, 4)
     cache.update(keys, keys, 0)
