@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pages
 import torch
 from fit_memory import peak_since_last, resident
 
@@ -200,9 +201,16 @@ def report(rows: list[Row], command: str) -> str:
         f"`{command}`: torch {torch.__version__}, one thread, processor seconds; the exponents are "
         "fitted to the sizes of the sweep, the last columns are for sizes outside of it.",
         "",
-        "| part | sweep | seconds grow as | memory grows as | tried at | seconds, model | "
-        "MiB, model | not run |",
-        "|---|---|---|---|---|---|---|---|",
+        *pages.head(
+            "part",
+            "sweep",
+            "seconds grow as",
+            "memory grows as",
+            "tried at",
+            "seconds, model",
+            "MiB, model",
+            "not run",
+        ),
     ]
     for name, part in PARTS.items():
         mine = [r for r in rows if r[0] == name]
@@ -311,10 +319,9 @@ def main() -> None:
                     flush=True,
                 )
     text = report(rows, "python benchmarks/fit_at_size.py")
-    print(text)
+    pages.show(text, args.output and args.output.with_suffix(".md"))
     if args.output is None:
         return
-    args.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     with args.output.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["part", "kind", "n", "d", "layers", "cpu_seconds", "mib"])
