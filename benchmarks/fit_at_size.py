@@ -22,8 +22,10 @@ import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import cost_8b
 import pages
 import torch
 from fit_memory import peak_since_last, resident
@@ -36,15 +38,7 @@ MIB = 2**20
 Sizes = dict[str, int]
 
 
-def states(n: int, d: int, layers: int, seed: int) -> dict[str, torch.Tensor]:
-    """Rows with 16 shared factors, so that maps between them exist."""
-    shared = torch.randn(n, 16, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"{i}": shared @ torch.randn(16, d, generator=generator)
-        + torch.randn(n, d, generator=generator)
-        for i in range(layers)
-    }
+states = partial(cost_8b.states, factors=16)
 
 
 # -- the parts: each makes its inputs and gives what is to be timed -------------------------------
@@ -59,7 +53,10 @@ def maps_on_texts(n: int, d: int) -> Callable[[], Any]:
 
 def moments(n: int, d: int) -> Callable[[], Any]:
     """The moments of one layer pair, in batches of a thousand tokens."""
-    expert, target = states(n, d, 1, 0)["0"], states(n, d, 1, 1)["0"]
+    expert, target = (
+        states(n, d, 1, 0)["blocks.0.hook_resid_post"],
+        states(n, d, 1, 1)["blocks.0.hook_resid_post"],
+    )
     groups = torch.arange(n) // 10
 
     def run() -> PairedMoments:
@@ -85,7 +82,7 @@ def layer_scores(n: int, d: int, layers: int) -> Callable[[], Any]:
 
 def direction(n: int, d: int) -> Callable[[], Any]:
     """`fit_rfm` with its default search."""
-    rows = states(n, d, 1, 0)["0"]
+    rows = states(n, d, 1, 0)["blocks.0.hook_resid_post"]
     labels = (rows[:, 0] > rows[:, 0].median()).float()
     return lambda: fit_rfm(rows, labels)
 

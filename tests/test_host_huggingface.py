@@ -41,12 +41,7 @@ from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 from expertsteer_lens.steer.run import PlanRun
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
-GENERATE = {
-    "max_new_tokens": N_NEW,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
-}
+GENERATE = models.greedy(N_NEW)
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NARROW = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
