@@ -99,7 +99,7 @@ def variations() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def measured(fit: Any, plan: Any, neutral: NeutralTexts) -> dict[str, float]:
-    found = esl.calibrate(
+    found = esl.measure.calibrate(
         plan,
         fit.target.model,
         neutral,

@@ -104,7 +104,7 @@ class Bench:
             {hook: direction}, coefficient=0.1, median_norms=self.anchors
         )
         plan = replace(plan, basis=self.host.basis)
-        found = esl.calibrate(
+        found = esl.measure.calibrate(
             plan, self.model, self.data["calibration"], budget=self.budget, curve=False
         )
         out = {"coefficient": found.coefficient}
