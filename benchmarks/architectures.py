@@ -17,6 +17,8 @@ import platform
 import sys
 from importlib.metadata import version
 
+import pages
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -65,14 +67,13 @@ def main() -> None:
         moved = max(row.moved for row in rows)
         kind = type(architectures.made(family)).__name__
         cells = [*map(cell, rows), hooked["cells"][family], f"{moved:.1f}" if moved else ""]
-        lines.append(" | ".join(["", f"`{family}`", kind, *cells, ""]).strip())
+        lines.append(pages.row(f"`{family}`", kind, *cells))
         print(lines[-1], flush=True)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     versions += f"; HookedTransformer of transformer-lens {hooked['version']}"
     title = f"# `make architectures`: Python {platform.python_version()}, {versions}"
-    head = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-    path = ROOT / "benchmarks" / "results" / "architectures.md"
-    path.write_text("\n".join([title, "", *head, *lines]) + "\n", encoding="utf-8")
+    page = "\n".join([title, "", *pages.head(*HEAD), *lines])
+    pages.keep(page, pages.RESULTS / "architectures.md")
 
 
 if __name__ == "__main__":

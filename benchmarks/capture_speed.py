@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -181,15 +182,19 @@ def main() -> None:
         f"length, {args.dtype}, all layers; at most {args.tokens_per_pass} tokens a pass; medians; "
         f"torch {torch.__version__}, {where}, load average before the run {load:.1f}.",
         "",
-        f"| model | host | way | CPU s | wall s | tokens a {'CPU ' if args.device == 'cpu' else ''}"
-        "second | speed / bare | tokens run, padding included |",
-        "|---|---|---|---|---|---|---|---|",
+        *pages.head(
+            "model",
+            "host",
+            "way",
+            "CPU s",
+            "wall s",
+            f"tokens a {'CPU ' if args.device == 'cpu' else ''}second",
+            "speed / bare",
+            "tokens run, padding included",
+        ),
         *rows,
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text, encoding="utf-8")
+    pages.show("\n".join(lines), args.output)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -93,16 +94,21 @@ def main() -> None:
         f"{N_PAIRS} pairs, {N_ANCHORS} anchors, {N_PROMPTS} prompts, the default settings; torch "
         f"{torch.__version__}. Cosine: of the direction with the first one at the same target layer.",
         "",
-        "| weights | changed | layers chosen | cosine | same pair, of 10 halves | same target layer, "
-        "of 10 | runner-up |",
-        "|---|---|---|---|---|---|---|",
+        *pages.head(
+            "weights",
+            "changed",
+            "layers chosen",
+            "cosine",
+            "same pair, of 10 halves",
+            "same target layer, of 10",
+            "runner-up",
+        ),
     ]
     print("\n".join(lines), flush=True)
     for line in rows(args.draws):
         lines.append(line)
         print(line, flush=True)
-    if args.output is not None:
-        args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pages.keep("\n".join(lines), args.output)
 
 
 if __name__ == "__main__":

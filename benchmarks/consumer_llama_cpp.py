@@ -18,6 +18,8 @@ import pathlib
 import sys
 import tempfile
 
+import pages
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -176,9 +178,7 @@ def main() -> None:
         "correlation_if_a_layer_later": alike(steered - plain, elsewhere - own),
         "versions": {"llama.cpp": metadata["llamaCpp"]["release"], "torch": torch.__version__},
     }
-    path = pathlib.Path(__file__).parent / "results" / "consumer_llama_cpp.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.read_text())
+    pages.show_numbers(result, "consumer_llama_cpp")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import tempfile
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -87,9 +88,7 @@ def main() -> None:
         "max_effect_nats": float((steered - plain).abs().max()),
         "versions": got["versions"],
     }
-    path = pathlib.Path(__file__).parent / "results" / "consumer_lm_eval.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(path.read_text())
+    pages.show_numbers(result, "consumer_lm_eval")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ saved there, read here by `SteeringPlan.from_foreign`, and steers as it did ther
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import subprocess
 import tempfile
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -122,9 +122,7 @@ def main() -> None:
     theirs = got["out"]["plain"]
     unsteered = float((theirs[0] - plain[0])[real].abs().max())
     result = {"unsteered_difference": unsteered, **rows, "versions": got["versions"]}
-    path = pathlib.Path(__file__).parent / "results" / "consumer_vectors.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    pages.show_numbers(result, "consumer_vectors")
 
 
 if __name__ == "__main__":

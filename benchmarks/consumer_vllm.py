@@ -24,6 +24,7 @@ import subprocess
 import tempfile
 from typing import Any
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -142,9 +143,7 @@ def main() -> None:
             "tokens_moved": tokens(steered) != tokens(plain),
         }
     result["versions"] = runs["baked"]["versions"]
-    path = pathlib.Path(__file__).parent / "results" / "consumer_vllm.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(path.read_text(encoding="utf-8"))
+    pages.show_numbers(result, "consumer_vllm")
 
 
 if __name__ == "__main__":

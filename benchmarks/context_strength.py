@@ -21,6 +21,7 @@ import pathlib
 import time
 from typing import Any
 
+import pages
 import pandas as pd
 import torch
 
@@ -140,9 +141,16 @@ def compared(
 def markdown(table: pd.DataFrame) -> str:
     """The table as it stands in the docs."""
     lines = [
-        "| task | direction | fixed strength, nats | by context, nats | difference on test "
-        "questions | on held-out validation | kept | neutral NLL, fixed / by context |",
-        "|---|---|---|---|---|---|---|---|",
+        *pages.head(
+            "task",
+            "direction",
+            "fixed strength, nats",
+            "by context, nats",
+            "difference on test questions",
+            "on held-out validation",
+            "kept",
+            "neutral NLL, fixed / by context",
+        ),
     ]
     for r in table.itertuples():
         cells = [
@@ -155,8 +163,8 @@ def markdown(table: pd.DataFrame) -> str:
             r.kept,
             f"{r.fixed_nll:+.3f} / {r.learnt_nll:+.3f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+        lines.append(pages.row(*cells))
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -188,7 +196,7 @@ def main() -> None:
         table = pd.DataFrame(list(rows.values()))
         args.out.parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(args.out, index=False)
-        args.out.with_suffix(".md").write_text(markdown(table), encoding="utf-8")
+        pages.keep(markdown(table), args.out.with_suffix(".md"))
 
     for task in args.tasks:
         name, pairs, validation, test = read_task(task, args.models, args.shared)

@@ -276,12 +276,12 @@ def measure() -> None:
         )
 
 
-def states(n: int, d: int, layers: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random states with 64 shared factors, so that maps between them exist."""
-    shared = torch.randn(n, 64, generator=torch.Generator().manual_seed(99))
+def states(n: int, d: int, layers: int, seed: int, *, factors: int = 64) -> dict[str, torch.Tensor]:
+    """Random states with shared factors, so that maps between them exist."""
+    shared = torch.randn(n, factors, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     return {
-        f"blocks.{i}.hook_resid_post": shared @ torch.randn(64, d, generator=generator)
+        f"blocks.{i}.hook_resid_post": shared @ torch.randn(factors, d, generator=generator)
         + torch.randn(n, d, generator=generator)
         for i in range(layers)
     }

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pages
 import torch
 from cost_8b import GIB, Shape, Work, memory, seconds
 from fit_memory import peak_since_last
@@ -147,8 +148,7 @@ def report(args: argparse.Namespace, shapes: tuple[Shape, Shape], size: Texts, m
         f"{'token pairs' if args.token_pairs else 'one state a text'}. {name}, torch "
         f"{torch.__version__}.",
         "",
-        "| step | seconds | GPU, GiB | host, GiB |",
-        "|---|---|---|---|",
+        *pages.head("step", "seconds", "GPU, GiB", "host, GiB"),
     ]
     lines += [
         f"| {step} | {took:.1f} | {'' if gpu != gpu else f'{gpu:.1f}'} | {host:.1f} |"
@@ -156,7 +156,7 @@ def report(args: argparse.Namespace, shapes: tuple[Shape, Shape], size: Texts, m
     ]
     total = sum(took for _, took, _, _ in meter.rows)
     lines += [f"| **total** | **{total:.1f}** | | |", "", "`cost_8b.py` for the same work:", ""]
-    lines += ["| what | expected |", "|---|---|"]
+    lines += pages.head("what", "expected")
     lines += [f"| {w} | {value / GIB:.2f} GiB |" for w, _, value in memory(work, expert, target)]
     lines += [f"| {w} | {value:.1f} s |" for w, _, value in seconds(work, expert, target)]
     return "\n".join(lines)
@@ -195,9 +195,7 @@ def main(arguments: list[str] | None = None) -> str:
     )
     shapes = SMALL if args.small else (EXPERT, TARGET)
     text = report(args, shapes, size, measure(args, shapes, size))
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    pages.show(text, args.output)
     return text
 
 

@@ -21,8 +21,11 @@ import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import cost_8b
+import pages
 import torch
 from fit_memory import peak_since_last, resident
 
@@ -34,15 +37,7 @@ MIB = 2**20
 Sizes = dict[str, int]
 
 
-def states(n: int, d: int, layers: int, seed: int) -> dict[str, torch.Tensor]:
-    """Rows with 16 shared factors, so that maps between them exist."""
-    shared = torch.randn(n, 16, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"{i}": shared @ torch.randn(16, d, generator=generator)
-        + torch.randn(n, d, generator=generator)
-        for i in range(layers)
-    }
+states = partial(cost_8b.states, factors=16)
 
 
 # -- the parts: each makes its inputs and gives what is to be timed -------------------------------
@@ -57,7 +52,10 @@ def maps_on_texts(n: int, d: int) -> Callable[[], Any]:
 
 def moments(n: int, d: int) -> Callable[[], Any]:
     """The moments of one layer pair, in batches of a thousand tokens."""
-    expert, target = states(n, d, 1, 0)["0"], states(n, d, 1, 1)["0"]
+    expert, target = (
+        states(n, d, 1, 0)["blocks.0.hook_resid_post"],
+        states(n, d, 1, 1)["blocks.0.hook_resid_post"],
+    )
     groups = torch.arange(n) // 10
 
     def run() -> PairedMoments:
@@ -83,7 +81,7 @@ def layer_scores(n: int, d: int, layers: int) -> Callable[[], Any]:
 
 def direction(n: int, d: int) -> Callable[[], Any]:
     """`fit_rfm` with its default search."""
-    rows = states(n, d, 1, 0)["0"]
+    rows = states(n, d, 1, 0)["blocks.0.hook_resid_post"]
     labels = (rows[:, 0] > rows[:, 0].median()).float()
     return lambda: fit_rfm(rows, labels)
 
@@ -199,9 +197,16 @@ def report(rows: list[Row], command: str) -> str:
         f"`{command}`: torch {torch.__version__}, one thread, processor seconds; the exponents are "
         "fitted to the sizes of the sweep, the last columns are for sizes outside of it.",
         "",
-        "| part | sweep | seconds grow as | memory grows as | tried at | seconds, model | "
-        "MiB, model | not run |",
-        "|---|---|---|---|---|---|---|---|",
+        *pages.head(
+            "part",
+            "sweep",
+            "seconds grow as",
+            "memory grows as",
+            "tried at",
+            "seconds, model",
+            "MiB, model",
+            "not run",
+        ),
     ]
     for name, part in PARTS.items():
         mine = [r for r in rows if r[0] == name]
@@ -316,10 +321,9 @@ def main() -> None:
                     flush=True,
                 )
     text = report(rows, "python benchmarks/fit_at_size.py")
-    print(text)
+    pages.show(text, args.output and args.output.with_suffix(".md"))
     if args.output is None:
         return
-    args.output.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     with args.output.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["part", "kind", "n", "d", "layers", "cpu_seconds", "mib"])

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import pages
 from cost_8b import Shape, saved_bytes
 
 MIB = 2**20
@@ -201,9 +202,14 @@ def report(cases: list[Case], measured: list[dict[str, Any]]) -> str:
         f"({min(m['base'] for m in measured) / MIB:.0f} to "
         f"{max(m['base'] for m in measured) / MIB:.0f} MiB).",
         "",
-        "| d of expert, target | texts of pairs, anchors | step | measured | formula | measured / "
-        "formula, with imports |",
-        "|---|---|---|---|---|---|",
+        *pages.head(
+            "d of expert, target",
+            "texts of pairs, anchors",
+            "step",
+            "measured",
+            "formula",
+            "measured / formula, with imports",
+        ),
     ]
     for case, facts in zip(cases, measured, strict=True):
         base, formula = facts["base"], expected(case, facts)
@@ -242,10 +248,7 @@ def main() -> None:
         )
         measured.append(json.loads(done.stdout.splitlines()[-1]))
         print(measured[-1], file=sys.stderr)
-    text = report(list(CASES), measured)
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    pages.show(report(list(CASES), measured), args.output)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pages
 import torch
 from hostile_changes import MENDED, MUTATORS
 
@@ -316,16 +317,12 @@ def main() -> None:
         by_way[way, kind] += 1
         if args.only is None and (number + 1) % 1000 == 0:
             print(f"{number + 1} done, {len(faults)} faults", flush=True)
-            if args.output is not None:  # what is done is not lost if the rest is not run
-                said = _report(args, number + 1, faults, counts, by_way)
-                args.output.write_text(said + "\n", encoding="utf-8")
+            # What is done is not lost if the rest is not run.
+            pages.keep(_report(args, number + 1, faults, counts, by_way), args.output)
     if _state(outside) != canaries or pathlib.Path("/tmp/expertsteer-hostile-was-here").exists():
         faults.append("a file outside was changed, or code was run")
     if args.only is None:
-        report = _report(args, args.n, faults, counts, by_way)
-        print(report)
-        if args.output is not None:
-            args.output.write_text(report + "\n", encoding="utf-8")
+        pages.show(_report(args, args.n, faults, counts, by_way), args.output)
         shutil.rmtree(root)
     sys.exit(1 if faults else 0)
 
@@ -359,9 +356,9 @@ def _state(folder: pathlib.Path) -> list[Any]:
 def _table(title: str, counts: Counts) -> list[str]:
     kinds = ["equal", "named", "other, as it may", "fault"]
     heads = ["read as it was", "named error", "read as what it now says", "fault"]
-    rows = [f"| {title} | {' | '.join(heads)} |", "|---" * (len(kinds) + 1) + "|"]
+    rows = pages.head(title, *heads)
     for name in sorted({n for n, _ in counts}):
-        rows.append(f"| {name} | " + " | ".join(str(counts[name, k]) for k in kinds) + " |")
+        rows.append(pages.row(name, *(counts[name, k] for k in kinds)))
     return rows
 
 

@@ -26,6 +26,7 @@ import random
 import time
 
 import numpy as np
+import pages
 import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score
@@ -247,9 +248,14 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 def markdown(table: pd.DataFrame, command: str) -> str:
     """The table as it stands in the docs."""
     lines = [
-        "| Chinese pairs | direction (draws) | effect, nats per token | labels right | warm answer "
-        "likelier | neutral NLL |",
-        "|---|---|---|---|---|---|",
+        *pages.head(
+            "Chinese pairs",
+            "direction (draws)",
+            "effect, nats per token",
+            "labels right",
+            "warm answer likelier",
+            "neutral NLL",
+        ),
     ]
 
     def shown(value: float, form: str) -> str:
@@ -265,8 +271,8 @@ def markdown(table: pd.DataFrame, command: str) -> str:
             shown(row.accuracy, ".0%"),
             shown(row.nll_rise, "+.3f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+        lines.append(pages.row(*cells))
+    return "\n".join([*lines, "", f"Command: `{command}`."])
 
 
 def main() -> None:
@@ -298,7 +304,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.round(4).to_csv(args.out, index=False)
     command = f"python benchmarks/labels_in_chinese.py --dtype {args.dtype} --out {args.out}"
-    args.out.with_suffix(".md").write_text(markdown(table, command), encoding="utf-8")
+    pages.keep(markdown(table, command), args.out.with_suffix(".md"))
     print(table.round(3).to_string(index=False))
 
 

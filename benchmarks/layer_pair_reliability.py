@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Mapping
 
+import pages
 import torch
 from torch import Tensor
 
@@ -91,9 +92,14 @@ def main() -> None:
         f"{args.divisions} --every {args.every}`: {len(e)} x {len(t)} layer pairs, "
         f"{len(texts)} texts; torch {torch.__version__}, {platform.machine()}, one thread.",
         "",
-        "| compared on | rank correlation of the halves, median (lowest) | largest score, nats | "
-        "mean of the null | width of the 95 % interval | CPU s |",
-        "|---|---|---|---|---|---|",
+        *pages.head(
+            "compared on",
+            "rank correlation of the halves, median (lowest)",
+            "largest score, nats",
+            "mean of the null",
+            "width of the 95 % interval",
+            "CPU s",
+        ),
     ]
     for name, ((e, t), of_text) in ways.items():
         started = time.process_time()
@@ -118,11 +124,7 @@ def main() -> None:
             f"{took:.1f} |"
         )
         print(lines[-1], flush=True)
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page, encoding="utf-8")
+    pages.show("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import pages
 import pandas as pd
 import torch
 from real_pair import load_data
@@ -98,7 +99,7 @@ def variations() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def measured(fit: Any, plan: Any, neutral: NeutralTexts) -> dict[str, float]:
-    found = esl.calibrate(
+    found = esl.measure.calibrate(
         plan,
         fit.target.model,
         neutral,
@@ -256,7 +257,7 @@ def write(out: pathlib.Path, frame: pd.DataFrame, ranked: pd.DataFrame, tail: st
     frame.to_csv(out / "method_choices.csv", index=False, float_format="%.5g")
     ranked.to_csv(out / "layer_pair_scores.csv", index=False, float_format="%.5g")
     command = "Command: `python benchmarks/method_choices.py" + tail
-    (out / "method_choices.md").write_text(summary(frame, ranked, command))
+    pages.keep(summary(frame, ranked, command), out / "method_choices.md")
     figure(frame).write_html(out / "method_choices.html", include_plotlyjs="directory")
 
 
@@ -281,12 +282,11 @@ def summary(frame: pd.DataFrame, ranked: pd.DataFrame, command: str) -> str:
         "Effect on validation prompts, nats, one setting changed at a time; last column: mean "
         "share of the default's.",
         "",
-        "| setting | " + " | ".join(wide.columns) + " | mean share |",
-        "|---" * (len(wide.columns) + 2) + "|",
+        *pages.head("setting", *wide.columns, "mean share"),
     ]
     for setting, row in wide.iterrows():
-        cells = " | ".join("" if pd.isna(v) else f"{v:+.2f}" for v in row)
-        lines.append(f"| {setting} | {cells} | {share[setting]:.2f} |")
+        cells = ["" if pd.isna(v) else f"{v:+.2f}" for v in row]
+        lines.append(pages.row(setting, *cells, f"{share[setting]:.2f}"))
     lines += [
         "",
         "<details><summary>Layer pairs ranked by a score: Spearman's rank correlation with the "
@@ -294,8 +294,7 @@ def summary(frame: pd.DataFrame, ranked: pd.DataFrame, command: str) -> str:
         "of the pair with the largest and with the smallest score (best of all pairs "
         "last)</summary>",
         "",
-        "| problem | score | rho | largest | smallest | best |",
-        "|---|---|---|---|---|---|",
+        *pages.head("problem", "score", "rho", "largest", "smallest", "best"),
     ]
     for row in ranked.itertuples(index=False):
         problem, score, _, rho, first, last, best = row
@@ -304,7 +303,7 @@ def summary(frame: pd.DataFrame, ranked: pd.DataFrame, command: str) -> str:
             f"| {problem} | {score} | {shown} | {first:+.2f} | {last:+.2f} | {best:+.2f} |"
         )
     lines += ["", "</details>", "", command + "."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def figure(frame: pd.DataFrame) -> Any:

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 
+import pages
 import torch
 
 from expertsteer_lens.pair.mutual_information import MIConfig, layer_pair_mi
@@ -83,8 +84,7 @@ def main() -> None:
         "threads, "
         f"{platform.machine()}.",
         "",
-        "| case | seconds | CPU seconds |",
-        "|---|---|---|",
+        *pages.head("case", "seconds", "CPU seconds"),
     ]
     for name in args.cases:
         wall, cpu = measure(
@@ -92,10 +92,7 @@ def main() -> None:
         )
         lines.append(f"| {name} | {wall:.1f} | {cpu:.1f} |")
         print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "mi_speed.md").write_text(text)
-    print(text)
+    pages.show("\n".join(lines), args.out / "mi_speed.md")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pathlib
 import time
 from typing import Any
 
+import pages
 import pandas as pd
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def markdown(table: pd.DataFrame, mass: dict[str, dict[int, float]], command: st
     """The table as it stands in the docs: means over tasks, with the smallest and largest."""
     methods = [m for m in dict.fromkeys(table["method"]) if m != "random"]
     shown = ["own mean difference", "beats 'answer'", *methods[1:], "cosine to 'answer'"]
-    lines = ["| reading | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    lines = pages.head("reading", *shown)
     of = {
         (method, reading): group.set_index("task")
         for (method, reading), group in table.groupby(["method", "reading"])
@@ -165,7 +166,7 @@ def markdown(table: pd.DataFrame, mass: dict[str, dict[int, float]], command: st
                 won = int((found > usual).sum())
                 cells.append("" if reading == "answer" else f"{won} of {len(found)}")
         cells.append(f"{of[methods[0], reading]['cosine'].mean():.2f}")
-        lines.append(f"| {reading} | " + " | ".join(cells) + " |")
+        lines.append(pages.row(reading, *cells))
     floor = table[table["method"] == "random"]["effect"]
     lines += [
         "",
@@ -183,7 +184,7 @@ def markdown(table: pd.DataFrame, mass: dict[str, dict[int, float]], command: st
             f"{share[-2]:.3f} by token -2, {share[-1]:.3f} by the last. The rule of arXiv "
             f"2602.00333, asked of these two, reads token {most} in {n_most} of {len(mass)} tasks.",
         ]
-    return "\n".join([*lines, "", f"Command: `{command}`.", ""])
+    return "\n".join([*lines, "", f"Command: `{command}`."])
 
 
 def main() -> None:
@@ -219,8 +220,7 @@ def main() -> None:
     def done(rows: list[dict], mass: dict[str, dict[int, float]]) -> None:
         table = pd.DataFrame(rows)
         table.to_csv(args.out, index=False, float_format="%.5g")
-        page = markdown(table, mass, command)
-        args.out.with_suffix(".md").write_text(page, encoding="utf-8")
+        pages.keep(markdown(table, mass, command), args.out.with_suffix(".md"))
 
     measure(args, say, done)
     print(args.out.with_suffix(".md").read_text(encoding="utf-8"))

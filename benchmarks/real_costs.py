@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import pages
 import torch
 
 import expertsteer_lens as esl
@@ -128,17 +129,12 @@ def main() -> None:
         f"--threads {args.threads}`: torch {torch.__version__}, {platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}; peak memory {peak:.1f} GiB.",
         "",
-        "| part | CPU s | bare passes of both models | |",
-        "|---|---|---|---|",
+        *pages.head("part", "CPU s", "bare passes of both models", ""),
         *(f"| {name} | {s:.1f} | {s / bare:.2f} | {note} |" for name, s, note in rows),
         "",
         result.verdict,
     ]
-    page = "\n".join(lines) + "\n"
-    print(page)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page, encoding="utf-8")
+    pages.show("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

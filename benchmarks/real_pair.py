@@ -20,6 +20,7 @@ import re
 import time
 from dataclasses import replace
 
+import pages
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
@@ -103,7 +104,7 @@ class Bench:
             {hook: direction}, coefficient=0.1, median_norms=self.anchors
         )
         plan = replace(plan, basis=self.host.basis)
-        found = esl.calibrate(
+        found = esl.measure.calibrate(
             plan, self.model, self.data["calibration"], budget=self.budget, curve=False
         )
         out = {"coefficient": found.coefficient}
@@ -217,17 +218,21 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(args.out / "real_pair.csv", index=False, float_format="%.5g")
     text = summary(frame, args, time.perf_counter() - started)
-    (args.out / "real_pair.md").write_text(text)
-    print(text)
+    pages.show(text, args.out / "real_pair.md")
 
 
 def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> str:
     """The table: the pair chosen on validation, reported on test, beside the range over all
     pairs."""
     lines = [
-        "| direction | pair chosen on validation | coefficient | test effect, nats | over all "
-        "pairs: min … mean … max | neutral NLL |",
-        "|---|---|---|---|---|---|",
+        *pages.head(
+            "direction",
+            "pair chosen on validation",
+            "coefficient",
+            "test effect, nats",
+            "over all pairs: min … mean … max",
+            "neutral NLL",
+        ),
     ]
     for method, part in frame.groupby("method", sort=False):
         spread = f"{part.test.min():+.2f} … {part.test.mean():+.2f} … {part.test.max():+.2f}"
@@ -269,8 +274,9 @@ def summary(frame: pd.DataFrame, args: argparse.Namespace, seconds: float) -> st
         "Rank correlation (Spearman) over the layer pairs with the measured test effect, and the "
         "effect of the pair ranked first:",
         "",
-        "| direction | attribution | its first pair | MI | lowest-MI pair | highest-MI pair |",
-        "|---|---|---|---|---|---|",
+        *pages.head(
+            "direction", "attribution", "its first pair", "MI", "lowest-MI pair", "highest-MI pair"
+        ),
     ]
     for method, part in frame[frame.expert.str.startswith("blocks")].groupby("method", sort=False):
         found = [

@@ -17,6 +17,7 @@ import json
 import pathlib
 import time
 
+import pages
 import pandas as pd
 
 import expertsteer_lens as esl
@@ -58,9 +59,15 @@ def read_data(shared: pathlib.Path, n_anchors: int) -> dict:
 def markdown(table: pd.DataFrame, verdict: str, command: str) -> str:
     """The table as it stands in the docs."""
     lines = [
-        "| direction | coefficient | effect, nats | per completion token | warm answer likelier "
-        "| wrong way | neutral NLL |",
-        "|---|---|---|---|---|---|---|",
+        *pages.head(
+            "direction",
+            "coefficient",
+            "effect, nats",
+            "per completion token",
+            "warm answer likelier",
+            "wrong way",
+            "neutral NLL",
+        ),
     ]
     for row in table.itertuples():
         spread = (
@@ -75,8 +82,8 @@ def markdown(table: pd.DataFrame, verdict: str, command: str) -> str:
             f"{row.wrong_way:.0%}",
             f"{row.nll_rise:+.3f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", verdict, "", f"Command: `{command}`.", ""])
+        lines.append(pages.row(*cells))
+    return "\n".join([*lines, "", verdict, "", f"Command: `{command}`."])
 
 
 def main() -> None:
@@ -107,9 +114,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(args.out, index=False)
     command = f"python benchmarks/real_sentiment.py --dtype {args.dtype} --out {args.out}"
-    page = markdown(table, result.verdict, command)
-    args.out.with_suffix(".md").write_text(page, encoding="utf-8")
-    print(page)
+    pages.show(markdown(table, result.verdict, command), args.out.with_suffix(".md"))
 
 
 if __name__ == "__main__":

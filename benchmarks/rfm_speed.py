@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import pages
 import torch
 
 OURS, DEFAULT = "expertsteer_lens", "expertsteer_lens, default search"
@@ -225,10 +226,18 @@ def main() -> None:
         "",
         f"Machine: {head}.",
         "",
-        "| implementation | fits timed | median s | min s | max s | time / ours | CPU time / ours "
-        "| peak memory added, MiB | memory / ours "
-        "| abs cosine with ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *pages.head(
+            "implementation",
+            "fits timed",
+            "median s",
+            "min s",
+            "max s",
+            "time / ours",
+            "CPU time / ours",
+            "peak memory added, MiB",
+            "memory / ours",
+            "abs cosine with ours",
+        ),
     ]
     for name, result in results.items():
         times, median = result["times"], statistics.median(result["times"])
@@ -250,10 +259,7 @@ def main() -> None:
         "listed for its cost only. xRFM's times do not include the eigenvector of its metric; ours "
         "does.",
     ]
-    print("\n".join(lines))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("\n".join(lines) + "\n")
+    pages.show("\n".join(lines), args.output)
 
 
 if __name__ == "__main__":

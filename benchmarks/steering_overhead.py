@@ -38,6 +38,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pages
 import torch
 
 # name in the table: (child, which Python)
@@ -523,9 +524,7 @@ def main() -> None:
                 reference = reference or result
                 lines.append(row(name, result, args, reference))
         print(lines[-1], file=sys.stderr, flush=True)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(table(args, head, lines) + "\n")
+        pages.keep(table(args, head, lines), args.output)
     print(table(args, head, lines))
 
 
@@ -552,10 +551,17 @@ def table(args: argparse.Namespace, head: str, lines: list[str]) -> str:
             "",
             f"Machine: {head.replace(';', load + ';', 1)}.",
             "",
-            "| implementation | unsteered step, ms | overhead, decode steps | µs per layer and "
-            "step | overhead, whole runs | time inside steering "
-            "| putting it on, ms | tokens | versions |",
-            "|---|---|---|---|---|---|---|---|---|",
+            *pages.head(
+                "implementation",
+                "unsteered step, ms",
+                "overhead, decode steps",
+                "µs per layer and step",
+                "overhead, whole runs",
+                "time inside steering",
+                "putting it on, ms",
+                "tokens",
+                "versions",
+            ),
             *lines,
             "",
             f"Overhead: steered time / unsteered time - 1, from {args.repeats} pairs of runs one "

@@ -2,7 +2,9 @@
 
 Importing this package imports no host (transformer_lens, nnsight, transformers); a host is imported
 when a model of it is used. What can be imported from here is listed once, in `__init__.pyi`, which
-type checkers read too; each name is looked up when it is first used.
+type checkers read too; each name is looked up when it is first used. Here are the names that a
+script begins with; the types of results, and what fewer need, are in the folders (`esl.steer`,
+`esl.hosts`, ...).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from .files.io import save as save
 
 __version__ = "0.1.0"
 
+_FOLDERS = ("align", "data", "evaluation", "files", "hosts", "interventions")
+_FOLDERS += ("learn", "measure", "pair", "pipeline", "show", "steer")
 _lazy, _, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = ["__version__", "load", "push_to_hub", "save"]
-__all__ += sorted(set(_names) - set(__all__))
+__all__ += sorted(set(_names) - {*__all__, *_FOLDERS, *_moved.IN_FOLDERS})
 _moved.install()
 
 
@@ -33,7 +37,7 @@ def __getattr__(name: str) -> Any:
     try:
         return _lazy(name)
     except AttributeError:
-        if name in __all__:
+        if name in _names:
             raise
         known = ", ".join(__all__)
         raise AttributeError(

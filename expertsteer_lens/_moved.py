@@ -1,7 +1,7 @@
-"""Where the modules of version 0.1 are now: importing one by its old name still works, with a
-warning.
+"""Where the modules and public names of version 0.1 are now: the old ways still work, modules and
+renamed names with a warning.
 
-To be removed, with the two calls in `__init__`, in the release after the next.
+To be removed, with the calls in `__init__` and the end of its stub, in the release after the next.
 """
 
 from __future__ import annotations
@@ -54,6 +54,24 @@ NAMES = {
     "run_bench": "benchmarks.run_bench",
 }
 """Public names of `expertsteer_lens` that have another name now: where each is."""
+IN_FOLDERS = {
+    "Aligner": "align",
+    "Evaluation": "evaluation",
+    "ExpertSteering": "pipeline",
+    "Gate": "interventions",
+    "Host": "hosts",
+    "RFM": "learn",
+    "RunReport": "steer",
+    "SteeringVector": "steer",
+    "calibrate": "measure",
+    "capture_tensors": "hosts",
+    "edits": "interventions",
+    "fit_gate": "interventions",
+    "plots": "show",
+}
+"""Names that were public in `expertsteer_lens` itself and are in a folder of it: `esl.Gate` is
+`expertsteer_lens.interventions.Gate`. The short way still works, without a warning, and is not
+listed."""
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -63,10 +63,7 @@ HOOK, LAYER = "blocks.1.hook_resid_post", 1
 PROMPTS = ([1, 7, 12, 30, 5, 9, 40, 41, 42], [1, 20, 21], [1, 9, 10, 11, 12, 13])
 N_NEW = 4
 GREEDY = {
-    "max_new_tokens": N_NEW,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
+    **models.greedy(N_NEW),
     "output_logits": True,
     "return_dict_in_generate": True,
 }

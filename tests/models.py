@@ -175,6 +175,40 @@ def hooked(
         return loader(_OFFICIAL[family], hf_model=model, tokenizer=tokenizer(), device="cpu")
 
 
+def on_host(kind: str, family: str = "gpt2", *, size: float = 0.25) -> Any:
+    """The model on a host: "bridge", "bridge compat", "hooked" (processed), "hooked raw",
+    "huggingface", "nnsight" or "NNsight"; a test on a host that is not here is skipped."""
+    import pytest
+
+    if kind.startswith("bridge"):
+        return bridge(family, compat=kind.endswith("compat"), size=size)
+    if kind.startswith("hooked"):
+        if not has_hooked_transformer():
+            pytest.skip(
+                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
+                "3.9"
+            )
+        return hooked(family, processed=kind == "hooked", size=size)
+    module = hf(family, size=size)
+    if kind == "huggingface":
+        module.tokenizer = tokenizer()
+        return module
+    nnsight = pytest.importorskip("nnsight")
+    if kind == "NNsight":
+        return nnsight.NNsight(module)
+    return nnsight.TransformersModel(module, tokenizer=tokenizer())
+
+
+def greedy(n_tokens: int) -> dict[str, Any]:
+    """What transformers' `generate` is told: the likeliest token, exactly so many times."""
+    return {
+        "max_new_tokens": n_tokens,
+        "do_sample": False,
+        "eos_token_id": 2**31 - 1,
+        "pad_token_id": 0,
+    }
+
+
 @contextlib.contextmanager
 def _config_from(loading: Any, config: Any, architecture: str) -> Iterator[None]:
     """Let TransformerLens read `config` instead of asking a model hub for it, or a table of known

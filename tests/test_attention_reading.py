@@ -297,7 +297,7 @@ class TestErrors:
 
     def test_a_network_without_texts_has_none(self):
         with pytest.raises(ArgumentError, match="positions must be 'last', 'mean', 'all'"):
-            esl.capture_tensors(
+            esl.hosts.capture_tensors(
                 model_of("huggingface"), torch.ones(1, 3).long(), [HOOK], positions="attention"
             )
 

@@ -40,7 +40,7 @@ def of_family(family: str) -> Any:
 
 
 def by_transformers(model: Any, *, cached: bool) -> list[int]:
-    how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
+    how = models.greedy(6)
     out = model.generate(IDS, attention_mask=torch.ones_like(IDS), use_cache=cached, **how)
     return out[0, -6:].tolist()
 

@@ -53,7 +53,7 @@ def zoo():
 
 
 @pytest.fixture(scope="module")
-def fit(zoo) -> esl.ExpertSteering:
+def fit(zoo) -> esl.pipeline.ExpertSteering:
     return esl.ExpertSteer(FAST).fit(**zoo, progress=False)
 
 
@@ -318,9 +318,9 @@ def test_few_labels_are_rows_of_an_evaluation_with_all_methods(fit, zoo):
 
 def test_the_papers_preset_compares_layers_as_the_paper_does(fit, monkeypatch):
     asked = []
-    refit = esl.ExpertSteering.refit
+    refit = esl.pipeline.ExpertSteering.refit
     monkeypatch.setattr(
-        esl.ExpertSteering,
+        esl.pipeline.ExpertSteering,
         "refit",
         lambda self, **changes: asked.append(changes) or refit(self, **changes),
     )

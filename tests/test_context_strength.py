@@ -267,7 +267,7 @@ def test_a_plan_keeps_it_in_files_to_the_last_bit(tmp_path: Any) -> None:
 def test_calibration_scales_what_was_learnt_and_does_not_learn_again() -> None:
     plan = found().plan
     texts = zoo.neutral_texts(20)
-    calibrated = esl.calibrate(plan, target(), texts, budget=0.05, curve=False).apply(plan)
+    calibrated = esl.measure.calibrate(plan, target(), texts, budget=0.05, curve=False).apply(plan)
     assert calibrated.vectors[0].coefficient < plan.vectors[0].coefficient
     assert torch.equal(
         calibrated.vectors[0].parameters["weights"], plan.vectors[0].parameters["weights"]
@@ -340,7 +340,7 @@ def test_bad_arguments_are_explained(changes: dict[str, Any], error: Any, words:
 )
 def test_parameters_are_those_of_the_edit(edit: str, given: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
-        esl.SteeringVector(
+        esl.steer.SteeringVector(
             HOOK, torch.tensor([1.0, 0.0]), 1.0, relative_to="unit", edit=edit, parameters=given
         )
 

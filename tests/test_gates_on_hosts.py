@@ -46,20 +46,7 @@ NEW_NEUTRAL = [
 
 @functools.cache
 def model_of(kind: str) -> Any:
-    if kind.startswith("bridge"):
-        return models.bridge("llama", compat=kind.endswith("compat"), size=SIZE)
-    if kind.startswith("hooked"):
-        if not models.has_hooked_transformer():
-            pytest.skip(
-                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
-                "3.9"
-            )
-        return models.hooked("llama", processed=kind == "hooked", size=SIZE)
-    module = models.hf("llama", size=SIZE)
-    module.tokenizer = models.tokenizer()
-    if kind == "huggingface":
-        return module
-    return pytest.importorskip("nnsight").TransformersModel(module, tokenizer=models.tokenizer())
+    return models.on_host(kind, "llama", size=SIZE)
 
 
 @functools.cache

@@ -41,12 +41,7 @@ from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 from expertsteer_lens.steer.run import PlanRun
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
-GENERATE = {
-    "max_new_tokens": N_NEW,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
-}
+GENERATE = models.greedy(N_NEW)
 LOGITS = {"output_logits": True, "return_dict_in_generate": True}
 SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NARROW = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -490,7 +485,7 @@ def test_the_short_way_of_plain_additions_is_the_long_way_bit_for_bit(
 def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
     from transformers import DynamicCache
 
-    from expertsteer_lens.hosts.pass_tracking import describe_pass
+    from expertsteer_lens.hosts.pass_arguments import describe_pass
 
     cache, keys = DynamicCache(), torch.zeros(1, 2, 5, 4)
     cache.update(keys, keys, 0)

@@ -46,12 +46,7 @@ nnsight = pytest.importorskip("nnsight")
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 IDS = torch.tensor([[1, 4, 7, 19, 6, 8]])
-GENERATE = {
-    "max_new_tokens": N_NEW,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
-}
+GENERATE = models.greedy(N_NEW)
 
 
 def fresh(family: str = "llama") -> Any:

@@ -79,11 +79,8 @@ def generated(
     options = {
         "input_ids": ids,
         "attention_mask": mask,
-        "max_new_tokens": N_NEW,
-        "do_sample": False,
         "use_cache": cached,
-        "eos_token_id": 2**31 - 1,
-        "pad_token_id": 0,
+        **models.greedy(N_NEW),
         "output_logits": True,
         "return_dict_in_generate": True,
     }

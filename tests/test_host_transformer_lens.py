@@ -48,14 +48,7 @@ families = pytest.mark.parametrize("family", models.FAMILIES)
 
 
 def fresh(kind: str, family: str = "gpt2") -> Any:
-    if kind.startswith("hooked"):
-        if not models.has_hooked_transformer():
-            pytest.skip(
-                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
-                "3.9"
-            )
-        return models.hooked(family, processed=kind == "hooked")
-    return models.bridge(family, compat=kind == "bridge compat")
+    return models.on_host(kind, family)
 
 
 shared_model = functools.cache(fresh)

@@ -24,25 +24,7 @@ LAST = "blocks.2.hook_resid_post"
 
 
 def fresh(kind: str) -> Any:
-    if kind.startswith("bridge"):
-        return models.bridge("gpt2", compat=kind.endswith("compat"), size=SIZE)
-    if kind.startswith("hooked"):
-        if not models.has_hooked_transformer():
-            pytest.skip(
-                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
-                "3.9"
-            )
-        return models.hooked("gpt2", processed=kind == "hooked", size=SIZE)
-    module = models.hf("gpt2", size=SIZE)
-    if kind == "huggingface":
-        module.tokenizer = models.tokenizer()
-        return module
-    nnsight = pytest.importorskip("nnsight")
-    return (
-        nnsight.NNsight(module)
-        if kind == "NNsight"
-        else nnsight.TransformersModel(module, tokenizer=models.tokenizer())
-    )
+    return models.on_host(kind, "gpt2", size=SIZE)
 
 
 def run(model: Any) -> Tensor:
@@ -62,12 +44,7 @@ def generate(model: Any) -> Any:
         return model.generate(
             IDS, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False
         )
-    options = {
-        "max_new_tokens": 3,
-        "do_sample": False,
-        "eos_token_id": 2**31 - 1,
-        "pad_token_id": 0,
-    }
+    options = models.greedy(3)
     if kind == "huggingface" or callable(getattr(type(model), "generate", None)):
         return model.generate(input_ids=IDS, **options)
     return model.trace(input_ids=IDS, fn="generate", trace=False, **options)

@@ -20,12 +20,7 @@ from expertsteer_lens.steer.plan import SteeringPlan
 nnsight = pytest.importorskip("nnsight")
 cloudpickle = pytest.importorskip("cloudpickle")
 
-GENERATE = {
-    "max_new_tokens": N_NEW,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
-}
+GENERATE = models.greedy(N_NEW)
 
 
 def fresh(family: str = "llama") -> Any:

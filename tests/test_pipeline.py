@@ -49,14 +49,7 @@ def zoo():
 
 @pytest.fixture(scope="module")
 def fit(zoo):
-    return esl.ExpertSteer(config()).fit(
-        zoo["expert"],
-        zoo["target"],
-        zoo["pairs"],
-        anchors=zoo["anchors"],
-        behaviour=zoo["behaviour"],
-        progress=False,
-    )
+    return esl.ExpertSteer(config()).fit(**zoo, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -315,12 +308,7 @@ class TestOnTheZoo:
 
     def test_several_pairs_share_one_coefficient(self, zoo):
         found = esl.ExpertSteer(config(pairing=esl.PairingConfig(n_pairs=2))).fit(
-            zoo["expert"],
-            zoo["target"],
-            zoo["pairs"],
-            anchors=zoo["anchors"],
-            behaviour=zoo["behaviour"],
-            progress=False,
+            **zoo, progress=False
         )
         plan = found.plan(coefficient=0.05)
         assert len({v.hook_name for v in plan.vectors}) == 2

@@ -31,21 +31,12 @@ from torch import Tensor
 
 from expertsteer_lens.hosts import as_host
 
-HOSTS = {
-    "bridge": lambda family: models.bridge(family, size=SIZE),
-    "bridge compat": lambda family: models.bridge(family, compat=True, size=SIZE),
-    "hooked": lambda family: models.hooked(family, size=SIZE),
-    "hooked raw": lambda family: models.hooked(family, processed=False, size=SIZE),
-}
+HOSTS = ("bridge", "bridge compat", "hooked", "hooked raw")
 
 
 @functools.cache
 def model_of(host: str, family: str) -> Any:
-    if host.startswith("hooked") and not models.has_hooked_transformer():
-        pytest.skip(
-            "HookedTransformer left TransformerLens in 4.0; this runs in the environment with 3.9"
-        )
-    return HOSTS[host](family)
+    return models.on_host(host, family, size=SIZE)
 
 
 def generated(model: Any, prompts: Any, *, cached: bool) -> tuple[Tensor, Tensor]:

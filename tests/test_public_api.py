@@ -18,12 +18,15 @@ import results
 import torch
 
 import expertsteer_lens as esl
+from expertsteer_lens._moved import IN_FOLDERS
 from expertsteer_lens.benchmarks.offline import BenchRow
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "public_api.txt"
 HOSTS = ("transformer_lens", "nnsight", "transformers")
-CLASSES = [name for name in esl.__all__ if inspect.isclass(getattr(esl, name))]
-MODULES = [name for name in esl.__all__ if inspect.ismodule(getattr(esl, name))]
+NAMES = sorted([*esl.__all__, *IN_FOLDERS], key=lambda name: (name in IN_FOLDERS, name))
+"""What is public: in the package itself, and in its folders what was there in 0.1."""
+CLASSES = [name for name in NAMES if inspect.isclass(getattr(esl, name))]
+MODULES = [name for name in NAMES if inspect.ismodule(getattr(esl, name))]
 
 
 def signature(name: str, thing: object) -> str:
@@ -72,7 +75,8 @@ def module_members(name: str) -> dict[str, object]:
 
 def surface() -> str:
     lines = ["expertsteer_lens: " + ", ".join(esl.__all__)]
-    for name in esl.__all__:
+    lines += [f"expertsteer_lens.{folder}.{name}" for name, folder in IN_FOLDERS.items()]
+    for name in NAMES:
         thing = getattr(esl, name)
         if inspect.isclass(thing):
             lines.append("class " + signature(name, thing))
@@ -125,6 +129,24 @@ class TestLaziness:
         found = {m.name for m in pkgutil.walk_packages(esl.__path__, "expertsteer_lens.")} - theirs
         assert len(found) > 40
         assert self.hosts_after("import " + ", ".join(sorted(found))) == []
+
+    @pytest.mark.parametrize("name", IN_FOLDERS)
+    def test_a_name_that_is_in_a_folder_is_found_there_and_by_its_short_way(self, name):
+        code = (
+            "import warnings; warnings.simplefilter('error')\nimport expertsteer_lens as esl\n"
+            f"assert esl.{IN_FOLDERS[name]}.{name} is esl.{name}\n"
+            f"from expertsteer_lens import {name}"
+        )
+        assert self.hosts_after(code) == []
+        assert name not in dir(esl)
+        assert name in getattr(esl, IN_FOLDERS[name]).__all__
+
+    def test_every_folder_is_there_without_an_import(self):
+        folders = {p.parent.name for p in pathlib.Path(esl.__file__).parent.glob("*/__init__.py")}
+        hidden = {"cli"}
+        code = f"import expertsteer_lens as esl\nfor n in {folders - hidden!r}: getattr(esl, n)"
+        assert len(folders) > 12
+        assert self.hosts_after(code) == []
 
     def test_every_public_name_can_be_looked_up_without_a_host(self):
         assert (
@@ -179,7 +201,7 @@ class TestLaziness:
 
 
 class TestDocstrings:
-    @pytest.mark.parametrize("name", [n for n in esl.__all__ if n != "__version__"])
+    @pytest.mark.parametrize("name", [n for n in NAMES if n != "__version__"])
     def test_every_public_thing_says_what_it_is(self, name):
         thing = getattr(esl, name)
         assert thing.__doc__
@@ -197,7 +219,7 @@ class TestDocstrings:
         assert not silent
 
     @pytest.mark.parametrize(
-        "name", [n for n in esl.__all__ if callable(getattr(esl, n)) and n not in CLASSES]
+        "name", [n for n in NAMES if callable(getattr(esl, n)) and n not in CLASSES]
     )
     def test_every_parameter_of_a_function_is_explained(self, name):
         function = getattr(esl, name)
@@ -244,9 +266,9 @@ class TestReprs:
             esl.Chat.ask("Why?"),
             plan,
             plan.vectors[0],
-            esl.Gate(direction=torch.ones(6), threshold=0.5),
+            esl.interventions.Gate(direction=torch.ones(6), threshold=0.5),
             bench,
-            esl.RunReport(n_forwards=2),
+            esl.steer.RunReport(n_forwards=2),
         ]
         return {type(thing).__name__: thing for thing in made}
 

@@ -31,7 +31,7 @@ GRID = (0.05, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8)
 
 
 @pytest.fixture(scope="module")
-def fit() -> esl.ExpertSteering:
+def fit() -> esl.pipeline.ExpertSteering:
     expert, target = esl.zoo.load_pair(host="huggingface")
     fast = esl.ExpertSteerConfig(
         mi_on="texts",
@@ -50,7 +50,7 @@ def fit() -> esl.ExpertSteering:
     )
 
 
-def doses(fit: esl.ExpertSteering) -> tuple[float, list[float]]:
+def doses(fit: esl.pipeline.ExpertSteering) -> tuple[float, list[float]]:
     """What a small calibration finds, and the costs it saw."""
     found = fit.calibrate(fit.plan(coefficient=0.1), grid=GRID, behaviour=None)
     return found.coefficient, [row["cost"] for row in found.curve]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -131,6 +132,15 @@ def test_blocks_are_themselves_again_after_an_error():
     with skip_blocks(blocks, keep_stream(blocks, 2, lambda: host.forward(batch))):
         pass
     assert vars(blocks[0])["forward"] is mine
+
+
+def test_a_deep_copy_made_while_blocks_are_skipped_runs_all_of_its_own():
+    host = host_of("llama")
+    batch, other = host.tokenize(TEXTS), host.tokenize(TEXTS[:1])
+    want = host.forward(other)
+    with host.resume(host.keep_stream(batch, 2)):
+        copied = as_host(copy.deepcopy(host.model), tokenizer=models.tokenizer())
+        assert torch.equal(copied.forward(other), want)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

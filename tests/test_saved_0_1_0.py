@@ -28,7 +28,7 @@ def rows() -> torch.Tensor:
     return torch.nn.functional.normalize(drawn).double() * 8
 
 
-def directions(fit: esl.ExpertSteering) -> dict[str, list[float]]:
+def directions(fit: esl.pipeline.ExpertSteering) -> dict[str, list[float]]:
     return {f"{e} {t}": fit.direction(e, t)[:4].tolist() for e, t in fit.rfms}
 
 
@@ -43,7 +43,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def fit() -> esl.ExpertSteering:
+def fit() -> esl.pipeline.ExpertSteering:
     target = esl.zoo.load("target", host="huggingface")
     return esl.load(SAVED / "ExpertSteering", target=target)
 

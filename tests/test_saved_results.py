@@ -44,7 +44,7 @@ def zoo() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def fit(zoo) -> esl.ExpertSteering:
+def fit(zoo) -> esl.pipeline.ExpertSteering:
     return esl.ExpertSteer(SMALL).fit(zoo["expert"], zoo["target"], **zoo["texts"], progress=False)
 
 
@@ -81,7 +81,7 @@ def differences(one: Any, other: Any, where: str = "it") -> list[str]:
     return [] if one == other else [where]
 
 
-def things(fit: esl.ExpertSteering) -> dict[str, Any]:
+def things(fit: esl.pipeline.ExpertSteering) -> dict[str, Any]:
     key = next(iter(fit.rfms))
     made = [
         fit,

@@ -31,14 +31,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 @functools.cache
 def model_of(kind: str, family: str = "llama") -> Any:
-    if kind.startswith("hooked"):
-        if not models.has_hooked_transformer():
-            pytest.skip(
-                "HookedTransformer left TransformerLens in 4.0; this runs in the environment with "
-                "3.9"
-            )
-        return models.hooked(family, processed=kind == "hooked")
-    return models.bridge(family, compat=kind == "bridge compat")
+    return models.on_host(kind, family)
 
 
 def vector(seed: int = 0) -> Tensor:

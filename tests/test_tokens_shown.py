@@ -83,7 +83,7 @@ class TestEdits:
         direction = torch.randn(esl.as_host(models[1]).d_model)
         rows = esl.capture(models[1], ["Once upon a time"], [HOOK], positions="all")[HOOK]
         threshold = float((rows @ direction).median()) + 1e-3
-        gate = esl.Gate(direction=direction, threshold=threshold, per="token")
+        gate = esl.interventions.Gate(direction=direction, threshold=threshold, per="token")
         (view,) = view_edits(plan_of(models[1], gate=gate), models[1], "Once upon a time")
         assert torch.equal(view.chosen, view.gate >= 0)
         assert 0 < int(view.chosen.sum()) < len(view.tokens)

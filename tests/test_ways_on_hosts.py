@@ -44,14 +44,9 @@ around = pytest.mark.parametrize("kind", INSIDE)
 
 
 def fresh(kind: str) -> Any:
-    if kind == "bridge":
-        return models.bridge("llama")
-    if kind == "hooked":
-        if not models.has_hooked_transformer():
-            pytest.skip("HookedTransformer left TransformerLens in 4.0; see make test-tl3")
-        return models.hooked("gpt2", processed=False)
-    nnsight = pytest.importorskip("nnsight")
-    return nnsight.TransformersModel(models.hf("llama"), tokenizer=models.tokenizer())
+    return (
+        models.on_host("hooked raw", "gpt2") if kind == "hooked" else models.on_host(kind, "llama")
+    )
 
 
 def inside(model: Any) -> Any:

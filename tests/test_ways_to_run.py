@@ -70,12 +70,7 @@ def test_adapters_switched_off_after_the_fit_are_noticed_and_merging_them_change
 
 
 PROMPTS = ([1, 5, 6, 7, 8], [1, 20, 21], [1, 9, 10, 11, 12, 13, 14], [1])
-GREEDY = {
-    "max_new_tokens": 6,
-    "do_sample": False,
-    "eos_token_id": 2**31 - 1,
-    "pad_token_id": 0,
-}
+GREEDY = models.greedy(6)
 RULES = ("all", "prompt", "last_prompt", "generated", 2)
 rules = pytest.mark.parametrize("rule", RULES, ids=str)
 

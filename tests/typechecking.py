@@ -24,7 +24,7 @@ TRAVELS = (
     "data.read_positions",
     "hosts.base",
     "hosts.nnsight",
-    "hosts.pass_tracking",
+    "hosts.pass_arguments",
     "hosts.row_picker",
     "interventions",
     "steer.checks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -115,8 +115,19 @@ def _origin(bench: Bench) -> str:
 
 
 def _markdown(frame: pandas.DataFrame, form: str = "{}") -> str:
-    head = f"| {frame.index.name or ''} | " + " | ".join(map(str, frame.columns)) + " |"
-    lines = [head, "|---" * (len(frame.columns) + 1) + "|"]
-    for name, row in frame.iterrows():
-        lines.append(f"| {name} | " + " | ".join(form.format(v) for v in row) + " |")
-    return "\n".join(lines)
+    heads = [frame.index.name or "", *frame.columns]
+    rows = [[name, *(form.format(v) for v in row)] for name, row in frame.iterrows()]
+    return markdown_table(heads, rows)
+
+
+def markdown_table(heads: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table of what these say as text.
+
+    Example:
+        >>> print(markdown_table(["task", "n"], [["cure", 2]]))
+        | task | n |
+        |---|---|
+        | cure | 2 |
+    """
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])

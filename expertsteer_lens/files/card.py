@@ -9,8 +9,6 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from expertsteer_lens.hosts.facts import TOGETHER
-
 from .plan_file import SIGN_CONVENTION
 
 if TYPE_CHECKING:
@@ -148,6 +146,8 @@ def _reproduce(plan: SteeringPlan) -> str:
     expert, target = (plan.provenance.get("expert") or {}), plan.target or {}
     if not expert.get("name") or not target.get("name") or "config" not in plan.provenance:
         return ""
+    from expertsteer_lens.hosts.facts import TOGETHER  # hosts are slow to import
+
     seed = plan.provenance.get("seed", 0)
     experts = " ".join(f'--expert "{plain(one)}"' for one in str(expert["name"]).split(TOGETHER))
     texts = "--pairs pairs.jsonl"

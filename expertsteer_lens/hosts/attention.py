@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from expertsteer_lens.data.activations import layer_of
 from expertsteer_lens.errors import ArgumentError, DataError, HostError
 
-from .pass_tracking import is_copy, remove_handle
-from .scope import CHANGING_HOOKS, scope_or_new
+from .pass_tracking import is_copy
+from .scope import CHANGING_HOOKS, remove_handle, scope_or_new
 
 TakeWeights = Callable[[int, Tensor], None]
 """Given a layer and its attention weights `[batch, heads, pos, pos]` (query, then key)."""

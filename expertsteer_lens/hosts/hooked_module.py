@@ -24,8 +24,8 @@ from .base import Host
 from .facts import hooks_suspended
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import is_copy, remove_handle
-from .scope import CHANGING_HOOKS, Scope, scope_or_new
+from .pass_tracking import is_copy
+from .scope import CHANGING_HOOKS, Scope, remove_handle, scope_or_new
 
 
 class _Watching(threading.local):

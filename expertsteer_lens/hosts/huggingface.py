@@ -32,16 +32,11 @@ from .blocks import (
 from .branches import check_branches
 from .compiled import eager_where_compiled
 from .facts import facts, hooks_suspended, probe_batch
+from .generate_calls import watch_generate
 from .parts import EditFn, Observer, TokenBatch, guarded
-from .pass_tracking import (
-    is_copy,
-    measuring,
-    remove_handle,
-    watch_causal_module,
-    watch_generate,
-)
+from .pass_tracking import is_copy, measuring, watch_causal_module
 from .resume import KeptStream, keep_stream, logits_only_at, skip_blocks
-from .scope import CHANGING_HOOKS, Scope, scope_or_new
+from .scope import CHANGING_HOOKS, Scope, remove_handle, scope_or_new
 
 NO_TOKEN = 2**31 - 1
 """An id no vocabulary holds: as `eos_token_id` it lets generation run on, and EOS be produced like

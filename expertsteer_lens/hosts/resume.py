@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import first_argument, first_of
-from .pass_tracking import remove_handle
-from .scope import CHANGING_HOOKS, Scope, scope_or_new
+from .overrides import Around, calls_through
+from .scope import CHANGING_HOOKS, Scope, remove_handle, scope_or_new
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,45 +83,18 @@ def skip_blocks(blocks: Sequence[nn.Module], kept: KeptStream) -> Iterator[None]
     with ExitStack() as stack:
         here = stack.enter_context(scope_or_new(None))
         for module in skipped[:-1]:
-            stack.enter_context(_stood_in_for(module, hand_on, here))
-        stack.enter_context(_stood_in_for(skipped[-1], give_kept, here))
+            stack.enter_context(calls_through(module, "forward", _in_passes_of(here, hand_on)))
+        stack.enter_context(calls_through(skipped[-1], "forward", _in_passes_of(here, give_kept)))
         yield
 
 
-@contextmanager
-def _stood_in_for(module: nn.Module, fn: Callable[..., Any], scope: Scope) -> Iterator[None]:
-    with CHANGING_HOOKS:
-        found = module.__dict__.get("forward")
-        forward = found if isinstance(found, _StoodInFor) else _StoodInFor(module, found)
-        module.forward = forward
-        entry = (scope, fn)
-        forward.entries.append(entry)
-    try:
-        yield
-    finally:
-        with CHANGING_HOOKS:
-            forward.entries[:] = [one for one in forward.entries if one is not entry]
-            if not forward.entries and module.__dict__.get("forward") is forward:
-                if forward.previous is None:
-                    module.__dict__.pop("forward")
-                else:
-                    module.forward = forward.previous
+def _in_passes_of(scope: Scope, fn: Callable[..., Any]) -> Around:
+    """Stands in for a `forward` with `fn`; in passes of others the module runs as always."""
 
+    def around(call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs) if scope() else call(*args, **kwargs)
 
-class _StoodInFor:
-    """The `forward` of one module, on that module, for which others stand in, each in the passes of
-    its scope."""
-
-    def __init__(self, module: nn.Module, previous: Callable[..., Any] | None) -> None:
-        self.previous = previous
-        self.entries: list[tuple[Scope, Callable[..., Any]]] = []
-        self.__wrapped__ = module.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for scope, fn in reversed(self.entries):
-            if scope():
-                return fn(*args, **kwargs)
-        return self.__wrapped__(*args, **kwargs)
+    return around
 
 
 @contextmanager

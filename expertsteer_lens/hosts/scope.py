@@ -17,6 +17,13 @@ CHANGING_HOOKS = threading.RLock()
 """Held while hooks are put on or taken off, and while a model is measured without the hooks of
 others."""
 
+
+def remove_handle(handle: Any) -> None:
+    """Take a torch hook off."""
+    with CHANGING_HOOKS:
+        handle.remove()
+
+
 _OPEN: ContextVar[tuple[int, ...]] = ContextVar("expertsteer_open_scopes", default=())
 _INHERITED: WeakKeyDictionary[threading.Thread, tuple[int, ...]] = WeakKeyDictionary()
 """The scopes in which a thread was started."""

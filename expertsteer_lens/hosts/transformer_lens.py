@@ -22,18 +22,17 @@ from .base import Host
 from .branches import check_branches
 from .cache_names import agree_on_cache_name
 from .facts import hooks_suspended, training_noise
+from .generate_calls import watch_generate
 from .hook_points import HookPoints, functions_at
 from .parts import EditFn, Observer, TokenBatch, guarded
 from .pass_tracking import (
     is_copy,
     measuring,
     n_measuring,
-    remove_handle,
     watch_causal_module,
-    watch_generate,
 )
 from .resume import logits_only_at
-from .scope import CHANGING_HOOKS, Scope, scope_or_new
+from .scope import CHANGING_HOOKS, Scope, remove_handle, scope_or_new
 from .turns import turns_of
 
 

@@ -7,21 +7,20 @@ read or steered, whoever runs it waits for his turn, plain runs too."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
 
-from .pass_tracking import GENERATE_NAMES
+from .generate_calls import GENERATE_NAMES
+from .overrides import calls_through, is_stream
 from .scope import CHANGING_HOOKS
 
 _TURNS: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary()
@@ -49,24 +48,36 @@ class Turns:
         ]
         self._lock = threading.RLock()
         self._n_inside = 0  # calls of the thread whose turn it is that are inside one another
-        self._n_blocks = 0
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Inside the block, turns are kept by all threads."""
-        with CHANGING_HOOKS:
-            if self._n_blocks == 0:
-                for obj, name in self._found():
-                    obj.__dict__[name] = _InTurn(obj, name, self)
-            self._n_blocks += 1
-        try:
+        with ExitStack() as stack:
+            for obj, name in self._found():
+                around = self._stream_in_turn if is_stream(obj, name) else self._call_in_turn
+                stack.enter_context(calls_through(obj, name, around))
             yield
+
+    def _call_in_turn(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        with self.taken():
+            return call(*args, **kwargs)
+
+    def _stream_in_turn(
+        self, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Iterator[Any]:
+        """Of a stream each step is a turn: what it leaves between them it does not need."""
+        steps = call(*args, **kwargs)
+        try:
+            while True:
+                with self.taken():
+                    try:
+                        item = next(steps)
+                    except StopIteration:
+                        return
+                yield item
         finally:
-            with CHANGING_HOOKS:
-                self._n_blocks -= 1
-                if self._n_blocks == 0:
-                    for obj, name in self._found():
-                        _InTurn.take_off(obj, name)
+            with self.taken():
+                steps.close()
 
     def _found(self) -> Iterator[tuple[nn.Module, str]]:
         for reference, name in self._methods:
@@ -123,53 +134,3 @@ def _is_in(frame: FrameType | None, calls: dict[CodeType, Any]) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-class _InTurn:
-    """A method of one object, on that object, that waits for its turn."""
-
-    def __init__(self, obj: nn.Module, name: str, turns: Turns) -> None:
-        self._obj, self._name, self._turns = obj, name, turns
-        self._previous: Callable[..., Any] | None = obj.__dict__.get(name)
-        self.__wrapped__ = getattr(obj, name)
-        self._yields = inspect.isgeneratorfunction(inspect.unwrap(getattr(type(obj), name)))
-
-    @staticmethod
-    def take_off(obj: nn.Module, name: str) -> None:
-        """Give the method back as it was. Inside somebody's wrapper it stays, and does no harm."""
-        placed = obj.__dict__.get(name)
-        if not isinstance(placed, _InTurn):
-            return
-        if placed._previous is None:
-            del obj.__dict__[name]
-        else:
-            obj.__dict__[name] = placed._previous
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method."""
-        if self._yields:
-            return self._items(args, kwargs)
-        with self._turns.taken():
-            return self.__wrapped__(*args, **kwargs)
-
-    def _items(self, args: Any, kwargs: Any) -> Iterator[Any]:
-        """Of a stream each step is a turn: what it leaves between them it does not need."""
-        steps = self.__wrapped__(*args, **kwargs)
-        try:
-            while True:
-                with self._turns.taken():
-                    try:
-                        item = next(steps)
-                    except StopIteration:
-                        return
-                yield item
-        finally:
-            with self._turns.taken():
-                steps.close()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """On a copy of the model, which is another one: the copy's own method."""
-        copied = memo.get(id(self._obj))
-        if self._previous is not None or copied is None:
-            return copy.deepcopy(self._previous, memo)  # which may be one of ours too
-        return types.MethodType(getattr(type(copied), self._name), copied)

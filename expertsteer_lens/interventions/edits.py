@@ -402,7 +402,7 @@ def find_edit(name: EditName | str) -> Edit:
         except ArgumentError as error:
             raise ArgumentError(
                 f"{error} One of your own must be registered first: "
-                "expertsteer_lens.edits.register_edit(name, Edit(...))."
+                "expertsteer_lens.interventions.register_edit(name, Edit(...))."
             ) from None
     return EDITS[name]
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.contrast import Behaviour
-from expertsteer_lens.errors import DataError
 
 from .passes import steered
+from .prepared import CompletionRows
 
 if TYPE_CHECKING:
-    from expertsteer_lens.hosts import Host, TokenBatch
+    from expertsteer_lens.hosts import Host
     from expertsteer_lens.steer.plan import SteeringPlan
 
 
@@ -141,45 +141,15 @@ def _score_prompts(
     host: Host, behaviour: Behaviour, prompts: Sequence[int], plan: SteeringPlan | None
 ) -> list[Sides]:
     """One pass over all completions of some prompts."""
-    entries = [
-        (i, is_good, completion)
-        for i in prompts
-        for is_good, side in zip((True, False), behaviour.completions(i), strict=True)
-        for completion in side
-    ]
-    alone = host.tokenize([behaviour.prompts[i] for i in prompts])
-    prompt_ids = dict(zip(prompts, _real_ids(alone), strict=True))
-    batch = host.tokenize([behaviour.prompts[i] + completion for i, _, completion in entries])
-    starts = []
-    for (i, _, completion), ids in zip(entries, _real_ids(batch), strict=True):
-        starts.append(max(1, _common_prefix(prompt_ids[i], ids)))
-        if starts[-1] >= len(ids):
-            raise DataError(
-                f"completion {completion!r} of prompt {i} adds no token; give it a text."
-            )
-    # The position before a token says how likely it is; the head is applied there only.
-    column = torch.arange(batch.input_ids.shape[1])[None]
-    first, beyond = torch.tensor(starts)[:, None], batch.lengths.cpu()[:, None]
-    where = (column >= first - 1) & (column < beyond - 1)
-    with steered(host, plan, starts):
-        logits = host.logits_at(batch, where)
-    following = batch.input_ids[:, 1:].cpu()[where[:, :-1]].to(logits.device)
-    log_probs = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
-    row = where.nonzero()[:, 0].to(logits.device)
-    scores = log_probs.new_zeros(len(entries)).index_add(0, row, log_probs)
-    owner = torch.tensor([i for i, _, _ in entries], device=scores.device)
-    good = torch.tensor([is_good for _, is_good, _ in entries], device=scores.device)
+    rows = CompletionRows.of(host, behaviour, prompts)
+    batch = rows.batch(host, list(range(len(rows.ids))))
+    with steered(host, plan, batch.starts):
+        logits = host.logits_at(batch.tokens, batch.where)
+    log_probs = batch.log_probs(logits)
+    scores = log_probs.new_zeros(len(rows.ids)).index_add(
+        0, batch.row.to(log_probs.device), log_probs
+    )
+    owner, good = (
+        torch.tensor(values, device=scores.device) for values in (rows.owner, rows.positive)
+    )
     return [Sides(scores[(owner == i) & good], scores[(owner == i) & ~good]) for i in prompts]
-
-
-def _real_ids(batch: TokenBatch) -> list[list[int]]:
-    """The real ids of each row."""
-    pairs = zip(batch.input_ids.tolist(), batch.attention_mask.tolist(), strict=True)
-    return [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in pairs]
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n

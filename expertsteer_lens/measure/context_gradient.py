@@ -14,7 +14,7 @@ from torch import Tensor
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.interventions.edits import VectorEdit, centre, find_edit, wide
+from expertsteer_lens.interventions.edits import VectorEdit, centre, wide
 from expertsteer_lens.linalg.moments import RunningMoments
 
 from .neutral import NeutralTexts
@@ -216,7 +216,7 @@ class StrengthGradient:
     def _read_states(self) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and covariance of the states that each vector edits, at the fixed strength."""
         plan = self.plan
-        readers = [_Reader(vector, centred=self._centred) for vector in plan.vectors]
+        readers = [_Reader(edit) for edit in plan.prepared(centred=self._centred)]
         for batch in self._prompts.batches:
             self._prompts.totals(batch, plan, readers)
         for _ in self._texts.sums(plan, kl=False, vector_edits=readers):
@@ -241,20 +241,12 @@ class StrengthGradient:
 
 
 class _Reader(VectorEdit):
-    """The edit of a vector, which adds what it edits to moments."""
+    """An edit that adds what it edits to moments."""
 
-    def __init__(self, vector: SteeringVector, *, centred: bool) -> None:
-        super().__init__(
-            find_edit(vector.edit),
-            vector.hook_name,
-            vector.direction,
-            vector.scale,
-            preserve_norm=vector.preserve_norm,
-            centred=centred,
-            parameters=vector.parameters,
-        )
-        self._in_basis = centre if centred else wide
-        self.moments = RunningMoments({"x": vector.direction.shape[0]}, [("x", "x")])
+    def __init__(self, edit: VectorEdit) -> None:
+        vars(self).update(vars(edit))
+        self._in_basis = centre if self._centred else wide
+        self.moments = RunningMoments({"x": self._direction.shape[0]}, [("x", "x")])
 
     def __call__(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """The edited activations."""

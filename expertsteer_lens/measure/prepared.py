@@ -23,8 +23,55 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class CompletionRows:
+    """Completions with their prompts as ids, a row for each completion."""
+
+    owner: list[int]
+    """Index of the prompt, by row."""
+    positive: list[bool]
+    ids: list[list[int]]
+    starts: list[int]
+    """First token of the completion, by row: where the tokenizer merges across the border, the
+    first one that differs from the prompt's own."""
+
+    @classmethod
+    def of(cls, host: Host, behaviour: Behaviour, prompts: Sequence[int]) -> CompletionRows:
+        """The completions of some prompts.
+
+        Raises:
+            DataError: a completion adds no token to its prompt.
+        """
+        entries = [
+            (i, good, completion)
+            for i in prompts
+            for good, side in zip((True, False), behaviour.completions(i), strict=True)
+            for completion in side
+        ]
+        alone = _rows(host.tokenize([behaviour.prompts[i] for i in prompts]))
+        prompt_ids = dict(zip(prompts, alone, strict=True))
+        rows = _rows(host.tokenize([behaviour.prompts[i] + text for i, _, text in entries]))
+        starts = []
+        for (i, _, completion), row in zip(entries, rows, strict=True):
+            starts.append(max(1, _common_prefix(prompt_ids[i], row)))
+            if starts[-1] >= len(row):
+                raise DataError(
+                    f"completion {completion!r} of prompt {i} adds no token; give it a text."
+                )
+        return cls([i for i, _, _ in entries], [good for _, good, _ in entries], rows, starts)
+
+    def batch(self, host: Host, index: list[int]) -> CompletionBatch:
+        """Some rows, ready for a pass."""
+        tokens = pad_right([self.ids[i] for i in index], host.pad_id).to(host.device)
+        starts = [self.starts[i] for i in index]
+        column = torch.arange(tokens.input_ids.shape[1])[None]
+        first = torch.tensor(starts)[:, None] - 1
+        last = torch.tensor([len(self.ids[i]) for i in index])[:, None] - 2
+        return CompletionBatch(tokens, index, starts, (column >= first) & (column <= last))
+
+
+@dataclass(frozen=True, eq=False)
 class CompletionBatch:
-    """Completions of similar length, with their prompts."""
+    """Completions with their prompts, for one pass."""
 
     tokens: TokenBatch
     index: list[int]
@@ -33,6 +80,17 @@ class CompletionBatch:
     """First token of the completion, by row."""
     where: Bool[Tensor, "batch pos"]
     """Positions whose next token belongs to the completion: where logits are read."""
+
+    def log_probs(self, logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+        """Of the tokens of the completions, nats, float32 on the device of the logits at
+        `where`."""
+        following = self.tokens.input_ids[:, 1:].cpu()[self.where[:, :-1]].to(logits.device)
+        return logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
+
+    @property
+    def row(self) -> Tensor:
+        """The row of each of these tokens."""
+        return self.where.nonzero()[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,28 +165,10 @@ class Completions:
     ) -> None:
         self.host, self.behaviour = host, behaviour
         self._cache = StreamCache(host, cache_bytes)
-        entries = [
-            (i, good, completion)
-            for i in range(len(behaviour))
-            for good, side in zip((True, False), behaviour.completions(i), strict=True)
-            for completion in side
-        ]
-        self.owner = torch.tensor([i for i, _, _ in entries])
-        self.positive = torch.tensor([good for _, good, _ in entries])
-        prompts = _rows(host.tokenize(list(behaviour.prompts)))
-        texts = [behaviour.prompts[i] + completion for i, _, completion in entries]
-        rows = _rows(host.tokenize(texts))
-        starts = []
-        for (i, _, completion), row in zip(entries, rows, strict=True):
-            starts.append(max(1, _common_prefix(prompts[i], row)))
-            if starts[-1] >= len(row):
-                raise DataError(
-                    f"completion {completion!r} of prompt {i} adds no token; give it a text."
-                )
-        self.batches = [
-            self._make_batch([rows[i] for i in index], [starts[i] for i in index], index)
-            for index in _group_by_length([len(row) for row in rows], max_tokens)
-        ]
+        rows = CompletionRows.of(host, behaviour, range(len(behaviour)))
+        self.owner, self.positive = torch.tensor(rows.owner), torch.tensor(rows.positive)
+        groups = _group_by_length([len(row) for row in rows.ids], max_tokens)
+        self.batches = [rows.batch(host, index) for index in groups]
 
     @property
     def n_tokens(self) -> int:
@@ -142,8 +182,7 @@ class Completions:
         counts = torch.zeros(len(self.owner), dtype=torch.float64)
         for batch in self.batches:
             total[batch.index] = self.totals(batch, plan)
-            row = batch.where.nonzero()[:, 0]
-            counts[batch.index] = torch.bincount(row, minlength=len(batch.index)).double()
+            counts[batch.index] = torch.bincount(batch.row, minlength=len(batch.index)).double()
         return CompletionScores(total, counts, self.owner, self.positive)
 
     def totals(
@@ -157,20 +196,8 @@ class Completions:
         tokens = batch.tokens
         with self._cache.steered(tokens, plan, torch.tensor(batch.starts), vector_edits):
             logits = self.host.logits_at(tokens, batch.where)
-        following = tokens.input_ids[:, 1:].cpu()[batch.where[:, :-1]].to(logits.device)
-        picked = logits.float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
-        row = batch.where.nonzero()[:, 0]
         zeros = torch.zeros(len(batch.index), dtype=torch.float64)
-        return zeros.index_add(0, row, picked.double().cpu())
-
-    def _make_batch(
-        self, rows: Sequence[list[int]], starts: list[int], index: list[int]
-    ) -> CompletionBatch:
-        tokens = pad_right(rows, self.host.pad_id).to(self.host.device)
-        column = torch.arange(tokens.input_ids.shape[1])[None]
-        first = torch.tensor(starts)[:, None] - 1
-        last = torch.tensor([len(row) for row in rows])[:, None] - 2
-        return CompletionBatch(tokens, index, starts, (column >= first) & (column <= last))
+        return zeros.index_add(0, batch.row, batch.log_probs(logits).double().cpu())
 
 
 def _group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertsteer_lens.errors import HostError, InterventionError, ModelStateError
 from expertsteer_lens.hosts.blocks import Blocks, Side
-from expertsteer_lens.hosts.pass_tracking import is_stand_in, read_pass
+from expertsteer_lens.hosts.pass_arguments import is_stand_in, read_pass
 from expertsteer_lens.interventions.edits import VectorEdit
 from expertsteer_lens.interventions.positions import PassTokens, PositionClock, Positions
 

@@ -53,7 +53,7 @@ class SteeringVector:
     | ablate | x - coefficient (x.v) v | a fraction: relative_to must be "unit" |
     | rescale | x + coefficient (x.v) v | a fraction: relative_to must be "unit" |
 
-    Edits of yours join the table with `expertsteer_lens.edits.register_edit`.
+    Edits of yours join the table with `expertsteer_lens.interventions.register_edit`.
 
     Example:
         >>> SteeringVector(

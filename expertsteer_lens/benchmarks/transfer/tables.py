@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from expertsteer_lens.benchmarks.bench_tables import markdown_table
+
 if TYPE_CHECKING:
     import pandas
 
@@ -36,14 +38,23 @@ def _chosen(bench: TransferBench, expert: str, target: str) -> str:
     )
 
 
+SUMMARY = (
+    "labelled pairs",
+    "direction",
+    "effect, nats per answer token",
+    "of native with all pairs",
+    "sd above random",
+    "right answer likelier",
+    "wrong way",
+    "labels right",
+    "neutral NLL",
+)
+"""Columns of the summary."""
+
+
 def _summary(frame: pandas.DataFrame) -> str:
-    lines = [
-        "| labelled pairs | direction | effect, nats per answer token | of native with all pairs "
-        "| sd above random | right answer likelier | wrong way | labels right | neutral NLL |",
-        "|---" * 9 + "|",
-    ]
-    for row in frame.sort_values(["n_pairs"], kind="stable").itertuples():
-        cells = [
+    rows = [
+        [
             f"{row.n_pairs:.0f}",
             row.method,
             f"{row.effect:+.3f}{_interval(row.low, row.high)}",
@@ -54,20 +65,23 @@ def _summary(frame: pandas.DataFrame) -> str:
             _form(row.agreement, ".0%"),
             _form(row.nll_rise, "+.3f"),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in frame.sort_values(["n_pairs"], kind="stable").itertuples()
+    ]
+    return markdown_table(SUMMARY, rows)
 
 
 def _differences(frame: pandas.DataFrame) -> str:
-    lines = [
-        "| labelled pairs | difference | nats per answer token | tasks won |",
-        "|---|---|---|---|",
+    rows = [
+        [
+            f"{row.n_pairs:.0f}",
+            row.difference,
+            f"{row.effect:+.3f}{_interval(row.low, row.high)}",
+            f"{round(row.won * row.tasks)} of {row.tasks}",
+        ]
+        for row in frame.sort_values(["n_pairs"], kind="stable").itertuples()
     ]
-    for row in frame.sort_values(["n_pairs"], kind="stable").itertuples():
-        won = f"{round(row.won * row.tasks)} of {row.tasks}"
-        effect = f"{row.effect:+.3f}{_interval(row.low, row.high)}"
-        lines.append(f"| {row.n_pairs:.0f} | {row.difference} | {effect} | {won} |")
-    return "\n".join(lines)
+    heads = ("labelled pairs", "difference", "nats per answer token", "tasks won")
+    return markdown_table(heads, rows)
 
 
 def _interval(low: float, high: float, digits: int = 3) -> str:
@@ -107,10 +121,7 @@ def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
     """
     columns = [(bench, *pair) for bench in benches for pair in bench.transfers]
     heads = [f"{names.get(e, e)} → {names.get(t, t)}" for _, e, t in columns]
-    lines = [
-        f"| labelled pairs | direction | {' | '.join(heads)} |",
-        "|---" * (2 + len(heads)) + "|",
-    ]
+    rows = []
     for method, n in OVERVIEW:
         cells = []
         for bench, expert, target in columns:
@@ -123,5 +134,5 @@ def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
                 "" if row is None else f"{row.effect:+.2f}{_interval(row.low, row.high, 2)}"
             )
         shown = "all" if n is None else n
-        lines.append(f"| {shown} | {method} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([shown, method, *cells])
+    return markdown_table(["labelled pairs", "direction", *heads], rows) + "\n"

@@ -28,7 +28,7 @@ from expertsteer_lens.hosts.huggingface import (
     no_cache,
 )
 from expertsteer_lens.hosts.parts import EditFn, Observer, TokenBatch, guarded
-from expertsteer_lens.hosts.pass_tracking import is_stand_in, parameter_names, read_pass
+from expertsteer_lens.hosts.pass_arguments import is_stand_in, parameter_names, read_pass
 from expertsteer_lens.hosts.row_picker import TokenRows
 from expertsteer_lens.hosts.scope import Scope, scope_or_new
 from expertsteer_lens.interventions.positions import ForwardInfo

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import operator
 import threading
-import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from nnsight.intervention.interleaver import Event, Mediator, Pending
 
 from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.hosts.blocks import first_argument, first_of, with_first, with_first_argument
+from expertsteer_lens.hosts.overrides import calls_through
 from expertsteer_lens.hosts.scope import CHANGING_HOOKS
 from expertsteer_lens.hosts.turns import who_is_in
 
@@ -215,10 +216,10 @@ def is_in_run(model: Any, *, unknown: bool) -> bool:
     """
     if not (model.interleaver.interleaving or model.interleaver.mediators):
         return False
-    mine = model.__dict__.get("interleave")
-    if not isinstance(mine, _OneAtATime) or mine.thread is None:
+    runs = _RUNS.get(model)
+    if runs is None or runs.thread is None:
         return unknown
-    return mine.thread == threading.get_ident()
+    return runs.thread == threading.get_ident()
 
 
 @contextmanager
@@ -230,54 +231,41 @@ def one_at_a_time(model: Any) -> Iterator[None]:
     `HookWorker` refuses it.
     """
     with CHANGING_HOOKS:
-        current = model.__dict__.get("interleave")
-        if not isinstance(current, _OneAtATime):
-            current = _OneAtATime(model)
-            model.__dict__["interleave"] = current
-        current.n_blocks += 1
-    try:
+        if model not in _RUNS:
+            _RUNS[model] = _OneAtATime(model)
+        runs = _RUNS[model]
+    with calls_through(model, "interleave", runs.run):
         yield
-    finally:
-        with CHANGING_HOOKS:
-            current.n_blocks -= 1
-            if current.n_blocks == 0 and model.__dict__.get("interleave") is current:
-                del model.__dict__["interleave"]
 
 
 class _OneAtATime:
-    """nnsight's `interleave`, through which every run goes, of one model."""
+    """The runs of one model, each of which goes through nnsight's `interleave`."""
 
     def __init__(self, model: Any) -> None:
-        self.n_blocks = 0
         self.thread: int | None = None
         """That is in a run."""
-        self._model = model
+        self._model = weakref.ref(model)
         self._lock = threading.RLock()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, interleave: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run the model, alone."""
         with self._lock:
             before, self.thread = self.thread, threading.get_ident()
             try:
                 if before is None and self._is_in_a_run():
                     raise InterventionError(ONE_RUN)
-                return type(self._model).interleave(self._model, *args, **kwargs)
+                return interleave(*args, **kwargs)
             finally:
                 self.thread = before
 
     def _is_in_a_run(self) -> bool:
         """Whether a run is under way that began before anybody counted; nnsight notes that it runs
         only after it has made the workers of the run."""
-        return self._model.interleaver.interleaving or who_is_in([(self._model, "interleave")])[1]
+        model: Any = self._model()
+        return model.interleaver.interleaving or who_is_in([(model, "interleave")])[1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """On a copy of the model: the copy's own method."""
-        copied = memo[id(self._model)]
-        return types.MethodType(type(copied).interleave, copied)
 
-    def __reduce__(self) -> Any:
-        """Elsewhere: the method of the model there."""
-        return types.MethodType, (type(self._model).interleave, self._model)
+_RUNS: weakref.WeakKeyDictionary[Any, _OneAtATime] = weakref.WeakKeyDictionary()
 
 
 def current_worker() -> Any:
