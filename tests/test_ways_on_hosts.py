@@ -288,6 +288,28 @@ def test_runs_of_nnsight_by_several_threads_are_exact_or_refused(way: str) -> No
     assert "interleave" not in model.__dict__
 
 
+@pytest.mark.parametrize("way", ["hooks", "edit"])
+def test_a_run_of_nnsight_whose_places_another_pass_has_visited_is_refused(way: str) -> None:
+    """nnsight counts the visits of every thread; one that is not its own makes a run wait for a
+    visit that is over, and it would go on unsteered."""
+    model, plan = fresh("nnsight"), plan_at("generated", size=9.0)
+    want, passes = answers(model, plan)[0], []
+
+    def another(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == 2:
+            counts = model.interleaver.counts
+            counts.update({place: n + 1 for place, n in counts.items()})
+
+    steering = plan.edit(model) if way == "edit" else plan.attach(model)
+    hook = inside(model).get_input_embeddings().register_forward_hook(another)
+    with pytest.raises(InterventionError, match="another thread is in a run of nnsight"):
+        generated(model, PROMPTS[0])
+    hook.remove()
+    assert generated(model, PROMPTS[0]) == want  # the next run is its own again
+    steering.remove()
+
+
 @pytest.mark.parametrize("first_is_steered", [True, False])
 def test_a_run_of_nnsight_in_the_middle_of_another_threads(first_is_steered: bool) -> None:
     model, plan = fresh("nnsight"), plan_at("generated", size=9.0)

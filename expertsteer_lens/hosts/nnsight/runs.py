@@ -15,6 +15,7 @@ import ast
 import operator
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -143,6 +144,7 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
         self._thread: int | None = None
         self._calls: list[tuple[str, CallSide, Callable[[Any], Any]]] = []
         self._next = 0
+        self._n_served: Counter[str] = Counter()
 
     def start(self, interleaver: Any = None) -> None:
         """Wait for the first call of a run."""
@@ -154,6 +156,21 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
             place: interleaver.counts.get(place, 0) for place, _, _ in self._calls
         }
         self.pending = Pending(Event.VALUE, self._calls[0][0], 0) if self._calls else None
+        self._n_served.clear()
+        runs = None if self._model is None else _RUNS.get(self._model)
+        if runs is not None:
+            runs.workers.append(self)
+
+    def is_of_another_thread(self) -> bool:
+        """Whether another thread has started it."""
+        return self._thread != threading.get_ident()
+
+    def was_passed_over(self) -> bool:
+        """Whether its run went through a place without being served there: a pass of another thread
+        was counted as one of the run, so that this one waited for a later one."""
+        return not self.is_of_another_thread() and any(
+            self.occurrence(place) > self._n_served[place] for place, _, _ in self._calls
+        )
 
     def handle(self, provider: str, value: Any) -> Any:
         """Serve this visit: what the module was given (arguments and keywords), or what it
@@ -179,6 +196,7 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
             self._next = (self._next + 1) % len(self._calls)
             if self._calls[self._next][0] != provider:
                 break
+        self._n_served[provider] += 1
         place = self._calls[self._next][0]
         self.pending = Pending(Event.VALUE, place, self.occurrence(place) + (place == provider))
         if edited is None:
@@ -244,6 +262,8 @@ class _OneAtATime:
     def __init__(self, model: Any) -> None:
         self.thread: int | None = None
         """That is in a run."""
+        self.workers: list[HookWorker] = []
+        """Those that have started since the last run ended."""
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
 
@@ -254,9 +274,14 @@ class _OneAtATime:
             try:
                 if before is None and self._is_in_a_run():
                     raise InterventionError(ONE_RUN)
-                return interleave(*args, **kwargs)
+                result = interleave(*args, **kwargs)
+                if any(worker.was_passed_over() for worker in self.workers):
+                    raise InterventionError(ONE_RUN)
+                return result
             finally:
                 self.thread = before
+                if before is None:
+                    self.workers = [w for w in self.workers if w.is_of_another_thread()]
 
     def _is_in_a_run(self) -> bool:
         """Whether a run is under way that began before anybody counted; nnsight notes that it runs
