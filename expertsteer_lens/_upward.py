@@ -15,6 +15,7 @@ UPWARD = {
     "plot_layer_pairs": ("show.plots", DRAWS),
     "plot_dose_response": ("show.plots", DRAWS),
     "plot_evaluation": ("show.plots", DRAWS),
+    "plot_placement": ("show.step_plots", DRAWS),
     "load": ("files.io", HUB),
     "push_to_hub": ("files.io", HUB),
 }

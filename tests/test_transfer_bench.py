@@ -83,7 +83,7 @@ def test_every_method_has_its_rows(bench):
     assert counts["random", 0] == 3
     assert counts["native", 8] == counts["expert, mapped", 8] == 1
     assert counts["random, same budget", 0] == 3
-    assert counts["native, wrong layer", 8] == 1
+    assert counts["native, far block", 8] == 1
     assert counts["native", 1] == counts["expert as labeller", 2] == 3
     assert counts["expert as labeller", 0] == 1
     assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
@@ -108,7 +108,7 @@ def test_random_directions_keep_to_the_budget(models):
     neutral = zoo.neutral_texts(4)
     hook, norm = target.at(0.5), target.states(of[0]).median_norm(target.at(0.5))
     config = TransferConfig(n_random=4, budget=0.02)
-    found = choose_floor(target, {"hook": hook, "coefficient": 2.0}, of, neutral, config)
+    found = choose_floor(target, {"written": hook, "coefficient": 2.0}, of, neutral, config)
     unsteered = neutral_cost(target, neutral, None)
     grid = [2.0 * share for share in SHARES]
     for seed, strength in enumerate(found["coefficients"]):
@@ -140,7 +140,7 @@ def test_the_distance_from_the_floor_is_taken_within_the_budget(bench):
 def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     """Rows that an older run lacks are added; none of its own is measured again."""
     first, _ = bench
-    new = ("random, same budget", "native, wrong layer")
+    new = ("random, same budget", "native, far block")
     old = TransferBench(
         [row for row in first.rows if row["method"] not in new],
         {name: c for name, c in first.choices.items() if not name.startswith("floor")},
@@ -161,12 +161,18 @@ def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     )
 
 
-def test_the_strength_is_the_best_within_the_budget(bench):
+def test_block_and_strength_are_the_best_within_the_budget(bench, models):
     choices = bench[0].choices
     tried = choices["steering of target"]["tried"]
     assert {row["coefficient"] for row in tried} == {0.05, 0.2}
+    assert len({row["hook"] for row in tried}) == 1  # one depth is a candidate
+    assert len({row["written"] for row in tried}) > 1
     best = max((row for row in tried if row["nll_rise"] <= 5.0), key=lambda row: row["effect"])
-    assert choices["steering of target"]["coefficient"] == best["coefficient"]
+    for name in ("hook", "written", "coefficient"):
+        assert choices["steering of target"][name] == best[name]
+    alone = TransferConfig(**{**SMALL.to_dict(), "write_depths": ()})
+    again = bench_transfer(**arguments(models, config=alone)).choices["steering of target"]
+    assert again["written"] == again["hook"]
 
 
 def test_a_run_goes_on_where_it_stopped(bench, models):

@@ -188,6 +188,14 @@ def fit(
             rich_help_panel=SETTINGS,
         ),
     ] = None,
+    place: Annotated[
+        bool,
+        typer.Option(
+            "--place",
+            help="look for the block of the target where the direction is best written, on half "
+            "of the behaviour's prompts; else it is written where it was learnt",
+        ),
+    ] = False,
     n_random: NRandom = 5,
     save_fit: Annotated[
         bool,
@@ -204,7 +212,18 @@ def fit(
     and the same command goes on from there."""
     with tables_as_json(as_json):
         found, result = _fitted(
-            expert, target, texts, models, behaviour, preset, config, n_random, save_fit, out, seed
+            expert,
+            target,
+            texts,
+            models,
+            behaviour,
+            preset,
+            config,
+            place,
+            n_random,
+            save_fit,
+            out,
+            seed,
         )
     if as_json:
         print_json(
@@ -227,12 +246,14 @@ def _fitted(
     behaviour: Path | None,
     preset: str,
     config: Path | None,
+    place: bool,
     n_random: int,
     save_fit: bool,
     out: Path,
     seed: int,
 ) -> tuple[Any, Any]:
     """The fit and its evaluation (None without a behaviour), written to `out`."""
+    from expertsteer_lens.errors import ArgumentError
     from expertsteer_lens.evaluation.run import evaluate
     from expertsteer_lens.files.io import save
     from expertsteer_lens.pipeline import ExpertSteer
@@ -240,6 +261,11 @@ def _fitted(
     contrast, prompts = texts_to_fit(texts, seed)
     prompts = prompts if behaviour is None else read_behaviour(behaviour)
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
+    if place and prompts is None:
+        raise ArgumentError(
+            "--place compares blocks on the prompts of a behaviour; give --behaviour, or leave it "
+            "out."
+        )
     steer = ExpertSteer(read_config(config, preset), seed=seed)
     models.check()
     expert_models = [load_states_or_model(one, models) for one in expert]
@@ -260,7 +286,7 @@ def _fitted(
         save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
     result = None
     with stopped.kept_as("rows", states=found.data) as rows:
-        plan, curve = calibrated(found)
+        plan, curve = calibrated(found, place=place)
         if prompts is not None:
             result = evaluate(
                 plan,

@@ -247,10 +247,19 @@ def token_views(fit: Any, plan: Any, contrast: ContrastPairs, prompts: list[Any]
     return read + edited
 
 
-def calibrated(fit: Any) -> tuple[Any, Any]:
+def calibrated(fit: Any, *, place: bool = False) -> tuple[Any, Any]:
     """The fitted plan at the coefficient its budget allows, and the dose-response curve of both
-    signs that this was read off."""
+    signs that this was read off.
+
+    Args:
+        fit: the fit.
+        place: first look for the block where the direction is best written.
+    """
     plan = fit.plan(coefficient=0.1)
+    if place:
+        placement = fit.place(plan, progress=True)
+        plan = placement.plan
+        say(f"  {placement!r}")
     curve = fit.calibrate(plan, negative=True)
     return curve.apply(plan), curve
 

@@ -1,5 +1,6 @@
 """Plans to compare with: each of the size of the plan under test, made from the same data under the
-same choices.
+same choices. Where the plan is written at another block than its direction was learnt at
+(`measure.place`), so are these.
 
 A method gives directions for layers or layer pairs; the layers are those with the largest predicted
 effect on the validation prompts (one backward pass, the same for all). Nothing here reads a test
@@ -26,6 +27,7 @@ from expertsteer_lens.learn.directions import (
 from expertsteer_lens.learn.learners import learn as learn_direction
 from expertsteer_lens.learn.rfm import fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient
+from expertsteer_lens.measure.placement import learnt_at, move
 from expertsteer_lens.pair.rules import PairingConfig, allowed_targets, select_layer_pairs
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
 from expertsteer_lens.pipeline.fit_data import PairKey, labels_of
@@ -202,7 +204,7 @@ def shuffled_plan(fit: ExpertSteering, plan: SteeringPlan, seed: int) -> Steerin
     permuted = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     directions = {}
     for vector in plan.vectors:
-        key = (str(vector.provenance.get("expert_hook_name")), vector.hook_name)
+        key = (str(vector.provenance.get("expert_hook_name")), learnt_at(vector))
         if key not in fit.aligners:
             raise NotMeasured("the plan does not come from this fit")
         mapped = fit.aligners[key].encode(states[key[0]])
@@ -278,9 +280,11 @@ def _at_best_layers(
     to the plan's layers."""
     names = list(fit.target_pairs)
     if fit.gradients:
-        effect = {key: fit.predicted_effect(key[1], v) for key, v in directions.items()}
+        there = _written_at(plan)
+        effect = {key: fit.predicted_effect(there or key[1], v) for key, v in directions.items()}
     else:
-        at = [names.index(v.hook_name) for v in plan.vectors if v.hook_name in names] or [0]
+        learnt = [learnt_at(v) for v in plan.vectors]
+        at = [names.index(name) for name in learnt if name in names] or [0]
         effect = {key: -min(abs(names.index(key[1]) - i) for i in at) for key in directions}
     experts = list(dict.fromkeys(key[0] for key in directions))
     scores = torch.full((len(experts), len(names)), torch.nan, dtype=torch.float64)
@@ -308,7 +312,18 @@ def _redirect(
         )
         for (expert, hook), direction in directions.items()
     )
+    there = _written_at(plan)
+    if there is not None:
+        norm = fit.target_anchors.median_norm(there)
+        vectors = tuple(move(vector, there, norm) for vector in vectors)
     return replace(plan, vectors=vectors, provenance={})
+
+
+def _written_at(plan: SteeringPlan) -> str | None:
+    """The block of a plan that was placed; None where directions are written where they were
+    learnt."""
+    moved = [v.hook_name for v in plan.vectors if learnt_at(v) != v.hook_name]
+    return moved[0] if moved else None
 
 
 def _unlearnt(vector: SteeringVector) -> SteeringVector:

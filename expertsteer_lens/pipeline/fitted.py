@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_lens._checks import unknown_hook
+from expertsteer_lens._checks import check_number, unknown_hook
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
@@ -21,8 +21,9 @@ from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
 from expertsteer_lens.measure.context_strength import ContextStrength, fit_context_strength
+from expertsteer_lens.measure.placement import Placement, learnt_at, place
 from expertsteer_lens.pair.mutual_information import LayerPairMI
-from expertsteer_lens.pair.rules import LayerPairs, find_rule
+from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, find_rule
 from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
 
 from .config import ExpertSteerConfig, reading_changes
@@ -246,6 +247,68 @@ class ExpertSteering:
             **kwargs,
         }
         return calibrate(plan, self.target.model, list(self.calibration_texts), **settings)
+
+    def place(
+        self,
+        plan: SteeringPlan | None = None,
+        *,
+        hook_names: Sequence[str] | None = None,
+        n_blocks: int = 8,
+        **kwargs: Any,
+    ) -> Placement:
+        """Where in the target the direction is best *written*: measured at several blocks, each
+        time at the largest strength within the budget, on this fit's validation behaviour and
+        calibration texts. See `measure.place`; keywords as there.
+
+        Args:
+            plan: with one vector; default: the chosen layer pair's.
+            hook_names: blocks to try; default: `n_blocks` of those that the pairing may choose,
+                evenly over the depth. The block where the direction was learnt is tried too.
+            n_blocks: how many.
+            **kwargs: of `measure.place`.
+
+        Returns:
+            The placement: `.plan` of it is calibrated, `.to_pandas()` has a row a block.
+
+        Raises:
+            DataError: the fit has no validation prompts; see `ExpertSteer.fit`, `behaviour`.
+            ArgumentError: several vectors, or other things that `measure.place` refuses.
+
+        Example:
+            `fit.place().plan`
+        """
+        if self.validation_behaviour is None:
+            raise DataError(
+                "this fit has no validation prompts, on which a block could be chosen; pass "
+                "behaviour=Behaviour(...) to fit, or call measure.place."
+            )
+        check_number("n_blocks", n_blocks, low=1, integer=True)
+        plan = self.plan(coefficient=0.1) if plan is None else plan
+        if hook_names is None:
+            names = list(self.target_pairs)
+            allowed = allowed_targets(len(names), self.config.pairing)
+            n = min(n_blocks, len(allowed))
+            spread = [allowed[round(i * (len(allowed) - 1) / max(n - 1, 1))] for i in range(n)]
+            hook_names = [names[i] for i in spread]
+        own = learnt_at(plan.vectors[0])
+        names = list(dict.fromkeys([*hook_names, own]))
+        unread = [name for name in names if name not in self.target_anchors]
+        if unread:
+            raise unknown_hook(unread[0], list(self.target_anchors), "the target's states")
+        settings = {
+            "budget": self.config.budget,
+            "unit": self.config.budget_unit,
+            "progress": None,
+            "median_norms": {name: self.target_anchors.median_norm(name) for name in names},
+            **kwargs,
+        }
+        return place(
+            plan,
+            self.target.model,
+            self.validation_behaviour,
+            list(self.calibration_texts),
+            **settings,
+        )
 
     def context_strength(self, plan: SteeringPlan, **kwargs: Any) -> ContextStrength:
         """`fit_context_strength` on this fit's validation behaviour and calibration texts; keywords

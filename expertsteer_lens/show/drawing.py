@@ -97,17 +97,22 @@ def heat_map(
 
 
 def layer_label(hook_name: str) -> str:
-    """A hook point on an axis: its layer, and its kind unless that is the residual after the block.
+    """A hook point on an axis: its layer, and its kind unless that is the residual after the block;
+    before it the expert, where there are several.
 
     Example:
         >>> layer_label("blocks.3.hook_resid_post"), layer_label("blocks.3.hook_mlp_out")
         ('3', '3 mlp_out')
+        >>> layer_label("qwen/blocks.3.hook_resid_post")
+        'qwen 3'
     """
-    layer = layer_or_none(hook_name)
+    expert, _, own = hook_name.rpartition("/")
+    layer = layer_or_none(own)
     if layer is None:
         return hook_name
-    kind = hook_name.rsplit(".", 1)[-1]
-    return str(layer) if kind == "hook_resid_post" else f"{layer} {kind.removeprefix('hook_')}"
+    kind = own.rsplit(".", 1)[-1]
+    label = str(layer) if kind == "hook_resid_post" else f"{layer} {kind.removeprefix('hook_')}"
+    return f"{expert} {label}" if expert else label
 
 
 def set_style(figure: Any, title: str, subtitle: str) -> None:

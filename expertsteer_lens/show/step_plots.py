@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from expertsteer_lens.evaluation.result import Evaluation
     from expertsteer_lens.learn.rfm import RFM
+    from expertsteer_lens.measure.placement import Placement
     from expertsteer_lens.pair.rules import LayerPairs
     from expertsteer_lens.pipeline.fitted import ExpertSteering
 
@@ -152,6 +153,63 @@ def plot_anchor_curve(curve: AnchorCurve) -> Any:
     )
     figure.update_xaxes(title="anchors", type="log", tickvals=list(curve.n_anchors))
     figure.update_yaxes(title="held-out R²")
+    return figure
+
+
+def plot_placement(placement: Placement) -> Any:
+    """Effect by the block that the direction is written at, each time at the largest strength
+    within the budget; whiskers: two standard errors over prompts."""
+    go = import_plotly()
+    rows = [row for row in placement.rows if "effect" in row]
+    places = {
+        placement.learnt_at: ("learnt here", ORANGE, "diamond"),
+        placement.hook_name: ("written here", BLUE, "circle"),
+    }
+    figure = go.Figure()
+    figure.add_hline(y=0, line={"color": GREY, "width": 1})
+    figure.add_trace(
+        go.Scatter(
+            x=[layer_label(row["hook_name"]) for row in rows],
+            y=[row["effect"] for row in rows],
+            error_y={"type": "data", "array": [2 * row["effect_se"] for row in rows], "width": 3},
+            mode="lines+markers",
+            line={"color": GREY, "width": 1.5},
+            marker={"color": GREY, "size": 8},
+            customdata=[[row["coefficient"], row["cost"]] for row in rows],
+            hovertemplate="%{x}: %{y:+.2f} nats<br>strength %{customdata[0]:g}, cost "
+            "%{customdata[1]:.3f} nats a token<extra></extra>",
+            showlegend=False,
+        )
+    )
+    for row in rows:
+        if row["hook_name"] in places:
+            label, colour, symbol = places[row["hook_name"]]
+            figure.add_trace(
+                go.Scatter(
+                    x=[layer_label(row["hook_name"])],
+                    y=[row["effect"]],
+                    mode="markers",
+                    name=label,
+                    marker={"color": colour, "size": 14, "symbol": symbol},
+                )
+            )
+    chosen = next(row for row in rows if row["hook_name"] == placement.hook_name)
+    where = layer_label(placement.hook_name)
+    if placement.hook_name == placement.learnt_at:
+        title = f"No block beats {where}, where the direction was learnt"
+    else:
+        title = (
+            f"Written at {where}, the direction of {layer_label(placement.learnt_at)} does "
+            f"{chosen['effect']:+.2f} nats"
+        )
+    set_style(
+        figure,
+        title,
+        f"validation prompts; each block at its largest strength within {placement.budget:g} nats "
+        "a token; whiskers: 2 standard errors",
+    )
+    figure.update_xaxes(title="block that is written", type="category")
+    figure.update_yaxes(title="effect, nats")
     return figure
 
 

@@ -21,9 +21,12 @@ class TransferConfig:
     n_shuffles: int = 5
     """Directions from shuffled labels."""
     target_depths: tuple[float, ...] = (0.35, 0.45, 0.6)
-    """Candidates for the block that is steered, in shares of the target's depth."""
-    coefficients: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)
-    """Candidates for the strength, in median norms of the steered block."""
+    """Candidates for the block that directions are learnt at, in shares of the target's depth."""
+    write_depths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35)
+    """Candidates for the block that they are written to, beside the one they are learnt at; none:
+    that one alone."""
+    coefficients: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
+    """Candidates for the strength, in median norms of the block that is written."""
     budget: float = 0.10
     """Largest rise of the NLL of neutral texts, nats per token, that a strength may cost."""
     expert_depths: tuple[float, ...] = (0.5, 0.65)
@@ -39,7 +42,7 @@ class TransferConfig:
     def __post_init__(self) -> None:
         for name in ("n_draws", "n_random", "n_shuffles", "batch_size"):
             check_number(name, getattr(self, name), low=1, integer=True)
-        for name in ("target_depths", "expert_depths"):
+        for name in ("target_depths", "write_depths", "expert_depths"):
             for share in check_list(name, getattr(self, name), of="shares"):
                 check_number(name, share, low=0.0, high=1.0)
         for flatten, n_rounds in check_list("labelling", self.labelling, of="pairs of numbers"):

@@ -107,7 +107,15 @@ class Side:
 
 class Meter:
     """Measures directions at one block and strength of a target, on the test questions of a task;
-    a direction that was measured is known."""
+    a direction that was measured is known.
+
+    Args:
+        target: the model.
+        task: its questions.
+        hook: the block that is written.
+        coefficient: in median norms of that block.
+        neutral: texts that say what it costs.
+    """
 
     def __init__(
         self, target: Side, task: TransferTask, hook: str, coefficient: float, neutral: list[Text]

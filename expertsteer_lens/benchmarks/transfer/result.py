@@ -24,6 +24,7 @@ RUN_FILE = "run.json"
 CEILING = "native"
 """The method, with all labelled pairs, that the others are given as a share of."""
 FLOOR, SAME_BUDGET = "random", "random, same budget"
+WRONG_BLOCK = "native, far block"
 N_BOOTSTRAP = 5000
 KEYS = ("expert", "target", "method", "n_pairs")
 COMPARED = (

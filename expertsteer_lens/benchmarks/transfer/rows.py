@@ -20,7 +20,7 @@ from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side, neutral_cost, steered
-from .result import FLOOR, SAME_BUDGET
+from .result import FLOOR, SAME_BUDGET, WRONG_BLOCK
 from .tasks import Form, TransferTask
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -76,7 +76,7 @@ def target_rows(
     """What needs no expert: random directions at the strength of all others, shuffled labels,
     prompting, the target's own directions, the target as its own labeller and as its own expert."""
     target = meter.target
-    own, labels = target.states(task)[meter.hook], target.labels(task)
+    own, labels = target.states(task)[maps.hook], target.labels(task)
     base_nll, n_all = neutral_cost(target, meter.neutral, None), len(task.pairs)
     rows = [_row("unsteered", 0, 0, meter.figures(meter.base)), _prompting(meter, task)]
 
@@ -103,38 +103,40 @@ def target_rows(
             few = rows_of(pairs)
             add("native", n, draw, mean_difference(own[few], labels[few]))
     rows += _mapped(meter, maps, setting["hook"], task, config, "self")
-    return rows + _labelled(meter, target, target.form, task, setting, config, "self")
+    return rows + _labelled(meter, maps.hook, target, target.form, task, setting, config, "self")
 
 
 def control_rows(
     meter: Meter,
     floor: Mapping[str, Any],
-    elsewhere: str,
+    learnt_at: str,
     task: TransferTask,
     config: TransferConfig,
 ) -> list[Row]:
-    """Random directions, each at its own strength within the budget; the target's own direction
-    written to another block.
+    """Random directions and, written far away, the target's own; each at its own strength within
+    the budget.
 
     Args:
-        meter: of the task, at the steered block.
+        meter: of the task, at the block that is written.
         floor: strengths and their costs, a number a seed, from `choose_floor`.
-        elsewhere: the other block.
+        learnt_at: the block that the target's own direction is learnt at.
         task: what is measured.
         config: numbers of random directions, seed.
     """
     target = meter.target
-    states = target.states(task)[meter.hook]
+    states = target.states(task)[learnt_at]
     rows = []
     for seed in range(config.n_random):
         direction = random_direction(states.shape[1], seed=config.seed + seed)
         figures = meter.at(meter.hook, floor["coefficients"][seed]).effect(direction)
         rows.append(_row(SAME_BUDGET, 0, seed, figures) | {"nll_rise": floor["nll_rise"][seed]})
-    there = meter.at(elsewhere, meter.coefficient)
+    there = meter.at(target.far_from(meter.hook), meter.coefficient)
     own = mean_difference(states, target.labels(task))
-    rows.append(_row("native, wrong layer", len(task.pairs), 0, there.effect(own)))
-    rows[-1]["nll_rise"] = there.cost(own) - neutral_cost(target, meter.neutral, None)
-    return rows
+    coefficient, rise = _within_budget(
+        target, there.hook, own, there.norm, meter.coefficient, meter.neutral, config
+    )
+    figures = meter.at(there.hook, coefficient).effect(own)
+    return [*rows, _row(WRONG_BLOCK, len(task.pairs), 0, figures) | {"nll_rise": rise}]
 
 
 def expert_rows(
@@ -142,10 +144,10 @@ def expert_rows(
 ) -> list[Row]:
     """What the expert adds: its directions through the maps, and its labels."""
     rows = _mapped(meter, maps, setting["hook"], task, config, "expert")
-    rows += _labelled(meter, maps.expert, maps.form, task, setting, config, "expert")
+    rows += _labelled(meter, maps.hook, maps.expert, maps.form, task, setting, config, "expert")
     # The paper's alignment: states of the task's own texts, reconstructed and not anchored.
     states = maps.expert.states(task, maps.form)[setting["hook"]]
-    there = meter.target.states(task, maps.form)[meter.hook]
+    there = meter.target.states(task, maps.form)[maps.hook]
     for seed in range(PAPER_SEEDS):
         aligner = fit_aligner(
             states, there, AlignerConfig(kind="autoencoder"), seed=config.seed + seed
@@ -178,6 +180,7 @@ def _mapped(
 
 def _labelled(
     meter: Meter,
+    learnt_at: str,
     labeller: Side,
     form: Form,
     task: TransferTask,
@@ -187,7 +190,7 @@ def _labelled(
 ) -> list[Row]:
     """The target's own mean difference on a labeller's labels: from few pairs, and from none, the
     labeller asked."""
-    own, truth = meter.target.states(task)[meter.hook], meter.target.labels(task)
+    own, truth = meter.target.states(task)[learnt_at], meter.target.labels(task)
     jobs: list[tuple[int, int, Tensor | None]] = [
         (n, draw, pairs)
         for n in config.n_pairs
@@ -223,29 +226,41 @@ def _row(method: str, n_pairs: int, draw: int, figures: Row) -> Row:
 def choose_steering(
     target: Side, tasks: Sequence[TransferTask], neutral: list[Text], config: TransferConfig
 ) -> dict[str, Any]:
-    """Block and strength at which the target's own mean difference does most within the budget."""
-    tried = []
+    """The block that the target's own mean difference is best learnt at; then the block that it is
+    best written to, and how strongly: what does most within the budget."""
     unsteered = neutral_cost(target, neutral, None)
-    for hook in dict.fromkeys(target.at(depth) for depth in config.target_depths):
-        for coefficient in sorted(config.coefficients):
-            found = []
-            for task in tasks:
-                meter = Meter(target, task, hook, coefficient, neutral)
-                direction = mean_difference(target.states(task)[hook], target.labels(task))
-                found.append((meter.effect(direction)["effect"], meter.cost(direction) - unsteered))
-            effect, rise = torch.tensor(found).mean(0).tolist()
-            tried.append(
-                {"hook": hook, "coefficient": coefficient, "effect": effect, "nll_rise": rise}
-            )
-            if rise > config.budget:  # a larger one costs more
-                break
-    within = [t for t in tried if t["nll_rise"] <= config.budget]
-    if not within:
+    tried: list[dict[str, Any]] = []
+
+    def best(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
+        """Of blocks to learn at and to write to."""
+        for hook, written in pairs:
+            for coefficient in sorted(config.coefficients):
+                found = []
+                for task in tasks:
+                    meter = Meter(target, task, written, coefficient, neutral)
+                    own = mean_difference(target.states(task)[hook], target.labels(task))
+                    found.append((meter.effect(own)["effect"], meter.cost(own) - unsteered))
+                effect, rise = torch.tensor(found).mean(0).tolist()
+                row = {"hook": hook, "written": written, "coefficient": coefficient}
+                tried.append(row | {"effect": effect, "nll_rise": rise})
+                if rise > config.budget:  # a larger one costs more
+                    break
+        within = [row for row in tried if row["nll_rise"] <= config.budget]
+        return max(within, key=lambda row: row["effect"]) if within else None
+
+    hooks = dict.fromkeys(target.at(depth) for depth in config.target_depths)
+    at_home = best([(hook, hook) for hook in hooks])
+    if at_home is None:
         raise ArgumentError(
-            f"coefficients={config.coefficients}: at every block of {target.name!r} the neutral "
-            f"texts lose more than budget={config.budget:g} nats per token; try smaller ones."
+            f"coefficients={config.coefficients}: with each of them the target {target.name!r} "
+            f"loses more than budget={config.budget:g} nats per token on the neutral texts; try "
+            "smaller ones."
         )
-    return {**max(within, key=lambda t: t["effect"]), "tried": tried}
+    learnt = at_home["hook"]
+    others = dict.fromkeys(target.at(depth) for depth in config.write_depths)
+    chosen = best([(learnt, written) for written in others if written != learnt])
+    assert chosen is not None  # at home at least
+    return {**chosen, "tried": tried}
 
 
 def choose_floor(
@@ -255,27 +270,44 @@ def choose_floor(
     neutral: list[Text],
     config: TransferConfig,
 ) -> dict[str, Any]:
-    """For each random direction the largest strength within the budget at the steered block, no
-    larger than that of the other directions."""
-    hook, largest = steering["hook"], steering["coefficient"]
+    """For each random direction the largest strength within the budget at the block that is
+    written, no larger than that of the other directions."""
+    hook, largest = steering["written"], steering["coefficient"]
     norms = [target.states(task).median_norm(hook) for task in tasks]
+    norm = sum(norms) / len(norms)
+    found = [
+        _within_budget(target, hook, direction, norm, largest, neutral, config)
+        for direction in (
+            random_direction(target.host.facts()["d_model"], seed=config.seed + seed)
+            for seed in range(config.n_random)
+        )
+    ]
+    coefficients, rises = zip(*found, strict=True)
+    return {"coefficients": list(coefficients), "nll_rise": list(rises)}
+
+
+def _within_budget(
+    target: Side,
+    hook: str,
+    direction: Tensor,
+    norm: float,
+    largest: float,
+    neutral: list[Text],
+    config: TransferConfig,
+) -> tuple[float, float]:
+    """The largest strength within the budget, up to the one given, and what it costs; the smallest
+    that was tried where none is within it."""
     unsteered = neutral_cost(target, neutral, None)
-    coefficients, rises = [], []
-    for seed in range(config.n_random):
-        direction = random_direction(target.host.facts()["d_model"], seed=config.seed + seed)
 
-        def cost(coefficient: float, direction: Tensor = direction) -> dict[str, float]:
-            """Row of one strength for the search."""
-            plan = steered(target, hook, direction, coefficient, sum(norms) / len(norms))
-            rise = neutral_cost(target, neutral, plan) - unsteered
-            return {"coefficient": coefficient, "cost": rise}
+    def cost(coefficient: float) -> dict[str, float]:
+        """Row of one strength for the search."""
+        plan = steered(target, hook, direction, coefficient, norm)
+        rise = neutral_cost(target, neutral, plan) - unsteered
+        return {"coefficient": coefficient, "cost": rise}
 
-        rows = search(cost, [largest * share for share in SHARES], config.budget, largest)
-        # Nothing within the budget: the smallest strength that was tried stands for it.
-        within = [row for row in rows if row["cost"] <= config.budget] or rows[:1]
-        coefficients.append(within[-1]["coefficient"])
-        rises.append(within[-1]["cost"])
-    return {"coefficients": coefficients, "nll_rise": rises}
+    rows = search(cost, [largest * share for share in SHARES], config.budget, largest)
+    best = ([row for row in rows if row["cost"] <= config.budget] or rows[:1])[-1]
+    return best["coefficient"], best["cost"]
 
 
 def choose_expert(
@@ -285,10 +317,10 @@ def choose_expert(
     tasks: Sequence[TransferTask],
     neutral: list[Text],
 ) -> dict[str, Any]:
-    """The expert's block whose mapped mean difference does most at the steered block."""
+    """The expert's block whose mapped mean difference does most, steered as the others are."""
     totals: dict[str, float] = dict.fromkeys(maps.hooks, 0.0)
     for task in tasks:
-        meter = Meter(target, task, steering["hook"], steering["coefficient"], neutral)
+        meter = Meter(target, task, steering["written"], steering["coefficient"], neutral)
         for hook, aligner in maps.fit(maps.hooks, task).items():
             mapped = aligner.encode(maps.expert.states(task, maps.form)[hook])
             direction = mean_difference(mapped, target.labels(task))

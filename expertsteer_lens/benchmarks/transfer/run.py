@@ -57,8 +57,9 @@ def bench_transfer(
             "Question: ...\\nAnswer:".
         transfers: (expert, target) names.
         tasks: what is reported; their test questions are read once.
-        development: what choices are made on: the steered block and strength of each target (its
-            own mean difference, within the budget), the expert's block (its mapped mean
+        development: what choices are made on: the blocks that directions are learnt at and written
+            to, and their strength, for each target (its own mean difference, within the budget),
+            the expert's block (its mapped mean
             difference), and how each labeller labels (agreement with the known labels).
         anchors: plain texts for the maps; about other things than the tasks.
         neutral: texts whose NLL says what a strength costs.
@@ -160,7 +161,11 @@ class _Target:
         self.steering = kept.choice(
             f"steering of {name}", lambda: choose_steering(side, development, neutral, config)
         )
-        say(f"{name}: block {self.steering['hook']}, strength {self.steering['coefficient']:g}")
+        written = self.steering["written"]
+        say(
+            f"{name}: learnt at {self.steering['hook']}, written to {written}, strength "
+            f"{self.steering['coefficient']:g}"
+        )
         self.floor = kept.choice(
             f"floor of {name}",
             lambda: choose_floor(side, self.steering, development, neutral, config),
@@ -209,15 +214,15 @@ class _Target:
             controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
             if not missing and not controls:
                 continue
-            meter = Meter(self.side, task, steering["hook"], steering["coefficient"], self.neutral)
+            written, coefficient = steering["written"], steering["coefficient"]
+            meter = Meter(self.side, task, written, coefficient, self.neutral)
             for e in missing:
                 measured = target_rows if e == name else expert_rows
                 rows = measured(meter, self.maps[e], self.settings[e], task, self.config)
                 self.kept.add(e, name, task, rows)
                 self.say(f"{e} → {name}, {task.name}: {len(rows)} rows")
             if controls:
-                elsewhere = self.side.far_from(steering["hook"])
-                rows = control_rows(meter, self.floor, elsewhere, task, self.config)
+                rows = control_rows(meter, self.floor, steering["hook"], task, self.config)
                 self.kept.add(name, name, task, rows)
                 self.say(f"{name}, {task.name}: {len(rows)} rows of controls")
 

@@ -33,8 +33,9 @@ def _chosen(bench: TransferBench, expert: str, target: str) -> str:
     if not steering or not read:
         return "choices not recorded"
     return (
-        f"steered at {steering['hook']}, {steering['coefficient']:g} of its median norm; expert's "
-        f"direction from {read['hook']}; chosen on development tasks"
+        f"learnt at {steering['hook']}, written to {steering.get('written', steering['hook'])} at "
+        f"{steering['coefficient']:g} of its median norm; expert's direction from {read['hook']}; "
+        "chosen on development tasks"
     )
 
 
@@ -103,7 +104,7 @@ OVERVIEW = (
     ("self as labeller", 1),
     ("expert as labeller", 1),
     ("shuffled labels", None),
-    ("native, wrong layer", None),
+    ("native, far block", None),
     ("native", None),
     ("self, mapped", None),
     ("expert, mapped", None),
