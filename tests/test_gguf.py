@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny_gguf
 import torch
@@ -13,6 +15,21 @@ from expertsteer_lens.errors import ArgumentError
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ArgumentError, match=r"there is no GGUF file .*no\.gguf"):
         esl.load_model(str(tmp_path / "no.gguf"))
+
+
+def test_what_can_be_no_hub_id_is_not_asked_for_there(tmp_path):
+    """That takes minutes without a network, and its error does not say what was asked for."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("a")
+    for name, said in {
+        "./nowhere": "there is no such folder, and a hub id has the form owner/name",
+        str(tmp_path / "nowhere"): "there is no such folder",
+        "one/two/three": "there is no such folder",
+        str(tmp_path / "empty"): "the folder holds no config.json",
+        str(tmp_path / "notes.txt"): "it is a file",
+    }.items():
+        with pytest.raises(ArgumentError, match=f"no model in '{re.escape(name)}': {said}"):
+            esl.load_model(name)
 
 
 @pytest.fixture(scope="module")

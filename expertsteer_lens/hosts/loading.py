@@ -44,7 +44,8 @@ def load_model(
         trust_remote_code: passed to transformers; runs code that ships with the model.
 
     Raises:
-        ArgumentError: an unknown host or dtype, or a GGUF file that is not there.
+        ArgumentError: an unknown host or dtype, or a folder or GGUF file that is not there or holds
+            no model.
     """
     check_choice("host", host, HOSTS)
     torch_dtype = getattr(torch, dtype, None)
@@ -65,6 +66,8 @@ def load_model(
             raise ArgumentError(f"name_or_path: there is no GGUF file {name_or_path!r}.")
         where, label = str(file.parent), f"{file.name} (dequantised)"
         options["gguf_file"] = file.name
+    else:
+        _check_place(name_or_path)
     # The loader's own bars know no log files.
     with nullcontext() if is_shown(None) else no_progress_bar():
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -74,6 +77,27 @@ def load_model(
         model.config.name_or_path = label
     model = model.to(device).eval()
     return wrap_model(model, tokenizer, host=host, name=label, trust_remote_code=trust_remote_code)
+
+
+def _check_place(name: str) -> None:
+    """Raise `ArgumentError` for a folder without a model, and for a path to nothing: the loader
+    would take that for a hub id, ask the hub several times, and not say what was asked for."""
+    place = Path(name)
+    if place.is_dir():
+        configs = ("config.json", "adapter_config.json")
+        if not any((place / config).is_file() for config in configs):
+            raise ArgumentError(
+                f"no model in {name!r}: the folder holds no config.json; give the one that "
+                "`save_pretrained` wrote."
+            )
+    elif place.exists():
+        raise ArgumentError(
+            f"no model in {name!r}: it is a file; give a folder, a .gguf file or a hub id."
+        )
+    elif name.startswith((".", "~", "/")) or place.is_absolute() or name.count("/") > 1:
+        raise ArgumentError(
+            f"no model in {name!r}: there is no such folder, and a hub id has the form owner/name."
+        )
 
 
 def _forget_quantisation(model: Any) -> None:
