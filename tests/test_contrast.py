@@ -84,7 +84,9 @@ class TestContrastPairs:
         (tmp_path / "empty.jsonl").write_text("\n\n")
         with pytest.raises(DataError, match=r"empty\.jsonl holds no pair; give one JSON object a"):
             ContrastPairs.from_jsonl(tmp_path / "empty.jsonl")
-        with pytest.raises(DataError, match=r"line 1: no field 'positive' .* rename it in the file"):
+        with pytest.raises(
+            DataError, match=r"line 1: no field 'positive' .* rename it in the file"
+        ):
             ContrastPairs.from_jsonl(path)
         path.write_text('{"positive": "a", "negative": "b"}\n{"positive": ')
         with pytest.raises(
