@@ -13,7 +13,7 @@ import torch
 
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens._progress import is_shown
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.errors import ArgumentError, HostError
 
 from .model_copy import no_progress_bar
 
@@ -46,6 +46,7 @@ def load_model(
     Raises:
         ArgumentError: an unknown host or dtype, or a folder or GGUF file that is not there or holds
             no model.
+        HostError: a GGUF file, and the package gguf is not installed.
     """
     check_choice("host", host, HOSTS)
     torch_dtype = getattr(torch, dtype, None)
@@ -64,6 +65,11 @@ def load_model(
         file = Path(name_or_path)
         if not file.is_file():
             raise ArgumentError(f"name_or_path: there is no GGUF file {name_or_path!r}.")
+        if find_spec("gguf") is None:
+            raise HostError(
+                "a GGUF file needs the package gguf; install it with: pip install "
+                "'expertsteer-lens[export]'"
+            )
         where, label = str(file.parent), f"{file.name} (dequantised)"
         options["gguf_file"] = file.name
     else:
