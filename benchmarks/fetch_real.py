@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -236,7 +237,11 @@ def main() -> None:
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(SOURCES)}")
-    for name in args.names or SOURCES:
+    names = args.names or list(SOURCES)
+    models = [name for name in names if SOURCES[name].quantisation is not None]
+    if models and importlib.util.find_spec("gguf") is None:  # now, not after the download
+        parser.error(f"{', '.join(models)}: needs the package gguf; pip install '.[export]'")
+    for name in names:
         make(name, args.out)
     if args.example:
         make_example(args.example, args.out)

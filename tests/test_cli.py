@@ -573,6 +573,17 @@ class TestBadInput:
             capsys, *self.fit(files, expert=tmp_path / "no-model", config=files / "config.json")
         )
 
+    def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_model(
+        self, capsys, files, monkeypatch
+    ):
+        def unreachable(*_, **__):
+            raise OSError("We couldn't connect to the hub.")
+
+        monkeypatch.setattr(esl.hosts.loading, "load_model", unreachable)
+        said = refused(capsys, *self.fit(files, expert="some/model"))
+        assert said.startswith("HostError: some/model could not be loaded")
+        assert "couldn't connect" in said
+
     def test_files_of_another_kind(self, capsys, files, tmp_path):
         (tmp_path / "x.jsonl").write_text('{"a": 1}')
         assert "no field 'positive'" in refused(
@@ -689,7 +700,10 @@ class TestBadInput:
         )
         (tmp_path / "empty").mkdir()
         line = refused(capsys, *self.fit(files, expert=tmp_path / "empty"))
-        assert line.startswith(("HostError: ", "OSError: "))
+        assert line.startswith("ArgumentError: no model in ")
+        (tmp_path / "empty/config.json").write_text("{}")
+        line = refused(capsys, *self.fit(files, expert=tmp_path / "empty"))
+        assert line.startswith("HostError: ")
 
     @pytest.mark.parametrize(
         ("option", "value", "message"),

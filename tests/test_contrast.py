@@ -81,7 +81,12 @@ class TestContrastPairs:
         assert ContrastPairs.from_jsonl(
             path, positive="yes", negative="no"
         ) == ContrastPairs.from_lists(GOOD, BAD)
-        with pytest.raises(DataError, match="line 1: no field 'positive'"):
+        (tmp_path / "empty.jsonl").write_text("\n\n")
+        with pytest.raises(DataError, match=r"empty\.jsonl holds no pair; give one JSON object a"):
+            ContrastPairs.from_jsonl(tmp_path / "empty.jsonl")
+        with pytest.raises(
+            DataError, match=r"line 1: no field 'positive' .* rename it in the file"
+        ):
             ContrastPairs.from_jsonl(path)
         path.write_text('{"positive": "a", "negative": "b"}\n{"positive": ')
         with pytest.raises(
@@ -315,6 +320,10 @@ class TestBehaviourFiles:
         [
             (b"{", r"b\.json is not JSON \(.*line 1"),
             (b'{"prompts":\n [,', r"is not JSON \(.*line 2"),
+            (
+                b'{"prompts": []}\n{}',
+                "Extra data, line 2.; give one JSON object with lists 'prompts'",
+            ),
             (b"[1]", "must hold one JSON object, got list"),
             (b"\xff\xfe{\x00", r"b\.json is not UTF-8 text"),
             (b"[" * 100_000, "b.json is no JSON that can be read"),

@@ -250,6 +250,15 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
         esl.load(tmp_path / "nothing")
 
 
+def test_the_folder_above_what_was_saved_says_where_it_is(plan, tmp_path):
+    """As `fit --out` leaves it: the plan is in OUT/plan."""
+    with pytest.raises(ArtifactError, match=r"config\.json is missing\.$"):
+        esl.load(tmp_path)
+    esl.save(plan, tmp_path / "plan")
+    with pytest.raises(ArtifactError, match=r"what was saved is in \S+plan\.$"):
+        esl.load(tmp_path)
+
+
 def test_loading_imports_no_host(plan, tmp_path):
     folder = esl.save(plan, tmp_path / "plan")
     code = (

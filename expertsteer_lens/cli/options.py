@@ -122,7 +122,7 @@ class ModelOptions:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
             )
-        except (ExpertSteerError, OSError):
+        except ExpertSteerError:
             raise
         except Exception as error:  # transformers raises many kinds; all mean the same to the user
             reason = " ".join(str(error).split())[:300] or type(error).__name__

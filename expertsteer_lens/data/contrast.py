@@ -83,8 +83,8 @@ class ContrastPairs:
         fields.
 
         Raises:
-            DataError: the file is not UTF-8 text, or a line is not JSON or lacks a field (the
-                message names the line, from 1).
+            DataError: the file is not UTF-8 text or holds no pair, or a line is not JSON or lacks a
+                field (the message names the line, from 1).
         """
         rows = []
         for number, line in lines_of(path):
@@ -95,9 +95,14 @@ class ContrastPairs:
                 if not isinstance(row, dict) or name not in row:
                     keys = sorted(row) if isinstance(row, dict) else type(row).__name__
                     raise DataError(
-                        f"{path}, line {number}: no field {name!r} (it has {keys}); pass "
-                        "positive=/negative=."
+                        f"{path}, line {number}: no field {name!r} (it has {keys}); rename it in "
+                        "the file, or in Python name yours: positive=, negative=."
                     )
+        if not rows:
+            raise DataError(
+                f"{path} holds no pair; give one JSON object a line, with {positive!r} and "
+                f"{negative!r}."
+            )
         return cls.from_lists([r[positive] for _, r in rows], [r[negative] for _, r in rows])
 
     @classmethod
@@ -327,9 +332,10 @@ class Behaviour:
             DataError: the file is not UTF-8 text, not JSON, or not what `from_dict` takes (the
                 message names the file).
         """
-        data = parse_json(read_file(path), path)
+        hint = "; give one JSON object with lists 'prompts', 'positive' and 'negative'"
+        data = parse_json(read_file(path), path, hint=hint)
         if not isinstance(data, dict):
-            raise DataError(f"{path} must hold one JSON object, got {type(data).__name__}.")
+            raise DataError(f"{path} must hold one JSON object, got {type(data).__name__}{hint}.")
         try:
             return cls.from_dict(data)
         except DataError as error:

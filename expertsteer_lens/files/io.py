@@ -289,7 +289,11 @@ def _digest_file(file: Path) -> str:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
-        raise ArtifactError(f"{folder} is not a saved plan or result: config.json is missing.")
+        inside = sorted(p for p in folder.glob("*") if (p / "config.json").is_file())
+        hint = f"; what was saved is in {' and '.join(map(str, inside[:3]))}" if inside else ""
+        raise ArtifactError(
+            f"{folder} is not a saved plan or result: config.json is missing{hint}."
+        )
     config = read_object(path)
     if "format_version" not in config:
         raise ArtifactError(f"{path} has no format_version; it was not written by `save`.")

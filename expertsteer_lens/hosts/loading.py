@@ -13,7 +13,7 @@ import torch
 
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens._progress import is_shown
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.errors import ArgumentError, HostError
 
 from .model_copy import no_progress_bar
 
@@ -44,7 +44,9 @@ def load_model(
         trust_remote_code: passed to transformers; runs code that ships with the model.
 
     Raises:
-        ArgumentError: an unknown host or dtype, or a GGUF file that is not there.
+        ArgumentError: an unknown host or dtype, or a folder or GGUF file that is not there or holds
+            no model.
+        HostError: a GGUF file, and the package gguf is not installed.
     """
     check_choice("host", host, HOSTS)
     torch_dtype = getattr(torch, dtype, None)
@@ -63,8 +65,15 @@ def load_model(
         file = Path(name_or_path)
         if not file.is_file():
             raise ArgumentError(f"name_or_path: there is no GGUF file {name_or_path!r}.")
+        if find_spec("gguf") is None:
+            raise HostError(
+                "a GGUF file needs the package gguf; install it with: pip install "
+                "'expertsteer-lens[export]'"
+            )
         where, label = str(file.parent), f"{file.name} (dequantised)"
         options["gguf_file"] = file.name
+    else:
+        _check_place(name_or_path)
     # The loader's own bars know no log files.
     with nullcontext() if is_shown(None) else no_progress_bar():
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -74,6 +83,27 @@ def load_model(
         model.config.name_or_path = label
     model = model.to(device).eval()
     return wrap_model(model, tokenizer, host=host, name=label, trust_remote_code=trust_remote_code)
+
+
+def _check_place(name: str) -> None:
+    """Raise `ArgumentError` for a folder without a model, and for a path to nothing: the loader
+    would take that for a hub id, ask the hub several times, and not say what was asked for."""
+    place = Path(name)
+    if place.is_dir():
+        configs = ("config.json", "adapter_config.json")
+        if not any((place / config).is_file() for config in configs):
+            raise ArgumentError(
+                f"no model in {name!r}: the folder holds no config.json; give the one that "
+                "`save_pretrained` wrote."
+            )
+    elif place.exists():
+        raise ArgumentError(
+            f"no model in {name!r}: it is a file; give a folder, a .gguf file or a hub id."
+        )
+    elif name.startswith((".", "~", "/")) or place.is_absolute() or name.count("/") > 1:
+        raise ArgumentError(
+            f"no model in {name!r}: there is no such folder, and a hub id has the form owner/name."
+        )
 
 
 def _forget_quantisation(model: Any) -> None:
