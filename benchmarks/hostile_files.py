@@ -39,8 +39,9 @@ from hostile_changes import MENDED, MUTATORS
 
 import expertsteer_lens as esl
 from expertsteer_lens.benchmarks import public
-from expertsteer_lens.cli.io import read_config, read_texts
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.cli.inputs import read_config, read_texts
+from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.errors import ExpertSteerError
 from expertsteer_lens.files.kinds import kind_of
 

@@ -259,7 +259,7 @@ def test_reports_figures_and_tables_of_a_run_that_fails_are_the_old_ones(tmp_pat
     import plotly.graph_objects
     import results
 
-    from expertsteer_lens.cli.io import write_evaluation, write_pairs
+    from expertsteer_lens.cli.results import write_evaluation, write_pairs
 
     def contents() -> dict[str, bytes]:
         # a figure has another random id each time

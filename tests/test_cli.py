@@ -24,8 +24,14 @@ from expertsteer_lens.benchmarks import offline, transfer
 from expertsteer_lens.benchmarks.offline import BenchRow
 from expertsteer_lens.benchmarks.transfer import real
 from expertsteer_lens.cli import app as cli
-from expertsteer_lens.cli import commands_fit, commands_plan, commands_sets, commands_states
-from expertsteer_lens.cli import io as _cli_io
+from expertsteer_lens.cli import (
+    commands_fit,
+    commands_plan,
+    commands_sets,
+    commands_states,
+    inputs,
+    terminal,
+)
 from expertsteer_lens.cli.options import LOADING, PUBLIC, SETTINGS, TextOptions, parse_reading
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.show.report import SteeredText
@@ -195,7 +201,7 @@ class TestFit:
         assert plan.provenance["pairs"] == {"n": 40, "hash": pairs.hash}
         assert plan.provenance["behaviour"]["hash"] == behaviour.hash
         expert, target = esl.zoo.load_pair()
-        found = esl.ExpertSteer(_cli_io.read_config(files / "config.json", "anchored")).fit(
+        found = esl.ExpertSteer(inputs.read_config(files / "config.json", "anchored")).fit(
             expert,
             target,
             pairs,
@@ -241,7 +247,7 @@ class TestFit:
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(r) for r in rows))
         options = TextOptions(benchmark="mmlu_anatomy", benchmark_path=path, limit=20)
-        pairs, behaviour = _cli_io.texts_to_fit(options, 3)
+        pairs, behaviour = inputs.texts_to_fit(options, 3)
         found = esl.benchmarks.load("mmlu_anatomy", path=path, limit=20, seed=3)
         assert (pairs, behaviour) == (found.pairs(), found.behaviour())
 
@@ -389,8 +395,8 @@ class TestShow:
     def test_tables_and_texts_show_control_characters(self, capsys):
         from pandas import DataFrame
 
-        _cli_io.print_frame(DataFrame({"a\x1b[2J": ["b\x9b2J"]}), "c\x1b[2J")
-        _cli_io.print_texts([SteeredText("p\x1b[2J", {0.0: "t\u202et"})])
+        terminal.print_frame(DataFrame({"a\x1b[2J": ["b\x9b2J"]}), "c\x1b[2J")
+        terminal.print_texts([SteeredText("p\x1b[2J", {0.0: "t\u202et"})])
         output = capsys.readouterr().out
         assert "\x1b[2J" not in output
         assert not set("\x9b\u202e") & set(output)
@@ -446,8 +452,8 @@ class TestSteer:
     def test_generated_brackets_are_not_styles(self):
         from expertsteer_lens.show.report import SteeredText
 
-        with _cli_io.console.capture() as shown:
-            _cli_io.print_texts([SteeredText("[/b]", {0.0: "[red]x[/red]"})])
+        with terminal.console.capture() as shown:
+            terminal.print_texts([SteeredText("[/b]", {0.0: "[red]x[/red]"})])
         assert "[/b]" in shown.get()
         assert "[red]x[/red]" in shown.get()
 
@@ -598,7 +604,7 @@ class TestBadInput:
         path = tmp_path / "t.jsonl"
         asked = [{"role": "user", "content": "Why?"}]
         path.write_text(json.dumps("a text\nof two lines") + "\n\n" + json.dumps(asked))
-        assert _cli_io.read_texts(path) == ["a text\nof two lines", esl.Chat.ask("Why?")]
+        assert inputs.read_texts(path) == ["a text\nof two lines", esl.Chat.ask("Why?")]
         for content, message in (
             ("{", "line 1: give a JSON text"),
             ("[]", "got list"),
@@ -606,7 +612,7 @@ class TestBadInput:
         ):
             path.write_text(content)
             with pytest.raises(DataError, match=message):
-                _cli_io.read_texts(path)
+                inputs.read_texts(path)
 
     def test_behaviour_files_are_checked(self, tmp_path):
         path = tmp_path / "b.json"
@@ -617,7 +623,7 @@ class TestBadInput:
         ):
             path.write_text(content)
             with pytest.raises(DataError, match=message):
-                _cli_io.read_behaviour(path)
+                inputs.read_behaviour(path)
 
     def test_config_files_are_checked(self, tmp_path):
         path = tmp_path / "c.json"
@@ -631,11 +637,11 @@ class TestBadInput:
         ):
             path.write_text(content)
             with pytest.raises(ArgumentError, match=message):
-                _cli_io.read_config(path, "anchored")
+                inputs.read_config(path, "anchored")
         path.write_text(
             '{"budget": 0.2, "mi": {"estimator": "gaussian"}, "aligner": {"n_folds": 3}}'
         )
-        config = _cli_io.read_config(path, "paper")
+        config = inputs.read_config(path, "paper")
         assert (config.budget, config.mi.estimator, config.aligner.kind) == (
             0.2,
             "gaussian",

@@ -15,7 +15,7 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens import zoo
-from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.interventions.gates import Gate

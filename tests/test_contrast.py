@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.contrast import ContrastPairs, text_hash
 from expertsteer_lens.data.texts import are_states_of, texts_sha256
 from expertsteer_lens.errors import ArgumentError, DataError, ExpertSteerError
 
@@ -388,7 +389,7 @@ ODD = "one cat\u2028two\u0085three\x0cfour\x1efive"
 
 
 def test_a_text_file_is_cut_at_line_ends_only_and_has_no_bom(tmp_path):
-    from expertsteer_lens.cli.io import read_texts
+    from expertsteer_lens.cli.inputs import read_texts
 
     for end in ("\n", "\r\n"):
         file = tmp_path / "a.txt"

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from expertsteer_lens.hosts import as_host, capture
 from expertsteer_lens.interventions.gates import Gate
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 FIRST, SECOND = "cuda:0", "cuda:1"
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]

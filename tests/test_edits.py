@@ -12,7 +12,8 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, WidthError
 from expertsteer_lens.interventions import edits
-from expertsteer_lens.interventions.edits import EDITS, Edit, VectorEdit, find_edit, register_edit
+from expertsteer_lens.interventions.edits import EDITS, Edit, find_edit, register_edit
+from expertsteer_lens.interventions.vector_edit import VectorEdit
 
 WEIGHTS = torch.linspace(-0.5, 1.0, 8, dtype=torch.float64)
 

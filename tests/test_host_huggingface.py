@@ -37,8 +37,9 @@ from expertsteer_lens.errors import (
     InterventionError,
 )
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
 from expertsteer_lens.steer.run import PlanRun
+from expertsteer_lens.steer.vector import SteeringVector
 
 TEXTS = ["the cat saw a dog", "once upon a time there was a big house", "sun"]
 GENERATE = models.greedy(N_NEW)

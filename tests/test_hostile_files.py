@@ -25,7 +25,7 @@ from expertsteer_lens.benchmarks.transfer.tasks import (
     read_styles,
     read_truthfulqa,
 )
-from expertsteer_lens.cli.io import read_config, read_texts
+from expertsteer_lens.cli.inputs import read_config, read_texts
 from expertsteer_lens.errors import ArtifactError, DataError
 
 READERS = {

@@ -15,7 +15,8 @@ import torch
 import expertsteer_lens as esl
 from expertsteer_lens.errors import ArgumentError, ArtifactError, ExpertSteerError
 from expertsteer_lens.interventions.gates import Gate
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 
 def unit(seed: int, d: int = 8) -> torch.Tensor:

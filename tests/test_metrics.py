@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import kl_per_token
 
-from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.measure import passes

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.parts import hashes_of
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.evaluation.run import _not_held_out

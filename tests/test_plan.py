@@ -33,7 +33,8 @@ from expertsteer_lens.interventions.edits import EDITS, Edit, register_edit
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.measure.calibration import calibrate
 from expertsteer_lens.steer import detach
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 D = models.D_MODEL
 HOOK, NEXT = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
+from expertsteer_lens.interventions.clock import ForwardInfo, PositionClock
 from expertsteer_lens.interventions.positions import (
-    ForwardInfo,
-    PositionClock,
     Step,
     check_positions,
     positions_from_json,

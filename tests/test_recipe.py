@@ -126,12 +126,12 @@ def test_every_command_of_the_page_parses():
 
 
 def test_the_settings_of_the_page_are_read(tmp_path):
-    from expertsteer_lens.cli import io as _cli_io
+    from expertsteer_lens.cli import inputs
 
     found = re.search(r"holding `(\{.*?\})`", PAGE.read_text(encoding="utf-8"))
     path = tmp_path / "settings.json"
     path.write_text(json.dumps(json.loads(found.group(1))))
-    assert _cli_io.read_config(path, "anchored").batch_size == 4
+    assert inputs.read_config(path, "anchored").batch_size == 4
 
 
 def test_what_is_stored_for_a_backward_pass_is_within_a_quarter_of_the_formula(cost):

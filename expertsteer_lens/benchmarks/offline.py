@@ -29,7 +29,7 @@ from expertsteer_lens.zoo import domains as zoo_domains
 from .bench_result import Bench, BenchRow, Study, StudyRow
 
 if TYPE_CHECKING:
-    from expertsteer_lens.data.contrast import Behaviour
+    from expertsteer_lens.data.behaviour import Behaviour
     from expertsteer_lens.pipeline.fitted import ExpertSteering
     from expertsteer_lens.steer.plan import SteeringPlan
 

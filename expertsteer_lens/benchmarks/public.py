@@ -23,7 +23,8 @@ import torch
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._moved import Renamed
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, multiple_choice_item
+from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.contrast import ContrastPairs, multiple_choice_item
 from expertsteer_lens.data.texts import lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, DataError
 

@@ -12,8 +12,8 @@ import typer
 from expertsteer_lens.errors import ExpertSteerError
 
 from . import commands_fit, commands_plan, commands_sets, commands_states
-from .io import visible
 from .options import with_options
+from .terminal import visible
 
 EXIT_CODES = {
     0: "done",

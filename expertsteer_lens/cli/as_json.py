@@ -10,24 +10,24 @@ from typing import Any
 
 import typer
 
-from . import io
+from . import terminal
 
 
 @contextmanager
 def tables_as_json(wanted: bool) -> Iterator[None]:
     """A block in which, if wanted, what is said goes to standard error."""
-    before = io.console.stderr
-    io.console.stderr = wanted or before
+    before = terminal.console.stderr
+    terminal.console.stderr = wanted or before
     try:
         yield
     finally:
-        io.console.stderr = before
+        terminal.console.stderr = before
 
 
 def print_json(value: Any) -> None:
     """One JSON object; numbers that JSON does not know are null."""
     # Control characters stand inside of JSON's texts only, where their escapes mean the same.
-    typer.echo(io.visible(json.dumps(_plain(value), ensure_ascii=False, default=str)))
+    typer.echo(terminal.visible(json.dumps(_plain(value), ensure_ascii=False, default=str)))
 
 
 def rows_of(frame: Any) -> list[dict[str, Any]]:

@@ -9,23 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from .as_json import print_json, rows_of, tables_as_json
-from .io import (
-    calibrated,
-    describe,
+from .inputs import (
     load_saved,
     load_states_or_model,
-    print_evaluation,
-    print_step,
-    print_texts,
     read_behaviour,
     read_config,
     read_texts,
-    say,
-    steered_texts,
     texts_to_fit,
-    write_pairs,
-    write_results,
-    write_table,
 )
 from .options import (
     SETTINGS,
@@ -37,7 +27,9 @@ from .options import (
     Seed,
     TextOptions,
 )
+from .results import calibrated, steered_texts, write_pairs, write_results, write_table
 from .stopped import Stopped
+from .terminal import describe, print_evaluation, print_step, print_texts, say
 
 
 def demo(

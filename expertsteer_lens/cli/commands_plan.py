@@ -12,20 +12,11 @@ import typer
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .as_json import print_json, rows_of, tables_as_json
-from .io import (
-    load_saved,
-    print_evaluation,
-    print_frame,
-    print_texts,
-    read_behaviour,
-    read_texts,
-    say,
-    say_json,
-    steered_texts,
-    write_evaluation,
-)
+from .inputs import load_saved, read_behaviour, read_texts
 from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
+from .results import steered_texts, write_evaluation
 from .stopped import Stopped
+from .terminal import print_evaluation, print_frame, print_texts, say, say_json
 
 
 def show(

@@ -12,9 +12,9 @@ import typer
 from expertsteer_lens.errors import ArgumentError
 
 from .as_json import print_json, rows_of, tables_as_json
-from .io import print_frame, say
 from .options import AsJson, ModelOptions, Out, Seed
 from .stopped import goes_on_from
+from .terminal import print_frame, say
 
 REAL = "On real models instead"
 """Group of the options that go with `--real`."""

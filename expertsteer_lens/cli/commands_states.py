@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .io import read_texts, say, texts_to_fit
+from .inputs import read_texts, texts_to_fit
 from .options import ModelOptions, Out, Seed, TextOptions, parse_reading, parse_shard
 from .stopped import goes_on_from
+from .terminal import say
 
 
 def capture(

@@ -11,7 +11,7 @@ from typing import Any
 
 from expertsteer_lens.errors import ArgumentError, Interrupted
 
-from .io import say
+from .terminal import say
 
 
 @contextmanager

@@ -4,7 +4,8 @@ them."""
 from __future__ import annotations
 
 from .activations import ActivationStore
+from .behaviour import Behaviour
 from .chat import Chat, Text
-from .contrast import Behaviour, ContrastPairs
+from .contrast import ContrastPairs
 
 __all__ = ["ActivationStore", "Behaviour", "Chat", "ContrastPairs", "Text"]

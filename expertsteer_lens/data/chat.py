@@ -205,3 +205,15 @@ def _check_message(message: Any, index: int) -> tuple[str, str]:
         raise DataError(f"messages[{index}] ({role}) must have a text as content, got {content!r}.")
     check_text(f"messages[{index}]", content)
     return role, content
+
+
+def readable(text: Text) -> str:
+    """A text for a table; a chat with who says what.
+
+    Example:
+        >>> readable("Hello."), readable(Chat.ask("Why?"))
+        ('Hello.', 'user: Why?')
+    """
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{role}: {said}" for role, said in text.messages)

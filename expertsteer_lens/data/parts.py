@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from expertsteer_lens.errors import DataError
+import torch
+
+from expertsteer_lens._checks import check_number
+from expertsteer_lens.errors import ArgumentError, DataError
 
 from .texts import HasBytes, text_hash
 
@@ -122,3 +125,20 @@ def check_disjoint(
             f"{name} shares texts with {other} ({both.n} of its {both.of}, the first {begin!r}), "
             f"so it would not be held out; {remedy}."
         )
+
+
+def split_groups(
+    groups: Sequence[int], fraction: float, seed: int, what: str, least: int
+) -> tuple[list[int], list[int]]:
+    """Rows of the two parts; a group (numbered from 0) is never divided."""
+    check_number("fraction", fraction, low=0.0, high=1.0)
+    n = max(groups) + 1
+    what = what if n == len(groups) else f"distinct {what} ({len(groups)} in all)"
+    cut = round(n * fraction)
+    if cut < least or n - cut < least:
+        raise ArgumentError(
+            f"fraction={fraction} of {n} {what} leaves a part with fewer than {least}; give more "
+            f"{what.split(' (')[0]}."
+        )
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(rows_of(groups, order[:cut])), sorted(rows_of(groups, order[cut:]))

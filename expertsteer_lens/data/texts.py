@@ -126,3 +126,9 @@ def parse_json(text: str, path: str | Path, *, line: int = 1, hint: str = "") ->
         raise DataError(f"{path} is not JSON ({reason}, line {line}){hint}.") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path} is no JSON that can be read ({error}, line {line}).") from error
+
+
+def shortened(text: object, width: int = 40) -> str:
+    """The beginning of a text, quoted, for a line about it."""
+    text = str(text)
+    return repr(text if len(text) <= width else text[: width - 1] + "…")

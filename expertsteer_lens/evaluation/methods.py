@@ -37,7 +37,8 @@ from expertsteer_lens.pipeline.maps import fit_maps
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.pipeline.fitted import ExpertSteering
-    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.vector import SteeringVector
 
 Learner = Callable[[Tensor, Tensor], Tensor]
 """(states `[n, d]`, labels `[n]`) to a unit direction `[d]`."""

@@ -10,8 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._checks import check_number
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text, check_texts
-from expertsteer_lens.data.contrast import Behaviour, text_hash
+from expertsteer_lens.data.contrast import text_hash
 from expertsteer_lens.data.parts import hashes_of, shared
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host

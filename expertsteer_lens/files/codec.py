@@ -217,7 +217,7 @@ _HOMES = {
     "align.config": ("AlignerConfig",),
     "data.activations": ("ActivationStore",),
     "data.chat": ("Chat",),
-    "data.contrast": ("Behaviour",),
+    "data.behaviour": ("Behaviour",),
     "evaluation.finished": ("FinishedRows",),
     "evaluation.result": ("Evaluation", "EvaluationRow"),
     "learn.config": ("RFMConfig", "RFMRound"),

@@ -13,7 +13,8 @@ from expertsteer_lens.errors import ArtifactError
 from expertsteer_lens.interventions.positions import positions_from_json, positions_to_json
 
 if TYPE_CHECKING:
-    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.vector import SteeringVector
 
 SIGN_CONVENTION = (
     "directions are unit vectors pointing towards the positive class; "
@@ -88,7 +89,7 @@ def read_plan(
 def _read_vector(
     entry: Any, tensors: dict[str, torch.Tensor], i: int, where: str
 ) -> SteeringVector:
-    from expertsteer_lens.steer.plan import SteeringVector
+    from expertsteer_lens.steer.vector import SteeringVector
 
     known = {f.name for f in fields(SteeringVector)} - {"direction", "parameters"}
     check_fields(entry, known, where)

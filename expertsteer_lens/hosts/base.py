@@ -22,7 +22,7 @@ from expertsteer_lens.errors import (
     InterventionError,
     ModelStateError,
 )
-from expertsteer_lens.interventions.edits import centre
+from expertsteer_lens.interventions.arithmetic import centre
 
 from .attention import OTHERS, AttendedRows, TakeWeights
 from .facts import execution_device, measure_basis, measure_fingerprint, training_noise

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from expertsteer_lens.data.activations import ActivationStore, take_positions
 from expertsteer_lens.errors import DataError, HostError, InterventionError
-from expertsteer_lens.interventions.edits import centre
-from expertsteer_lens.interventions.positions import ForwardInfo
+from expertsteer_lens.interventions.arithmetic import centre
+from expertsteer_lens.interventions.clock import ForwardInfo
 
 from .base import Host
 from .facts import hooks_suspended

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from expertsteer_lens.errors import HookNameError, InterventionError
-from expertsteer_lens.interventions.positions import ForwardInfo
+from expertsteer_lens.interventions.clock import ForwardInfo
 
 EditFn = Callable[[Tensor], Tensor | None]
 """Takes the activation `[batch, pos, d]`, returns its replacement or None for no change."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from expertsteer_lens.errors import InterventionError
-from expertsteer_lens.interventions.positions import ForwardInfo
+from expertsteer_lens.interventions.clock import ForwardInfo
 
 CACHE_NAMES = ("past_key_values", "cache", "cache_params")
 """What decoders of transformers call their cache: it became `cache` in 5.24, and is `cache_params`

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expertsteer_lens.interventions.positions import SequenceToken
+from expertsteer_lens.interventions.clock import SequenceToken
 
 from .parts import Observer
 from .pass_arguments import (

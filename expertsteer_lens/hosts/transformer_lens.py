@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from expertsteer_lens.interventions.positions import ForwardInfo
+from expertsteer_lens.interventions.clock import ForwardInfo
 
 from .attention import TakeWeights, eager_attention
 from .base import Host

@@ -24,33 +24,22 @@ as a unit vector: it is normalised here, so its length never matters.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_lens._checks import check_choice, check_number
-from expertsteer_lens.errors import ArgumentError, WidthError
+from expertsteer_lens._checks import check_choice
+from expertsteer_lens.errors import ArgumentError
+
+from .arithmetic import Mask, check_width, finish, move_between, multiply_along, unit_of, wide
+from .arithmetic import centre as centre
 
 Activations = Float[Tensor, "batch pos d"]
-Mask = Bool[Tensor, "batch pos"] | None
-
-
-def centre(activations: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-    """P x = x - mean(x) over the last axis: the coordinates in which pre-LayerNorm models are
-    fitted and steered."""
-    return activations - activations.mean(dim=-1, keepdim=True)
-
-
-def wide(value: Tensor) -> Tensor:
-    """`value` in float32, or in float64 if it came so: half precision is too coarse for projections
-    and norms."""
-    return value if value.dtype == torch.float64 else value.float()
 
 
 # -- the functions --------------------------------------------------------------------------------
@@ -76,9 +65,9 @@ def add(
         tensor([[[0., 0.],
                  [1., 2.]]])
     """
-    _check_width("delta", delta, activations)
+    check_width("delta", delta, activations)
     base = wide(activations) if preserve_norm else activations
-    return _finish(activations, base + delta.to(base), mask, preserve_norm)
+    return finish(activations, base + delta.to(base), mask, preserve_norm)
 
 
 def add_relative(
@@ -105,8 +94,8 @@ def add_relative(
         >>> add_relative(torch.tensor([[[3.0, 4.0]]]), torch.tensor([2.0, 0.0]), coefficient=0.2)
         tensor([[[4., 4.]]])
     """
-    edited = _add_relative_edit(wide(activations), _unit(direction, activations), coefficient)
-    return _finish(activations, edited, mask, preserve_norm)
+    edited = _add_relative_edit(wide(activations), unit_of(direction, activations), coefficient)
+    return finish(activations, edited, mask, preserve_norm)
 
 
 def add_contextual(
@@ -144,11 +133,11 @@ def add_contextual(
         tensor([[[10.,  2.],
                  [20.,  4.]]])
     """
-    _check_width("weights", weights, activations)
+    check_width("weights", weights, activations)
     x = wide(activations)
-    unit, given = _unit(direction, activations), torch.as_tensor(bias).to(x)
+    unit, given = unit_of(direction, activations), torch.as_tensor(bias).to(x)
     edited = _add_contextual_edit(x, unit, coefficient, weights.to(x), given)
-    return _finish(activations, edited, mask, preserve_norm)
+    return finish(activations, edited, mask, preserve_norm)
 
 
 def ablate(
@@ -180,9 +169,9 @@ def ablate(
     if strength is not None:
         _warn_renamed("ablate", "strength=s", "coefficient=s")
         coefficient = strength
-    unit = _unit(direction, activations)
-    edited = _multiply_along(wide(activations), unit, 1.0 - coefficient)
-    return _finish(activations, edited, mask, preserve_norm)
+    unit = unit_of(direction, activations)
+    edited = multiply_along(wide(activations), unit, 1.0 - coefficient)
+    return finish(activations, edited, mask, preserve_norm)
 
 
 def rescale(
@@ -219,9 +208,9 @@ def rescale(
         raise ArgumentError("rescale needs a coefficient, got none; 1.0 doubles the component.")
     else:
         factor = 1.0 + coefficient
-    unit = _unit(direction, activations)
-    edited = _multiply_along(wide(activations), unit, factor)
-    return _finish(activations, edited, mask, preserve_norm)
+    unit = unit_of(direction, activations)
+    edited = multiply_along(wide(activations), unit, factor)
+    return finish(activations, edited, mask, preserve_norm)
 
 
 def clamp(
@@ -258,8 +247,8 @@ def clamp(
     upper = None if high is None else torch.as_tensor(high, dtype=x.dtype, device=x.device)
     if lower is not None and upper is not None and bool((lower > upper).any()):
         raise ArgumentError(f"clamp needs low <= high, got low={low}, high={high}.")
-    edited = _move_between(x, _unit(direction, activations), lower, upper)
-    return _finish(activations, edited, mask, preserve_norm)
+    edited = move_between(x, unit_of(direction, activations), lower, upper)
+    return finish(activations, edited, mask, preserve_norm)
 
 
 # -- the table ------------------------------------------------------------------------------------
@@ -340,11 +329,11 @@ def _add_contextual_edit(
 
 
 def _ablate_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
-    return _multiply_along(x, direction, 1.0 - coefficient)
+    return multiply_along(x, direction, 1.0 - coefficient)
 
 
 def _rescale_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
-    return _multiply_along(x, direction, 1.0 + coefficient)
+    return multiply_along(x, direction, 1.0 + coefficient)
 
 
 def _clamp_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Tensor:
@@ -353,7 +342,7 @@ def _clamp_edit(x: Tensor, direction: Tensor, coefficient: float | Tensor) -> Te
     unbounded = torch.full_like(bound, torch.inf)
     low = torch.where(bound > 0, bound, -unbounded).to(x.dtype)
     high = torch.where(bound < 0, bound, unbounded).to(x.dtype)
-    return _move_between(x, direction, low, high)
+    return move_between(x, direction, low, high)
 
 
 EDITS: dict[str, Edit] = {
@@ -405,181 +394,6 @@ def find_edit(name: EditName | str) -> Edit:
                 "expertsteer_lens.interventions.register_edit(name, Edit(...))."
             ) from None
     return EDITS[name]
-
-
-class VectorEdit:
-    """The edit of one steering vector, ready to be applied to the activations of a pass.
-
-    Everything that applies a vector goes through here, on this machine and on a server. It is sent
-    to a server as source, which is why it is a plain class (see `hosts.nnsight.remote.pack`).
-
-    Args:
-        edit: what is done.
-        hook_name: for messages.
-        direction: `[d]`.
-        scale: the coefficient in the unit of the activations.
-        preserve_norm: rescale each edited token to the norm it had.
-        centred: whether the edit is done on x - mean(x); the mean of x is left as it is.
-        parameters: the vector's own, where the edit has any.
-
-    Example:
-        >>> double = VectorEdit(EDITS["rescale"], "a hook", torch.tensor([1.0, 0.0]), 1.0)
-        >>> double(torch.tensor([[[3.0, 4.0]]]))
-        tensor([[[6., 4.]]])
-    """
-
-    def __init__(
-        self,
-        edit: Edit,
-        hook_name: str,
-        direction: Tensor,
-        scale: float,
-        *,
-        preserve_norm: bool = False,
-        centred: bool = False,
-        parameters: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self.hook_name = hook_name
-        self.scale = scale
-        self.adds_delta = edit.is_constant and not preserve_norm
-        """Whether all that it ever does is to add `delta`."""
-        self._function = edit.function
-        self._direction = direction
-        self._preserve_norm = preserve_norm
-        self._centred = centred
-        self._adds_centred = centred and edit.adds_along
-        self._parameters = dict(parameters or {})
-        self.live: Mapping[str, Tensor] | None = None
-        """Parameters that gradients should reach, in place of the vector's own."""
-        self._constant: Tensor | None = None
-        if edit.is_constant:
-            constant = edit.delta(direction, scale)
-            self._constant = centre(constant) if centred else constant
-        self._ready: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def __call__(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """Edited activations, in the type of `x`.
-
-        Args:
-            x: `[batch, pos, d]`, in whatever basis the model has.
-            mask: tokens to edit `[batch, pos]`; None edits every token.
-            rows: multiplies the coefficient, `[batch]`.
-        """
-        if self.adds_delta:
-            return add(x, self._delta_by_row(x, rows), mask=mask)
-        before = centre(wide(x)) if self._centred else wide(x)
-        if self._constant is None:
-            scale = self.scale if rows is None else self.scale * rows[:, None]
-            parameters = self._values(before)
-            after = self._function(before, self._unit(before), scale, **parameters)
-        else:
-            after = before + self._delta_by_row(before, rows)
-        after = _finish(before, after, None, self._preserve_norm)
-        # The change is what is added, so the part of x outside of the basis (its mean) stays.
-        return _outside_unchanged(x, (wide(x) + (after - before)).to(x.dtype), mask)
-
-    def delta(self, x: Tensor) -> Tensor:
-        """What a constant edit adds, `[d]` in the type and on the device of `x`.
-
-        Raises:
-            WidthError: the activations have another width.
-        """
-        key = ("delta", x.dtype, x.device)
-        if key not in self._ready:
-            self._check_width(x)
-            assert self._constant is not None
-            self._ready[key] = self._constant.to(x)
-        return self._ready[key]
-
-    def _delta_by_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        delta = self.delta(x)
-        return delta if rows is None else rows.to(x)[:, None, None] * delta
-
-    def _unit(self, x: Tensor) -> Tensor:
-        key = ("unit", x.dtype, x.device)
-        if key not in self._ready:
-            self._check_width(x)
-            unit = _unit(self._direction, x)
-            self._ready[key] = centre(unit) if self._adds_centred else unit
-        return self._ready[key]
-
-    def _values(self, x: Tensor) -> dict[str, Tensor]:
-        """The parameters in the type and on the device of `x`."""
-        if self.live is not None:  # they change from pass to pass, so nothing of them is kept
-            return {name: value.to(x) for name, value in self.live.items()}
-        for name, value in self._parameters.items():
-            key = (f"parameter {name}", x.dtype, x.device)
-            if key not in self._ready:
-                self._ready[key] = value.to(x)
-        return {
-            name: self._ready[f"parameter {name}", x.dtype, x.device] for name in self._parameters
-        }
-
-    def _check_width(self, x: Tensor) -> None:
-        if self._direction.shape[0] != x.shape[-1]:
-            raise WidthError(
-                f"the vector at {self.hook_name!r} has width {self._direction.shape[0]}, but the "
-                f"activations there have width {x.shape[-1]}."
-            )
-
-
-# -- what they share ------------------------------------------------------------------------------
-
-
-def _multiply_along(x: Tensor, unit: Tensor, factor: float | Tensor) -> Tensor:
-    """The component of x along `unit` times `factor`."""
-    along = x @ unit
-    change = (torch.as_tensor(factor, device=along.device) - 1.0) * along
-    return x + change[..., None] * unit
-
-
-def _move_between(x: Tensor, unit: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
-    """The projection of x on `unit` moved into [low, high]."""
-    along = x @ unit
-    moved = along if low is None else torch.maximum(along, low)
-    moved = moved if high is None else torch.minimum(moved, high)
-    return x + (moved - along)[..., None] * unit
-
-
-def _finish(before: Tensor, after: Tensor, mask: Mask, preserve_norm: bool) -> Tensor:
-    if preserve_norm:
-        after = wide(after)
-        norm = after.norm(dim=-1, keepdim=True)
-        after = after * (
-            wide(before).norm(dim=-1, keepdim=True)
-            / norm.clamp(min=torch.finfo(torch.float32).tiny)
-        )
-    return _outside_unchanged(before, after.to(before.dtype), mask)
-
-
-def _outside_unchanged(before: Tensor, after: Tensor, mask: Mask) -> Tensor:
-    if mask is None:
-        return after
-    if mask.shape != before.shape[:2]:
-        raise ArgumentError(
-            f"mask must have shape {tuple(before.shape[:2])}, got {tuple(mask.shape)}."
-        )
-    return torch.where(mask.to(before.device)[..., None], after, before)
-
-
-def _check_width(name: str, value: Tensor, activations: Tensor) -> None:
-    if activations.ndim != 3:
-        raise ArgumentError(
-            f"activations must have shape [batch, pos, d], got {tuple(activations.shape)}."
-        )
-    if value.shape[-1] != activations.shape[-1]:
-        raise WidthError(
-            f"{name} has width {value.shape[-1]}, but the activations have width "
-            f"{activations.shape[-1]}."
-        )
-
-
-def _unit(direction: Tensor, activations: Tensor) -> Tensor:
-    _check_width("direction", direction, activations)
-    value = direction.to(wide(activations))
-    norm: Tensor = value.norm()
-    check_number("the norm of direction", float(norm), low=0.0, high=math.inf, low_open=True)
-    return value / norm
 
 
 def _warn_renamed(function: str, old: str, new: str) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.data.behaviour import Behaviour
 
 from .passes import steered
 from .prepared import CompletionRows

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
-from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import DataError
-from expertsteer_lens.interventions.edits import VectorEdit, centre, wide
+from expertsteer_lens.interventions.arithmetic import centre, wide
+from expertsteer_lens.interventions.vector_edit import VectorEdit
 from expertsteer_lens.linalg.moments import RunningMoments
 
 from .neutral import NeutralTexts
@@ -22,7 +23,8 @@ from .prepared import Completions
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
-    from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+    from expertsteer_lens.steer.plan import SteeringPlan
+    from expertsteer_lens.steer.vector import SteeringVector
 
     from .calibration import BudgetUnit
 

@@ -20,13 +20,14 @@ import torch
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._progress import Step
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text, check_texts
-from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.interventions.edits import find_edit
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 from .calibration import BUDGET_UNITS, BudgetUnit, OverBudgetError, calibrate
 from .context_gradient import StrengthGradient

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
-from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError
 
 from .completions import metric_of, score_batches

@@ -22,7 +22,7 @@ from .stream_cache import StreamCache
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
-    from expertsteer_lens.interventions.edits import VectorEdit
+    from expertsteer_lens.interventions.vector_edit import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 

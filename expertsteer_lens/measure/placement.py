@@ -24,7 +24,8 @@ from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 from .calibration import BudgetUnit, OverBudgetError, calibrate
 from .neutral import NeutralTexts

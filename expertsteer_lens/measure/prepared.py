@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from expertsteer_lens.data.contrast import Behaviour
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.errors import DataError
 from expertsteer_lens.hosts.parts import TokenBatch, pad_right
 
@@ -18,7 +18,7 @@ from .stream_cache import CACHE_BYTES, StreamCache
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
-    from expertsteer_lens.interventions.edits import VectorEdit
+    from expertsteer_lens.interventions.vector_edit import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 

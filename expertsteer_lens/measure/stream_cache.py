@@ -14,7 +14,7 @@ from expertsteer_lens.steer.run import PlanRun
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host, TokenBatch
     from expertsteer_lens.hosts.resume import KeptStream
-    from expertsteer_lens.interventions.edits import VectorEdit
+    from expertsteer_lens.interventions.vector_edit import VectorEdit
     from expertsteer_lens.steer.plan import SteeringPlan
 
 CACHE_BYTES = 2**29

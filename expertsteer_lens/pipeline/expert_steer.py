@@ -11,8 +11,9 @@ from torch import Tensor
 
 from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host, capture

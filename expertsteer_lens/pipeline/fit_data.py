@@ -14,8 +14,9 @@ from torch import Tensor
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import PairedMoments
 from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text, check_texts
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs, text_hash
+from expertsteer_lens.data.contrast import ContrastPairs, text_hash
 from expertsteer_lens.data.parts import check_disjoint, groups_of, halves, hashes_of, rows_of
 from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.errors import ArgumentError, DataError

@@ -14,8 +14,8 @@ from expertsteer_lens._html import repr_html
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
 from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
-from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.errors import ArgumentError, DataError, ModelStateError
 from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.learn.rfm import RFM
@@ -24,7 +24,8 @@ from expertsteer_lens.measure.context_strength import ContextStrength, fit_conte
 from expertsteer_lens.measure.placement import Placement, learnt_at, place
 from expertsteer_lens.pair.mutual_information import LayerPairMI
 from expertsteer_lens.pair.rules import LayerPairs, allowed_targets, find_rule
-from expertsteer_lens.steer.plan import SteeringPlan, SteeringVector
+from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.vector import SteeringVector
 
 from .config import ExpertSteerConfig, reading_changes
 from .fit_data import FitData, PairKey

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expertsteer_lens._progress import is_shown, progress_bar
 from expertsteer_lens.align import Aligner, AlignerGrid
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
-from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.learn.directions import mean_difference
 from expertsteer_lens.learn.rfm import RFM, fit_rfm
 from expertsteer_lens.measure.gradients import behaviour_gradient, readout_gradient

@@ -16,7 +16,7 @@ from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import TokenBatch, as_host
 from expertsteer_lens.hosts.reading import read_tokens
-from expertsteer_lens.interventions.edits import centre, wide
+from expertsteer_lens.interventions.arithmetic import centre, wide
 from expertsteer_lens.steer.run import PlanRun
 
 if TYPE_CHECKING:

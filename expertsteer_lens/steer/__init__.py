@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .plan import SteeringPlan, SteeringVector
+from .attached import SteeringHandle, detach
+from .plan import SteeringPlan
 from .report import RunReport
-from .run import SteeringHandle, detach
+from .vector import SteeringVector
 
 __all__ = ["RunReport", "SteeringHandle", "SteeringPlan", "SteeringVector", "detach"]

@@ -18,7 +18,8 @@ from expertsteer_lens.errors import (
     WidthError,
 )
 from expertsteer_lens.hosts import fingerprints_match
-from expertsteer_lens.interventions.positions import ForwardInfo, Positions
+from expertsteer_lens.interventions.clock import ForwardInfo
+from expertsteer_lens.interventions.positions import Positions
 
 from .report import RunReport
 

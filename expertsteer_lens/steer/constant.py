@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.interventions.edits import centre, find_edit
+from expertsteer_lens.interventions.arithmetic import centre
+from expertsteer_lens.interventions.edits import find_edit
 
 if TYPE_CHECKING:
     from .plan import SteeringPlan

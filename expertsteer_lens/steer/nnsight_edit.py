@@ -13,8 +13,9 @@ from torch import Tensor
 from expertsteer_lens.errors import HostError, InterventionError, ModelStateError
 from expertsteer_lens.hosts.blocks import Blocks, Side
 from expertsteer_lens.hosts.pass_arguments import is_stand_in, read_pass
-from expertsteer_lens.interventions.edits import VectorEdit
-from expertsteer_lens.interventions.positions import PassTokens, PositionClock, Positions
+from expertsteer_lens.interventions.clock import PositionClock
+from expertsteer_lens.interventions.positions import PassTokens, Positions
+from expertsteer_lens.interventions.vector_edit import VectorEdit
 
 from .checks import check_model, check_padding
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, HookNameError, InterventionError
-from expertsteer_lens.hosts import as_host
 from expertsteer_lens.hosts.scope import Scope
-from expertsteer_lens.interventions import edits
-from expertsteer_lens.interventions.positions import (
+from expertsteer_lens.interventions.arithmetic import centre, wide
+from expertsteer_lens.interventions.clock import (
     ForwardInfo,
-    PassTokens,
     PositionClock,
     SequenceState,
     SequenceToken,
-    needs_prompt_length,
-    packed_refusal,
 )
+from expertsteer_lens.interventions.positions import PassTokens, needs_prompt_length, packed_refusal
+from expertsteer_lens.interventions.vector_edit import VectorEdit
 
+from .attached import SteeringHandle
+from .attached import detach as detach
 from .checks import check_model, check_outcome, check_overflow, check_padding, check_present
 from .recompute import Repeated, check_reentrant
 from .report import RunReport
@@ -53,7 +53,7 @@ class PlanRun:
         prompt_lengths: int | Sequence[int] | Tensor | None = None,
         row_coefficients: Sequence[float] | Tensor | None = None,
         everywhere: bool = False,
-        vector_edits: Sequence[edits.VectorEdit] | None = None,
+        vector_edits: Sequence[VectorEdit] | None = None,
     ) -> None:
         """See `SteeringPlan.hooks`.
 
@@ -361,7 +361,7 @@ class PlanRun:
         gates = self._here.gates
         if gate.per == "row" and step.continues and i in gates:
             return
-        opened = gate.is_open(edits.centre(edits.wide(x)) if self._centred else x)
+        opened = gate.is_open(centre(wide(x)) if self._centred else x)
         if gate.per == "row":
             deciding = step.mask("last_prompt").to(x.device)
             if not bool(deciding.any(dim=1).all()):
@@ -492,49 +492,3 @@ def _count(parts: list[Any], n: Tensor | int, x: Tensor) -> None:
         parts.append(n)
     if len(parts) > 512:
         parts[1:] = [sum(part.to(x.device) for part in parts[1:])]
-
-
-# -- steering without an end ----------------------------------------------------------------------
-
-_ATTACHED: weakref.WeakKeyDictionary[Any, list[weakref.ref[SteeringHandle]]] = (
-    weakref.WeakKeyDictionary()
-)
-"""Handles by model, in the order in which they were made. Neither is kept alive by this."""
-
-
-class SteeringHandle:
-    """Steering without an end; `.remove()` ends it, once or many times.
-
-    The model owns the steering, as it owns torch hooks: it goes on when the handle is dropped, and
-    ends with the model. `detach(model)` removes all of it without a handle."""
-
-    def __init__(self, run: PlanRun) -> None:
-        self.report = run.report
-        self._stack = ExitStack()
-        self._stack.enter_context(run.installed())
-        # The hooks on the model hold the run, and through it this handle: so the handle lives as
-        # long as its hooks are on, and nothing holds the model.
-        run.handle = self
-        known = _ATTACHED.setdefault(run.host.model, [])
-        known[:] = [one for one in known if one() is not None] + [weakref.ref(self)]
-
-    def remove(self) -> None:
-        """Take the hooks off; nothing happens the second time."""
-        self._stack.close()
-
-    def __repr__(self) -> str:
-        return f"SteeringHandle({self.report!r})"
-
-
-def detach(model: Any) -> None:
-    """Take off everything that `plan.attach(model)` has put on this model, whoever has the handles.
-
-    Edits made by `plan.edit` stay, and so do hooks of yours.
-
-    Args:
-        model: the object that was given to `attach`; nothing happens if nothing is attached.
-    """
-    for reference in _ATTACHED.pop(as_host(model).model, []):
-        handle = reference()
-        if handle is not None:
-            handle.remove()

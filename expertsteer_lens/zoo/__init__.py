@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from expertsteer_lens._checks import check_choice, check_number
 
 if TYPE_CHECKING:
-    from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+    from expertsteer_lens.data.behaviour import Behaviour
+    from expertsteer_lens.data.contrast import ContrastPairs
 
 __all__ = [
     "anchors",
@@ -142,7 +143,7 @@ def behaviour(n: int = 100, seed: int = 0) -> Behaviour:
     A prompt is an opening, up to two neutral sentences and the beginning of a feeling sentence. The
     completions are shared by all prompts: positive ` happy`, ` glad`, ...; negative ` sad`, `
     upset`, ..."""
-    from expertsteer_lens.data.contrast import Behaviour
+    from expertsteer_lens.data.behaviour import Behaviour
 
     from . import lexicon, world
 

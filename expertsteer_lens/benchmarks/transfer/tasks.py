@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertsteer_lens._checks import check_number
+from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Chat, Text
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.texts import lines_of, parse_json, read_file, text_hash
 from expertsteer_lens.errors import DataError
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,13 @@ from expertsteer_lens.hosts.huggingface import (
     no_cache,
 )
 from expertsteer_lens.hosts.parts import EditFn, Observer, TokenBatch, guarded
-from expertsteer_lens.hosts.pass_arguments import is_stand_in, parameter_names, read_pass
+from expertsteer_lens.hosts.pass_arguments import is_stand_in, parameter_names
 from expertsteer_lens.hosts.row_picker import TokenRows
 from expertsteer_lens.hosts.scope import Scope, scope_or_new
-from expertsteer_lens.interventions.positions import ForwardInfo
 
 from . import remote as remotely
 from . import runs
+from .open_run import OpenRun
 
 
 class NNsightHost(Host):
@@ -338,56 +337,6 @@ class NNsightHost(Host):
         self.model._edits.append(edit)
         stack.callback(discard_edit, self.model, edit)
         return EditHandle(edit, stack)
-
-
-class OpenRun:
-    """The run whose code is executing now, seen from that code: a plan may join it."""
-
-    def __init__(self, host: NNsightHost, caller: Any) -> None:
-        self._host, self._caller = host, caller
-
-    def has_joined(self, mark: Any) -> bool:
-        """Whether functions of this mark are at work on the caller's rows of the run."""
-        return runs.has_joined(self._caller, mark)
-
-    def has_begun(self) -> bool:
-        """Whether the caller has seen the model run, or is in a loop over later steps."""
-        start = runs.location(self._host.model, self._host.blocks.base, "input")
-        return bool(self._caller.occurrence(start)) or self._caller.iteration not in (0, None)
-
-    def join(
-        self,
-        on_forward: Callable[[ForwardInfo], None],
-        fns: Mapping[str, EditFn],
-        *,
-        finish: Callable[[], None],
-        mark: Any,
-    ) -> None:
-        """Call functions at their hook points in this run, on the caller's rows and before its own
-        code.
-
-        Args:
-            on_forward: called before the first block of every pass.
-            fns: by hook name.
-            finish: called when the run has ended by itself.
-            mark: see `has_joined`.
-        """
-        host, model = self._host, self._host.model
-        names = host.decoder_arguments()
-        counts: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-
-        def note(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-            args, kwargs = inputs
-            info = read_pass(names, args, kwargs, counts)
-            if info is not None:
-                on_forward(info)
-
-        # A coroutine of its own, because only that hears of the end of the run.
-        watching = runs.following(runs.one_call(host.blocks.base, "arguments", note), finish)
-        workers = [runs.worker(model, watching)]
-        for call in host._calls_at(host._checked(fns)):
-            workers.append(runs.HookWorker(model, runs.one_call(*call)))
-        runs.join(self._caller, workers, mark)
 
 
 def _check_root(model: Any) -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertsteer_lens._checks import check_choice, check_number
-from expertsteer_lens.data.contrast import Behaviour, ContrastPairs
+from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.contrast import ContrastPairs
 
 from . import lexicon, world
 

@@ -1,0 +1,163 @@
+"""What the commands read: texts, settings and what was saved, with errors that name the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertsteer_lens._checks import check_choice
+from expertsteer_lens.data.chat import check_texts
+from expertsteer_lens.data.texts import check_text, lines_of, parse_json, read_file
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
+
+from .terminal import say
+
+if TYPE_CHECKING:
+    from .options import ModelOptions, TextOptions
+
+
+def read_texts(path: Path) -> list[Any]:
+    """Texts of a file, one a line, empty lines skipped; in a `.jsonl` file a line is a JSON text or
+    a list of messages.
+
+    Raises:
+        DataError: the file is not UTF-8 text, a line is not what it should be, or there is none.
+    """
+    lines = lines_of(path)
+    if not lines:
+        raise DataError(f"{path} holds no text; give one a line.")
+    if path.suffix != ".jsonl":
+        return [check_text(f"{path}, line {number}", line) for number, line in lines]
+    out = []
+    for number, line in lines:
+        try:
+            out.append(check_texts("text", [parse_json(line, path, line=number)])[0])
+        except DataError as error:
+            raise DataError(
+                f"{path}, line {number}: give a JSON text or a list of messages with 'role' and "
+                f"'content' ({error})."
+            ) from error
+    return out
+
+
+def read_config(path: Path | None, preset: str) -> Any:
+    """The preset's `ExpertSteerConfig` with the fields of a JSON file over it; a step's fields may
+    be given in part.
+
+    Raises:
+        ArgumentError: an unknown field or a value that cannot be used; the message names file and
+            field.
+        DataError: the file is not JSON.
+    """
+    from expertsteer_lens._config import config_from_dict
+    from expertsteer_lens.pipeline import ExpertSteerConfig
+
+    base = ExpertSteerConfig.preset(preset)
+    if path is None:
+        return base
+    merged = base.to_dict()
+    for key, value in _json_object(path, "a config file").items():
+        part = merged.get(key)
+        in_part = isinstance(part, dict) and isinstance(value, dict)
+        merged[key] = {**part, **value} if in_part and part else value
+    return config_from_dict(ExpertSteerConfig, merged, str(path))
+
+
+def _json_object(path: Path, what: str) -> dict[str, Any]:
+    data = parse_json(read_file(path), path)
+    if not isinstance(data, dict):
+        raise DataError(
+            f"{path} must hold one JSON object, got {type(data).__name__}; see the help for {what}."
+        )
+    return data
+
+
+def texts_to_fit(texts: TextOptions, seed: int) -> tuple[Any, Any]:
+    """Contrast pairs, and the behaviour if they come from a benchmark.
+
+    Raises:
+        ArgumentError: neither or both of --pairs and --benchmark, or options of the latter with the
+            former.
+        DataError: a file cannot be used.
+    """
+    from expertsteer_lens.benchmarks import public
+    from expertsteer_lens.data.contrast import ContrastPairs
+
+    if texts.benchmark is not None and texts.pairs is not None:
+        raise ArgumentError("give either --pairs FILE or --benchmark NAME, not both.")
+    if texts.benchmark is not None:
+        check_choice("--benchmark", texts.benchmark, public.names())
+        found = public.load(
+            texts.benchmark, path=texts.benchmark_path, limit=texts.limit, seed=seed
+        )
+        say(repr(found))
+        return found.pairs(chat=texts.chat), found.behaviour(chat=texts.chat)
+    if texts.pairs is None:
+        raise ArgumentError("give either --pairs FILE or --benchmark NAME, got neither.")
+    if texts.benchmark_path is not None or texts.limit is not None or texts.chat:
+        raise ArgumentError(
+            "--benchmark-path, --limit and --chat go with --benchmark; leave them out with --pairs "
+            "(a chat there is a list of messages)."
+        )
+    try:
+        return ContrastPairs.from_jsonl(texts.pairs), None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{texts.pairs} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
+
+
+def read_behaviour(path: Path) -> Any:
+    """A `Behaviour` from a JSON file with the keys prompts, positive and negative.
+
+    Raises:
+        DataError: the file is not such an object.
+    """
+    from expertsteer_lens.data.behaviour import Behaviour
+
+    return Behaviour.from_json(path)
+
+
+def load_saved(name: str, kind: str, *, target: Any = None) -> Any:
+    """What `save` wrote, which must be of one kind.
+
+    Args:
+        name: folder or hub id.
+        kind: name of the class, "SteeringPlan" or "ExpertSteering".
+        target: the model that a fit steers.
+
+    Raises:
+        ArtifactError: something of another kind is there, or nothing.
+    """
+    from expertsteer_lens.files.io import kind_of_saved, load
+
+    there = kind_of_saved(Path(name))  # None: on the hub, or nowhere; `load` says which
+    if there is None or there == kind:
+        loaded = load(name, target=target)
+        there = type(loaded).__name__
+        if there == kind:
+            return loaded
+    hint = ""
+    if kind == "SteeringPlan" and there == "ExpertSteering":
+        hint = " (`fit` wrote one to OUT/plan; or in Python: esl.save(fit.plan(), folder))"
+    raise ArtifactError(f"{name} holds a {there}, but a {kind} is needed here{hint}.")
+
+
+def load_states_or_model(name: str, models: ModelOptions) -> Any:
+    """What `capture` saved of an expert, or the expert itself.
+
+    Raises:
+        ArtifactError: something else that `save` wrote.
+    """
+    from expertsteer_lens.data.states_folder import is_states_folder
+    from expertsteer_lens.files.io import kind_of_saved, load
+
+    kind = kind_of_saved(Path(name))
+    if kind == "ActivationStore" or is_states_folder(Path(name)):
+        return load(name)
+    if kind is not None:
+        raise ArtifactError(
+            f"{name} holds a {kind}, which is no expert; give a model, or the states that "
+            "`capture` saved of one."
+        )
+    return models.load(name)

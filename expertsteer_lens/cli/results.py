@@ -1,0 +1,150 @@
+"""What the commands leave as files: figures, tables, plans and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expertsteer_lens._atomic import write_figure, write_file, write_text
+from expertsteer_lens.data.chat import Chat, Text, check_texts
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER
+
+from .terminal import say
+
+if TYPE_CHECKING:
+    from expertsteer_lens.data.contrast import ContrastPairs
+
+
+STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5)
+"""Multiples of the plan's coefficient at which a report shows texts."""
+
+
+def write_pairs(path: Path, pairs: ContrastPairs) -> None:
+    """Contrast pairs as the JSON lines that `fit --pairs` reads."""
+    import pandas as pd
+
+    def plain(text: Text) -> Any:
+        if not isinstance(text, Chat):
+            return text
+        return [{"role": role, "content": said} for role, said in text.messages]
+
+    rows = [
+        {"positive": plain(p), "negative": plain(n)}
+        for p, n in zip(pairs.positive, pairs.negative, strict=True)
+    ]
+    frame = pd.DataFrame(rows)
+    write_file(
+        path,
+        lambda file: frame.to_json(file, orient="records", lines=True, force_ascii=False),
+    )
+
+
+def steered_texts(
+    plan: Any,
+    model: Any,
+    prompts: list[Any],
+    coefficient: float,
+    max_new_tokens: int = 40,
+    allow_mismatch: bool = False,
+    shares: Sequence[float] = (-1.0, 0.0, 1.0),
+) -> list[Any]:
+    """Each prompt continued at these multiples of the coefficient."""
+    from expertsteer_lens.data.spans import content
+    from expertsteer_lens.hosts import as_host
+    from expertsteer_lens.show.report import SteeredText
+
+    host = as_host(model)
+    out = []
+    for prompt in prompts:
+        texts = {}
+        for c in sorted({share * coefficient for share in shares}):
+            with plan.with_coefficient(c).hooks(host.model, allow_mismatch=allow_mismatch):
+                texts[c] = host.generate([prompt], max_new_tokens=max_new_tokens)[0]
+        out.append(SteeredText(content(check_texts("prompt", [prompt])[0]), texts))
+    return out
+
+
+def token_views(fit: Any, plan: Any, contrast: ContrastPairs, prompts: list[Any]) -> list[Any]:
+    """For the report: what was read in the first pair, and what the plan edits in a prompt and in
+    what follows."""
+    from expertsteer_lens.show.tokens import view_edits, view_reading
+
+    reading = fit.data.provenance["reading"]
+    chosen = fit.layer_pairs[0]
+    read = [
+        view_reading(
+            fit.target.model,
+            text,
+            chosen.target,
+            positions=reading,
+            span=span if reading in OF_THE_ANSWER else None,
+            direction=fit.direction(chosen.expert, chosen.target),
+        )
+        for text, span in zip(contrast.texts[:2], contrast.answer_spans[:2], strict=True)
+    ]
+    edited = [v for p in prompts[:1] for v in view_edits(plan, fit.target, p, max_new_tokens=24)]
+    return read + edited
+
+
+def calibrated(fit: Any, *, place: bool = False) -> tuple[Any, Any]:
+    """The fitted plan at the coefficient its budget allows, and the dose-response curve of both
+    signs that this was read off.
+
+    Args:
+        fit: the fit.
+        place: first look for the block where the direction is best written.
+    """
+    plan = fit.plan(coefficient=0.1)
+    if place:
+        placement = fit.place(plan, progress=True)
+        plan = placement.plan
+        say(f"  {placement!r}")
+    curve = fit.calibrate(plan, negative=True)
+    return curve.apply(plan), curve
+
+
+def write_results(
+    out: Path, fit: Any, plan: Any, result: Any, curve: Any, contrast: ContrastPairs
+) -> None:
+    """Figures, tables, the plan and the report of a fit that was evaluated; texts and tokens in it
+    are of prompts kept for test."""
+    from expertsteer_lens.files.io import save
+    from expertsteer_lens.show.plots import plot_dose_response, plot_layer_pair_mi, plot_layer_pairs
+    from expertsteer_lens.show.report import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "layer_pair_mi": plot_layer_pair_mi(fit.layer_pair_mi, layer_pairs=fit.layer_pairs),
+        "layer_pairs": plot_layer_pairs(fit.layer_pairs),
+        "dose_response": plot_dose_response(curve),
+    }
+    for name, figure in figures.items():
+        write_figure(out / f"{name}.html", figure)
+    write_evaluation(out, result)
+    write_table(out / "layer_pairs.csv", fit.to_pandas())
+    save(plan, out / "plan")
+    prompts = list(fit.data.test_behaviour.prompts[:3])
+    write_report(
+        out / "report.html",
+        fit,
+        result,
+        curve,
+        steered_texts(plan, fit.target, prompts, plan.vectors[0].coefficient, shares=STRENGTHS),
+        tokens=token_views(fit, plan, contrast, prompts),
+    )
+
+
+def write_evaluation(out: Path, result: Any) -> None:
+    """Figure, table and JSON of an evaluation."""
+    from expertsteer_lens.show.plots import plot_evaluation
+
+    write_figure(out / "comparison.html", plot_evaluation(result))
+    write_table(out / "comparison.csv", result.to_pandas(collapse=False))
+    write_text(out / "evaluation.json", json.dumps(result.to_dict(), indent=1, default=str))
+
+
+def write_table(path: Path, frame: Any) -> None:
+    """A table as CSV."""
+    write_file(path, lambda file: frame.to_csv(file, index=False))
