@@ -134,6 +134,8 @@ def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
             cells.append(
                 "" if row is None else f"{row.effect:+.2f}{_interval(row.low, row.high, 2)}"
             )
+        if not any(cells):  # a run of before there were such rows
+            continue
         shown = "all" if n is None else n
         rows.append([shown, method, *cells])
     return markdown_table(["labelled pairs", "direction", *heads], rows) + "\n"
