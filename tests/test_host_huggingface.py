@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -494,3 +495,46 @@ def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
         ["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True}, {}
     )
     assert (info.past, info.n_new) == (5, 1)
+
+
+def test_the_tokens_in_a_cache_of_another_kind_are_counted_where_that_can_be() -> None:
+    """A decoder with code of its own may keep keys and values in tuples, or in who knows what."""
+    from expertsteer_lens.hosts.pass_arguments import describe_pass
+
+    keys, ids = torch.zeros(1, 2, 5, 4), torch.ones(1, 1, dtype=torch.long)
+    for cache, past in ((((keys, keys),), 5), ((), 0), (object(), 0)):
+        info = describe_pass(["input_ids", "past_key_values"], (ids, cache), {}, {})
+        assert (info.past, info.n_new) == (past, 1)
+
+
+def test_a_cache_that_cannot_be_referred_to_weakly_says_nothing_of_its_sequence() -> None:
+    from expertsteer_lens.hosts.pass_tracking import watch_causal_module
+    from expertsteer_lens.hosts.scope import Scope
+
+    class Slotted:
+        __slots__ = ("n",)
+
+        def get_seq_length(self) -> int:
+            return self.n
+
+    class Decoder(nn.Module):
+        def forward(self, input_ids: Tensor, past_key_values: Any = None) -> Tensor:
+            return input_ids
+
+    seen: list[Any] = []
+    observer: Any = SimpleNamespace(on_forward=seen.append)
+    decoder, cache = Decoder(), Slotted()
+    cache.n = 4
+    with watch_causal_module(decoder, observer, root=decoder, scope=Scope(everywhere=True)):
+        decoder(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+    assert [(info.past, info.n_new, info.sequence) for info in seen] == [(4, 3, None)]
+
+
+def test_a_text_without_any_token_is_refused() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = models.tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    host = as_host(models.hf("llama"), tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"prompts\[1\] has no tokens; give it a text"):
+        host.tokenize(["cat", "~"])
