@@ -503,8 +503,10 @@ def test_the_tokens_in_a_cache_of_another_kind_are_counted_where_that_can_be() -
 
     keys, ids = torch.zeros(1, 2, 5, 4), torch.ones(1, 1, dtype=torch.long)
     for cache, past in ((((keys, keys),), 5), ((), 0), (object(), 0)):
-        info = describe_pass(["input_ids", "past_key_values"], (ids, cache), {}, {})
-        assert (info.past, info.n_new) == (past, 1)
+        for name in ("input_ids", "tokens"):  # of whatever name, the first tensor is the tokens
+            info = describe_pass([name, "past_key_values"], (ids, cache), {}, {})
+            assert (info.past, info.n_new) == (past, 1)
+    assert describe_pass(["input_ids"], (None,), {}, {}) is None
 
 
 def test_a_cache_that_cannot_be_referred_to_weakly_says_nothing_of_its_sequence() -> None:
@@ -538,3 +540,26 @@ def test_a_text_without_any_token_is_refused() -> None:
     host = as_host(models.hf("llama"), tokenizer=tokenizer)
     with pytest.raises(DataError, match=r"prompts\[1\] has no tokens; give it a text"):
         host.tokenize(["cat", "~"])
+
+
+def test_a_model_loaded_in_inference_mode_is_measured_and_steered_as_any() -> None:
+    with torch.inference_mode():
+        model = models.hf("llama", size=SIZE)
+    model.tokenizer = models.tokenizer()
+    assert all(p.is_inference() for p in model.parameters())
+    usual = models.hf("llama", size=SIZE)
+    assert as_host(model).fingerprint == as_host(usual, tokenizer=models.tokenizer()).fingerprint
+    plan, ids = plan_for("llama", "all"), torch.tensor([[1, 4, 7]])
+    with torch.no_grad(), plan.hooks(model), plan.hooks(usual):
+        assert torch.equal(model(ids).logits, usual(ids).logits)
+
+
+def test_a_generation_that_is_given_no_prompt_has_bos_for_one() -> None:
+    model, plan = models.hf("llama", size=SIZE), plan_for("llama", "generated")
+    model.tokenizer = models.tokenizer()
+    begin = torch.tensor([[model.config.bos_token_id]])
+    with plan.hooks(model) as report:
+        want = model.generate(begin, attention_mask=torch.ones_like(begin), **GENERATE)
+        n_edited = dict(report.n_edited)
+        assert torch.equal(model.generate(**GENERATE), want)
+    assert dict(report.n_edited) == {name: 2 * n for name, n in n_edited.items()}
