@@ -215,6 +215,11 @@ def test_plans_that_are_no_constant_are_refused(options, message):
         plan_of(**options).bake(made("llama"))
 
 
+def test_an_additional_block_adds_at_the_output_of_a_block_only():
+    with pytest.raises(HostError, match="an additional block adds at a block's output only"):
+        plan_of("blocks.1.hook_attn_out").bake(made("qwen2"))
+
+
 def test_models_that_cannot_be_copied_whole_are_refused():
     plan = plan_of()
     with pytest.raises(

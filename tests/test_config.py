@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
+import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens._config import check_field_types, config_from_dict
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.errors import ArgumentError, DataError
 
 CONFIGS = [esl.AlignerConfig, esl.MIConfig, esl.PairingConfig, esl.RFMConfig, esl.ExpertSteerConfig]
 
@@ -123,3 +124,35 @@ def test_annotations_say_what_a_field_takes():
     ):
         with pytest.raises(ArgumentError, match=message):
             config_from_dict(Outer, data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        (
+            {"mi": {"n_folds": 6}},
+            {"n_anchors": 5},
+            r"config\.mi cannot work on this fit, and no mo",
+        ),
+        ({"pairing": {"n_pairs": 9}}, {}, r"config\.pairing cannot work .*, but 2 are allowed"),
+        (
+            {"aligner": {"kind": "procrustes"}},
+            {"n_anchors": 1},
+            r"config\.(mi|aligner) cannot work",
+        ),
+    ],
+    ids=["mi", "pairing", "aligner"],
+)
+def test_settings_that_cannot_work_are_refused_before_a_model_is_run(changes, given, message):
+    from expertsteer_lens.pipeline.rehearsal import rehearse
+
+    sizes = {
+        "expert_hook_names": [f"blocks.{i}.hook_resid_post" for i in range(3)],
+        "target_hook_names": [f"blocks.{i}.hook_resid_post" for i in range(4)],
+        "n_anchors": 60,
+        "labels": torch.tensor([1.0, 0.0]).repeat(10),
+        "same_width": False,
+    }
+    rehearse(esl.ExpertSteerConfig(), 0, **sizes)
+    with pytest.raises((ArgumentError, DataError), match=message):
+        rehearse(esl.ExpertSteerConfig().changed(changes), 0, **sizes | given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -494,3 +495,71 @@ def test_a_cache_is_found_by_its_old_name_and_its_new_one(name: str) -> None:
         ["input_ids"], (torch.ones(1, 1, dtype=torch.long),), {name: cache, "use_cache": True}, {}
     )
     assert (info.past, info.n_new) == (5, 1)
+
+
+def test_the_tokens_in_a_cache_of_another_kind_are_counted_where_that_can_be() -> None:
+    """A decoder with code of its own may keep keys and values in tuples, or in who knows what."""
+    from expertsteer_lens.hosts.pass_arguments import describe_pass
+
+    keys, ids = torch.zeros(1, 2, 5, 4), torch.ones(1, 1, dtype=torch.long)
+    for cache, past in ((((keys, keys),), 5), ((), 0), (object(), 0)):
+        for name in ("input_ids", "tokens"):  # of whatever name, the first tensor is the tokens
+            info = describe_pass([name, "past_key_values"], (ids, cache), {}, {})
+            assert (info.past, info.n_new) == (past, 1)
+    assert describe_pass(["input_ids"], (None,), {}, {}) is None
+
+
+def test_a_cache_that_cannot_be_referred_to_weakly_says_nothing_of_its_sequence() -> None:
+    from expertsteer_lens.hosts.pass_tracking import watch_causal_module
+    from expertsteer_lens.hosts.scope import Scope
+
+    class Slotted:
+        __slots__ = ("n",)
+
+        def get_seq_length(self) -> int:
+            return self.n
+
+    class Decoder(nn.Module):
+        def forward(self, input_ids: Tensor, past_key_values: Any = None) -> Tensor:
+            return input_ids
+
+    seen: list[Any] = []
+    observer: Any = SimpleNamespace(on_forward=seen.append)
+    decoder, cache = Decoder(), Slotted()
+    cache.n = 4
+    with watch_causal_module(decoder, observer, root=decoder, scope=Scope(everywhere=True)):
+        decoder(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+    assert [(info.past, info.n_new, info.sequence) for info in seen] == [(4, 3, None)]
+
+
+def test_a_text_without_any_token_is_refused() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = models.tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    host = as_host(models.hf("llama"), tokenizer=tokenizer)
+    with pytest.raises(DataError, match=r"prompts\[1\] has no tokens; give it a text"):
+        host.tokenize(["cat", "~"])
+
+
+def test_a_model_loaded_in_inference_mode_is_measured_and_steered_as_any() -> None:
+    with torch.inference_mode():
+        model = models.hf("llama", size=SIZE)
+    model.tokenizer = models.tokenizer()
+    assert all(p.is_inference() for p in model.parameters())
+    usual = models.hf("llama", size=SIZE)
+    assert as_host(model).fingerprint == as_host(usual, tokenizer=models.tokenizer()).fingerprint
+    plan, ids = plan_for("llama", "all"), torch.tensor([[1, 4, 7]])
+    with torch.no_grad(), plan.hooks(model), plan.hooks(usual):
+        assert torch.equal(model(ids).logits, usual(ids).logits)
+
+
+def test_a_generation_that_is_given_no_prompt_has_bos_for_one() -> None:
+    model, plan = models.hf("llama", size=SIZE), plan_for("llama", "generated")
+    model.tokenizer = models.tokenizer()
+    begin = torch.tensor([[model.config.bos_token_id]])
+    with plan.hooks(model) as report:
+        want = model.generate(begin, attention_mask=torch.ones_like(begin), **GENERATE)
+        n_edited = dict(report.n_edited)
+        assert torch.equal(model.generate(**GENERATE), want)
+    assert dict(report.n_edited) == {name: 2 * n for name, n in n_edited.items()}

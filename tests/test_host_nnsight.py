@@ -111,6 +111,10 @@ def test_what_is_no_whole_language_model_is_refused(model: Any) -> None:
         as_host(model.model)
     with pytest.raises(HostError, match="wraps a Linear, which is no Hugging Face language model"):
         as_host(nnsight.NNsight(nn.Linear(2, 2)))
+    other = fresh()
+    other._edits = ()  # as in a version that keeps them elsewhere
+    with pytest.raises(HostError, match="of this nnsight is not supported; wrap the model with"):
+        as_host(other)
     plan = SteeringPlan.from_vectors(
         {"blocks.1.hook_resid_pots": torch.ones(32)}, relative_to="unit"
     )

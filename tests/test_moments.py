@@ -176,6 +176,8 @@ def test_bad_rows_are_refused_with_the_reason() -> None:
         moments.result()
     with pytest.raises(WidthError, match="merge needs equal variables and blocks"):
         moments.merge(running(3, 4))
+    with pytest.raises(WidthError, match="the state is not of moments of the variables"):
+        running(3, 2).restore(running(3, 4).state())
     with pytest.raises(ArgumentError, match="width of 'a'"):
         RunningMoments({"a": 0}, [])
     with pytest.raises(ArgumentError, match=r"blocks name 'c', .* \['a'\]"):

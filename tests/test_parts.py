@@ -34,6 +34,10 @@ def divide(pairs: ContrastPairs = PAIRS, **given: Any) -> FitTexts:
 
 
 class TestDividingTheTextsOfAFit:
+    def test_prompts_to_test_on_need_prompts_to_choose_by(self):
+        with pytest.raises(ArgumentError, match="without behaviour, the prompts to choose layers"):
+            divide(test_behaviour=prompts(["a", "b"]))
+
     def test_prompts_that_choose_layers_cannot_test_too(self):
         chosen, tested = prompts(["a", "b", "c"]), prompts(["d", "c"])
         with pytest.raises(DataError, match=r"test_behaviour shares texts with behaviour \(1 of"):

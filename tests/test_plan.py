@@ -544,6 +544,18 @@ def test_an_attached_model_is_freed_with_its_steering(kind: str) -> None:
     assert gone() is None
 
 
+def test_a_handle_that_was_used_and_dropped_is_nothing_to_detach() -> None:
+    model, count = steerable("huggingface")
+    before, plan = count(), plan_of()
+    plan.attach(model).remove()
+    gc.collect()
+    detach(model)
+    plan.attach(model)
+    assert count() > before
+    detach(model)
+    assert count() == before
+
+
 def test_two_models_are_detached_one_at_a_time() -> None:
     (one, _), (other, _) = steerable("huggingface"), steerable("huggingface")
     plain, plan = output(one), plan_of()

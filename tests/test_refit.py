@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError
 
 CHANGES = {
     "aligner": esl.AlignerConfig(kind="ridge", ridge=1.0),
@@ -85,6 +85,16 @@ def test_the_batch_size_of_a_refit_may_change_where_gradients_are_still_to_be_ta
     assert again.gradients.keys() == fit.gradients.keys()
     with pytest.raises(ArgumentError, match="batch_size=2 acts only where models are read"):
         bare.refit(batch_size=2)
+    with pytest.raises(ArgumentError, match="this fit took no gradients; use PairingConfig"):
+        bare.predicted_effect("blocks.1.hook_resid_post", torch.ones(96))
+
+
+def test_what_needs_gradients_or_prompts_says_so_where_there_are_none(fit):
+    with pytest.raises(HookNameError, match=r"'blocks\.9\.hook_resid_post'"):
+        fit.predicted_effect("blocks.9.hook_resid_post", torch.ones(96))
+    bare = replace(fit, data=replace(fit.data, validation_behaviour=None))
+    with pytest.raises(DataError, match="no validation prompts, on which a strength could be"):
+        bare.context_strength(fit.plan(coefficient=0.1))
 
 
 def test_unknown_fields_and_seeds_of_a_refit_are_refused(fit):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
+from expertsteer_lens.errors import HostError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.hosts.resume import keep_stream, logits_only_at, skip_blocks
 from expertsteer_lens.measure.metrics import behaviour_metric, choice_accuracy
@@ -141,6 +142,17 @@ def test_a_deep_copy_made_while_blocks_are_skipped_runs_all_of_its_own():
     with host.resume(host.keep_stream(batch, 2)):
         copied = as_host(copy.deepcopy(host.model), tokenizer=models.tokenizer())
         assert torch.equal(copied.forward(other), want)
+
+
+def test_a_host_that_cannot_run_from_a_layer_keeps_nothing_and_says_so():
+    host = as_host(models.bridge("llama"))
+    batch = host.tokenize(TEXTS)
+    assert host.keep_stream(batch, 2) is None
+    kept = host_of("llama").keep_stream(batch, 2)
+    with pytest.raises(
+        HostError, match="transformer_lens cannot run a pass from a layer; run full"
+    ):
+        host.resume(kept)
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)

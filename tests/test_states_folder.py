@@ -344,6 +344,9 @@ class TestDamage:
         file.write_text(text.replace('"format_version": 1', '"format_version": 2'))
         with pytest.raises(ArtifactError, match="format_version 2, this package reads 1"):
             esl.load(folder)
+        file.write_text(text.replace('"expertsteer_lens states"', '"states"'))
+        with pytest.raises(ArtifactError, match=r"index\.json is no index of states"):
+            esl.ActivationStore.open(folder)
         file.write_text("{")
         with pytest.raises(ArtifactError, match="is damaged"):
             esl.ActivationStore.open(folder)

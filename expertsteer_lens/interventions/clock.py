@@ -153,11 +153,6 @@ class PositionClock:
         # Whether a generate call has said that the next pass is of its own sequence.
         self._is_prepared = False
 
-    @property
-    def is_generating(self) -> bool:
-        """Whether a generate call is open."""
-        return bool(self._calls)
-
     def generation(self, entering: bool, prompt: Tensor | None = None) -> None:
         """Note that a `generate` call begins or ends; calls may nest (a host's own generate may
         call another's, an assistant's stands inside).

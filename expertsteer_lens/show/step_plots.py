@@ -12,8 +12,6 @@ from .drawing import BLUE, GREY, ORANGE, RED, heat_map, import_plotly, layer_lab
 from .tokens import visible
 
 if TYPE_CHECKING:
-    import pandas
-
     from expertsteer_lens.evaluation.result import Evaluation
     from expertsteer_lens.learn.rfm import RFM
     from expertsteer_lens.measure.placement import Placement
@@ -111,11 +109,6 @@ def plot_rfm(fit: ExpertSteering, *, n_eigenvalues: int = 10) -> Any:
     figure.update_layout(showlegend=False)
     figure.update_yaxes(range=[0, 1.05])
     return figure
-
-
-def aligner_table(fit: ExpertSteering) -> pandas.DataFrame:
-    """Held-out R² of every fitted map, one row a pair."""
-    return fit.to_pandas()[["expert", "target", "aligner_r2", "chosen"]]
 
 
 def plot_aligner_quality(fit: ExpertSteering) -> Any:
