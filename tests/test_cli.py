@@ -286,6 +286,32 @@ class TestOneModelAtATime:
         assert "native RFM" in {r["method"] for r in again["rows"]}
         assert again["verdict"] == first["verdict"]
 
+    def test_tokens_read_before(self, states, files, tmp_path):
+        texts = ["--pairs", files / "pairs.jsonl", "--anchors", files / "anchors.txt"]
+        host = ["--host", "huggingface"]
+        tokens = tmp_path / "tokens"
+        result = run("capture", "--model", EXPERT, *texts, *host, "--tokens", "--out", tokens)
+        assert result.exit_code == 0, result.output
+        fit = ["fit", "--expert", states, "--target", TARGET, *texts, *host, "--save-fit"]
+        fit += ["--config", files / "config.json", "--expert-tokens", tokens]
+        result = run(*fit, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        found = esl.load(tmp_path / "out" / "fit")
+        assert found.data.maps_on == "tokens"
+        assert set(found.data.token_moments.d_expert) == set(esl.load(tokens))
+
+    def test_a_block_to_write_to_needs_prompts(self, capsys, states, files):
+        arguments = [
+            "fit",
+            "--expert",
+            states,
+            "--target",
+            TARGET,
+            "--pairs",
+            files / "pairs.jsonl",
+        ]
+        assert "--behaviour" in refused(capsys, *arguments, "--place")
+
     def test_several_experts(self, states, files, tmp_path):
         """One of them as states; the plan says which layer of which expert it comes from, and its
         card how it is made again."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.errors import ArgumentError, HookNameError
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError
 from expertsteer_lens.pipeline.experts import Experts
 
 SMALL = esl.ExpertSteerConfig(
@@ -140,6 +140,66 @@ def test_states_read_before_are_those_that_a_fit_reads(models, anchors):
         here, there = getattr(one.data, what), getattr(other.data, what)
         for name in there:
             assert torch.allclose(here[name], there[name], atol=1e-4), (what, name)
+
+
+@pytest.mark.parametrize("where", ["memory", "folder", "shards"])
+@pytest.mark.parametrize("anchors", ["given", "some of the pairs' texts"])
+def test_tokens_read_before_give_the_maps_of_a_fit_with_the_model(models, where, anchors, tmp_path):
+    expert, target = models
+    pairs = TEXTS["pairs"]
+    given = esl.zoo.anchors(40)
+    if anchors != "given":
+        given = [*given[:30], *pairs.texts[:8]]
+    steer = esl.ExpertSteer(SMALL)
+    store = None if where == "memory" else tmp_path / "tokens"
+    how = {"anchors": given, "tokens": True, "store": store, "progress": False}
+    states = steer.capture(expert, pairs, anchors=given, progress=False)
+    if where == "shards":
+        for i in range(2):
+            steer.capture(expert, pairs, **how, shard=(i, 2))
+        tokens = esl.ActivationStore.merge(store)
+    else:
+        tokens = steer.capture(expert, pairs, **how)
+    assert len(tokens) == SMALL.pairing.n_layers
+    options = {"anchors": given, "behaviour": esl.zoo.behaviour(16), "progress": False}
+    want = steer.fit(expert, target, pairs, **options)
+    found = steer.fit(states, target, pairs, **options, expert_tokens=tokens)
+    assert found.data.maps_on == want.data.maps_on == "tokens"
+    assert found.data.token_moments.n == want.data.token_moments.n
+    assert found.data.token_moments.pairs == want.data.token_moments.pairs
+    for key, rfm in want.rfms.items():
+        cosine = torch.nn.functional.cosine_similarity(
+            rfm.direction, found.rfms[key].direction, dim=0
+        )
+        assert cosine > 1 - 1e-4
+    esl.save(found, tmp_path / "fit")
+    assert esl.load(tmp_path / "fit", target=target).data.maps_on == "tokens"
+
+
+def test_tokens_that_do_not_serve_are_refused(models):
+    expert, target = models
+    steer = esl.ExpertSteer(SMALL)
+    states = steer.capture(expert, **TEXTS, progress=False)
+    tokens = steer.capture(expert, **TEXTS, tokens=True, progress=False)
+    with pytest.raises(ArgumentError, match="expert that is given as states"):
+        fitted(expert, target, expert_tokens=tokens)
+    with pytest.raises(ArgumentError, match="expert that is given as states"):
+        fitted([states, target], target, expert_tokens=tokens)
+    with pytest.raises(DataError, match="do not say where their tokens end"):
+        fitted(states, target, expert_tokens=states)
+    less = steer.capture(
+        expert, TEXTS["pairs"], anchors=TEXTS["anchors"][1:], tokens=True, progress=False
+    )
+    with pytest.raises(DataError, match="other texts"):
+        fitted(states, target, expert_tokens=less)
+    own = steer.capture(target, **TEXTS, tokens=True, progress=False)
+    with pytest.raises(DataError, match="another model"):
+        fitted(states, target, expert_tokens=own)
+    few = states.select(hook_names=["blocks.0.hook_resid_post"])
+    with pytest.raises(DataError, match="at which expert has no states"):
+        fitted(few, target, expert_tokens=tokens)
+    with pytest.raises(ArgumentError, match="goes with positions='all'"):
+        esl.capture(expert, ["A text."], positions="mean", ends=True)
 
 
 def states_names(fit) -> list[str]:

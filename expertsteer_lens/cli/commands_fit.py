@@ -180,6 +180,14 @@ def fit(
             rich_help_panel=SETTINGS,
         ),
     ] = None,
+    expert_tokens: Annotated[
+        Path | None,
+        typer.Option(
+            help="what `capture --tokens` left, with an --expert that is states: maps are then "
+            "fitted on tokens",
+            rich_help_panel=SETTINGS,
+        ),
+    ] = None,
     place: Annotated[
         bool,
         typer.Option(
@@ -211,6 +219,7 @@ def fit(
             behaviour,
             preset,
             config,
+            expert_tokens,
             place,
             n_random,
             save_fit,
@@ -238,6 +247,7 @@ def _fitted(
     behaviour: Path | None,
     preset: str,
     config: Path | None,
+    expert_tokens: Path | None,
     place: bool,
     n_random: int,
     save_fit: bool,
@@ -245,6 +255,7 @@ def _fitted(
     seed: int,
 ) -> tuple[Any, Any]:
     """The fit and its evaluation (None without a behaviour), written to `out`."""
+    from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.errors import ArgumentError
     from expertsteer_lens.evaluation.run import evaluate
     from expertsteer_lens.files.io import save
@@ -273,6 +284,7 @@ def _fitted(
             progress=True,
             on_step=print_step,
             finished=states,
+            expert_tokens=None if expert_tokens is None else ActivationStore.open(expert_tokens),
         )
     if save_fit:
         save(found, out / "fit")  # first: whatever happens next, nothing has to be read again

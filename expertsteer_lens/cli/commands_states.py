@@ -32,6 +32,14 @@ def capture(
             "or MPI say; then `merge OUT`"
         ),
     ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="instead of one state a text every token at a few layers, for `fit "
+            "--expert-tokens`; 4 bytes times tokens times layers times width",
+        ),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Read the expert into a folder, for a fit without it.
@@ -50,7 +58,13 @@ def capture(
     loaded = models.load(model)
     with goes_on_from(folder):
         states = ExpertSteer(config, seed=seed).capture(
-            loaded, contrast, anchors=anchors, progress=True, store=out, shard=its_share
+            loaded,
+            contrast,
+            anchors=anchors,
+            progress=True,
+            store=out,
+            shard=its_share,
+            tokens=tokens,
         )
     say(repr(states))
     say(str(folder.resolve()))

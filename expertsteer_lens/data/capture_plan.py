@@ -12,6 +12,9 @@ from torch import Tensor
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.errors import ArgumentError
 
+TOKEN_ENDS = "token_ends"
+"""Where the provenance of states has the character at which each token of each text ends."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CapturePlan:
@@ -57,6 +60,8 @@ class CapturePlan:
         facts = dict(self.provenance)
         if isinstance(facts.get("rows_per_prompt"), list):
             facts["rows_per_prompt"] = [counts[p] for p in prompts]
+        if TOKEN_ENDS in facts:
+            facts[TOKEN_ENDS] = [facts[TOKEN_ENDS][p] for p in prompts]
         labels = self.labels
         if labels is not None:
             labels = torch.cat([labels[starts[p] : starts[p] + counts[p]] for p in prompts])

@@ -28,7 +28,7 @@ from .batching import TOKENS_PER_PASS
 from .capture_facts import capture_plan
 from .parts import TokenBatch
 from .row_picker import TokenRows
-from .token_ends import gives_offsets, token_ends, tokens_in
+from .token_ends import TOKEN_ENDS, gives_offsets, token_ends, tokens_in
 
 if TYPE_CHECKING:
     from .base import Host
@@ -49,6 +49,7 @@ def capture(
     progress: bool | None = False,
     store: str | Path | None = None,
     shard: tuple[int, int] | Literal["auto"] | None = None,
+    ends: bool = False,
 ) -> ActivationStore:
     """Run the prompts through the model and keep what passes the hook points, in the order of the
     prompts.
@@ -89,6 +90,9 @@ def capture(
             nothing is said). Each takes every n-th pass, writes beside `store` into
             `STORE.shard-0-of-2`, and returns those rows; `ActivationStore.merge(store)` then makes
             the whole.
+        ends: with `positions="all"`: also note, in `provenance["token_ends"]`, the character of its
+            text at which each token ends (-1: none), so that these tokens can be paired with
+            another model's later.
 
     Raises:
         ArgumentError: `shard` without `store`, or more processes than passes.
@@ -117,6 +121,7 @@ def capture(
         tokens_per_pass=tokens_per_pass,
         prepend_bos=prepend_bos,
         max_length=max_length,
+        ends=ends,
     )
     if store is None:
         held = StatesInMemory(request.plan)
@@ -158,6 +163,7 @@ class Request:
         tokens_per_pass: int = TOKENS_PER_PASS,
         prepend_bos: bool | None = None,
         max_length: int | None = None,
+        ends: bool = False,
     ) -> Request:
         """Arguments and errors are those of `capture`."""
         host.check_ready()
@@ -189,6 +195,8 @@ class Request:
             batch_size=batch_size,
             tokens_per_pass=tokens_per_pass,
         )
+        if ends:
+            plan.provenance[TOKEN_ENDS] = _ends_of(host, texts, tokens, positions, chosen)
         pick = "mean" if positions == "answer" else positions
         return cls(host=host, texts=texts, tokens=tokens, chosen=chosen, pick=pick, plan=plan)
 
@@ -273,6 +281,31 @@ def read_tokens(
     count = real.sum(1, keepdim=True)
     wanted = -1 if positions == "last" else int(positions)
     return real & (rank == (wanted if wanted >= 0 else count + wanted))
+
+
+def _ends_of(
+    host: Host,
+    texts: Sequence[Text],
+    tokens: TokenBatch,
+    positions: str | int,
+    chosen: Tensor | None,
+) -> list[list[int]]:
+    """The character at which each token that is read ends, text by text.
+
+    Raises:
+        ArgumentError: the rows are no tokens.
+        HostError: the tokenizer does not say.
+    """
+    if positions != "all":
+        raise ArgumentError(f"ends=True goes with positions='all', got {positions!r}.")
+    if not gives_offsets(host.tokenizer):
+        raise HostError(
+            f"the tokenizer of {host.name!r} does not say which characters its tokens cover; use a "
+            "fast tokenizer, or leave ends (tokens) out."
+        )
+    found = token_ends(host, texts, tokens)
+    looked_at = tokens.attention_mask.bool() if chosen is None else chosen
+    return [row[mask].tolist() for row, mask in zip(found, looked_at.cpu(), strict=True)]
 
 
 def _answers(host: Host, texts: Sequence[Text], positions: str | int) -> list[Span] | None:

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.data.capture_plan import StatesInMemory
+from expertsteer_lens.data.capture_plan import StatesInMemory, starts_of
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.states import CheckedStates
+from expertsteer_lens.errors import DataError
 
 from .batching import length_batches
 from .reading import Request
 from .row_picker import TokenRows
-from .token_ends import common_ends, token_ends
+from .token_ends import NO_END, TOKEN_ENDS, common_ends, token_ends
 
 if TYPE_CHECKING:
     from .base import Host
@@ -96,6 +98,51 @@ class TokenSample:
         ]
 
 
+class StoredTokens:
+    """The tokens of a model that is not there, read before with `capture(..., positions="all",
+    ends=True)`.
+
+    Args:
+        states: one row a token.
+        texts: what was read, in that order.
+
+    Raises:
+        DataError: the states do not say where their tokens end.
+    """
+
+    def __init__(self, states: ActivationStore, texts: Sequence[Text]) -> None:
+        ends = states.provenance.get(TOKEN_ENDS)
+        if not isinstance(ends, list) or sum(map(len, ends)) != states.n:
+            raise DataError(
+                "expert_tokens holds states that do not say where their tokens end; make them with "
+                "ExpertSteer(...).capture(expert, pairs, anchors=anchors, tokens=True)."
+            )
+        self.states = states
+        self._ends = [torch.tensor(of_text, dtype=torch.long) for of_text in ends]
+        self._starts = starts_of([len(of_text) for of_text in ends])
+        # Reversed: of a text that comes twice the first stands for both.
+        self._place = {text: i for i, text in reversed(list(enumerate(texts)))}
+        self._rows: dict[str, Tensor] = {}
+
+    def ends(self, texts: Sequence[Text]) -> Tensor:
+        """As `token_ends`."""
+        rows = [self._ends[self._place[text]] for text in texts]
+        return pad_sequence(rows, batch_first=True, padding_value=NO_END)
+
+    def rows(self, texts: Sequence[Text], mask: Tensor, hook_names: Sequence[str]) -> Rows:
+        """The states of the tokens of a mask `[batch, pos]`, text after text."""
+        index = torch.cat(
+            [
+                self._starts[self._place[text]] + tokens.nonzero()[:, 0]
+                for text, tokens in zip(texts, mask, strict=True)
+            ]
+        )
+        for name in hook_names:
+            if name not in self._rows:
+                self._rows[name] = self.states[name]
+        return {name: self._rows[name][index] for name in hook_names}
+
+
 def capture_side_by_side(
     hosts: Sequence[Host],
     texts: Sequence[Text],
@@ -106,6 +153,7 @@ def capture_side_by_side(
     positions: str | int,
     spans: Sequence[Span] | None = None,
     sample: TokenSample | None = None,
+    stored: StoredTokens | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
 ) -> list[ActivationStore]:
@@ -115,11 +163,13 @@ def capture_side_by_side(
         hosts: models, whose tokenizers give offsets.
         texts: read by all.
         hook_names: of each, where a state of each text is kept.
-        token_hook_names: of each, where tokens are read.
+        token_hook_names: of each, where tokens are read; of the stored ones first.
         on_tokens: called with each batch's pairs of tokens; not where there are none.
         positions: as in `capture`.
         spans: as in `capture`.
-        sample: filled with some of the pairs of tokens, at hook points of its own.
+        sample: filled with some of the pairs of tokens, at hook points of its own; not where some
+            are stored.
+        stored: tokens of a further model.
         batch_size: as in `capture`.
         progress: show a progress bar; None: where standard error is a terminal.
 
@@ -136,19 +186,21 @@ def capture_side_by_side(
     held = [StatesInMemory(request.plan) for request in requests]
     cost = f"{len(texts)} texts, by {len(hosts)} models"
     bar = progress_bar(range(len(batches)), "anchors", progress=progress, unit="batch", cost=cost)
+    first = 0 if stored is None else 1
     for number in bar:
         index = batches[number]
-        masks = _common_tokens(
-            hosts, [texts[i] for i in index], [request.batch(number) for request in requests]
-        )
-        every = _rows_at(token_hook_names, masks)
+        part = [texts[i] for i in index]
+        masks = _common_tokens(hosts, part, [request.batch(number) for request in requests], stored)
+        every = _rows_at(token_hook_names[first:], masks[first:])
         some: list[TokenRows] = []
         if sample is not None:
             some = _rows_at(sample.hook_names, [sample.among(mask) for mask in masks])
         for i, (request, into) in enumerate(zip(requests, held, strict=True)):
             request.read(number, into, [*every[i : i + 1], *some[i : i + 1]])
         if every:
-            on_tokens(index, [of_one.rows for of_one in every], masks[0].sum(1).cpu())
+            before = [] if stored is None else [stored.rows(part, masks[0], token_hook_names[0])]
+            rows = [*before, *(of_one.rows for of_one in every)]
+            on_tokens(index, rows, masks[0].sum(1).cpu())
         if some and sample is not None:
             sample.take(index, some[0].mask.sum(1).cpu(), [of_one.rows for of_one in some])
     return [request.result(states) for request, states in zip(requests, held, strict=True)]
@@ -160,6 +212,7 @@ def read_common_tokens(
     token_hook_names: HookNames,
     on_tokens: OnTokens,
     *,
+    stored: StoredTokens | None = None,
     batch_size: int | None = None,
     progress: bool | None = False,
 ) -> None:
@@ -172,13 +225,13 @@ def read_common_tokens(
     for index in progress_bar(batches, "token pairs", progress=progress, unit="batch", cost=cost):
         part = [texts[i] for i in index]
         here = [t.part(index) for t in tokens]
-        masks = _common_tokens(hosts, part, here)
+        masks = _common_tokens(hosts, part, here, stored)
         if not bool(masks[0].any()):
             continue
-        rows = [
-            host.read(batch, names, "all", mask)
-            for host, batch, names, mask in zip(hosts, here, token_hook_names, masks, strict=True)
-        ]
+        first = 0 if stored is None else 1
+        live = zip(hosts, here, token_hook_names[first:], masks[first:], strict=True)
+        rows = [] if stored is None else [stored.rows(part, masks[0], token_hook_names[0])]
+        rows += [host.read(batch, names, "all", mask) for host, batch, names, mask in live]
         on_tokens(index, rows, masks[0].sum(1).cpu())
 
 
@@ -190,14 +243,21 @@ def _rows_at(hook_names: HookNames, masks: Sequence[Tensor]) -> list[TokenRows]:
 
 
 def _common_tokens(
-    hosts: Sequence[Host], texts: Sequence[Text], batches: Sequence[TokenBatch]
+    hosts: Sequence[Host],
+    texts: Sequence[Text],
+    batches: Sequence[TokenBatch],
+    stored: StoredTokens | None,
 ) -> list[Tensor]:
-    """Of each model the mask `[batch, pos]` of the tokens that end where one of every other's does.
+    """Of each model, of the stored one first, the mask `[batch, pos]` of the tokens that end where
+    one of every other's does.
 
     Ends grow along a row, so the chosen tokens of all models come in the same order."""
-    ends = [token_ends(h, texts, b) for h, b in zip(hosts, batches, strict=True)]
+    ends = [] if stored is None else [stored.ends(texts)]
+    ends += [token_ends(h, texts, b) for h, b in zip(hosts, batches, strict=True)]
     masks = [
         torch.stack([common_ends(mine, other) for j, other in enumerate(ends) if j != i]).all(0)
         for i, mine in enumerate(ends)
     ]
-    return [m.to(b.input_ids.device) for m, b in zip(masks, batches, strict=True)]
+    first = len(masks) - len(batches)
+    live = [m.to(b.input_ids.device) for m, b in zip(masks[first:], batches, strict=True)]
+    return [*masks[:first], *live]

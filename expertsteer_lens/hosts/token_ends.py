@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from expertsteer_lens.data.capture_plan import TOKEN_ENDS as TOKEN_ENDS
 from expertsteer_lens.data.chat import Chat, Text
 from expertsteer_lens.data.spans import Span
 

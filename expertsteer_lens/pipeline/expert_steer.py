@@ -27,7 +27,7 @@ from .read_models import Models, PairStates
 from .readings import FinishedReadings, Readings
 from .rehearsal import check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
-from .token_pairs import TokenPairs, candidate_pairs, why_not_tokens
+from .token_pairs import TokenPairs, candidate_pairs, in_the_middle, why_not_tokens
 
 FEWEST_TOKEN_PAIRS = 50
 """With fewer, one state a text says as much."""
@@ -93,6 +93,7 @@ class ExpertSteer:
         progress: bool | None = None,
         on_step: Callable[[dict[str, Any]], None] | None = None,
         finished: FitData | FinishedReadings | None = None,
+        expert_tokens: ActivationStore | None = None,
     ) -> ExpertSteering:
         """Run the four steps.
 
@@ -127,6 +128,8 @@ class ExpertSteer:
             on_step: called with each finished step's figures.
             finished: states read by a fit with these very arguments that was stopped, from
                 `Interrupted.finished`; they are not read again.
+            expert_tokens: with an expert that is given as states: its tokens, from
+                `capture(..., tokens=True)`, so that the maps are fitted on token pairs.
 
         Raises:
             Interrupted: the user stopped it after some states were read; `.finished` has them.
@@ -145,6 +148,8 @@ class ExpertSteer:
         log = StepLog(on_step)
         target_host = as_host(target)
         experts = Experts.of(expert)
+        if expert_tokens is not None:
+            experts = experts.with_tokens(expert_tokens, [*pairs.texts, *(texts.anchors or ())])
         target_host.check_ready()
         expert_hooks = experts.check(list(expert_hook_names or experts.hook_names()))
         target_hooks = target_host.check_hook_names(
@@ -263,11 +268,13 @@ class ExpertSteer:
         progress: bool | None = None,
         store: str | Path | None = None,
         shard: tuple[int, int] | Literal["auto"] | None = None,
+        tokens: bool = False,
     ) -> ActivationStore:
         """The expert's states that `fit` takes in place of the expert, read as `config.reading`
         says; so that the two models need never be in memory together.
 
-        They hold one state a text, so the maps of such a fit are fitted on one state a text.
+        They hold one state a text. With these alone the maps of a fit are fitted on one state a
+        text, too few for wide models; read the tokens too, with `tokens=True`, and give both.
 
         Args:
             expert: the model that knows.
@@ -277,11 +284,29 @@ class ExpertSteer:
             progress: show progress bars; default: where standard error is a terminal.
             store: a folder that the states are written to as they are read, see `capture`.
             shard: which share of several processes to read, see `capture`.
+            tokens: instead of one state a text every token, for `fit(..., expert_tokens=)`: at the
+                layers that a fit considers (`config.pairing.n_layers` over the middle half of the
+                depth, unless `hook_names` says others); 4 bytes times tokens times layers times
+                width.
         """
-        reading = reading_of(self.config, as_host(expert))
+        host, texts = as_host(expert), [*pairs.texts, *(anchors or ())]
+        if tokens:
+            names = in_the_middle(host.hook_names(), self.config.pairing.n_layers)
+            return capture(
+                expert,
+                texts,
+                names if hook_names is None else hook_names,
+                positions="all",
+                ends=True,
+                batch_size=self.config.batch_size,
+                progress=progress,
+                store=store,
+                shard=shard,
+            )
+        reading = reading_of(self.config, host)
         return capture(
             expert,
-            [*pairs.texts, *(anchors or ())],
+            texts,
             hook_names,
             positions=reading,
             spans=spans_to_read(pairs, anchors) if reading in OF_THE_ANSWER else None,

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from torch import Tensor
 
 from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
+from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.states import CheckedStates
-from expertsteer_lens.errors import ArgumentError, HookNameError
-from expertsteer_lens.hosts import as_host
+from expertsteer_lens.data.texts import are_states_of
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError
+from expertsteer_lens.hosts import as_host, fingerprints_match
 from expertsteer_lens.hosts.facts import TOGETHER
+from expertsteer_lens.hosts.side_by_side import StoredTokens
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
@@ -30,6 +33,7 @@ class Experts:
 
     Args:
         sources: by name; the name of a single one is empty.
+        tokens: every token of a single one that is given as states.
 
     Example:
         >>> from expertsteer_lens import zoo
@@ -38,8 +42,10 @@ class Experts:
         'stories260k/blocks.0.hook_resid_post'
     """
 
-    def __init__(self, sources: Mapping[str, Host | ActivationStore]) -> None:
-        self.sources = dict(sources)
+    def __init__(
+        self, sources: Mapping[str, Host | ActivationStore], tokens: StoredTokens | None = None
+    ) -> None:
+        self.sources, self.tokens = dict(sources), tokens
 
     @classmethod
     def of(cls, given: Any) -> Experts:
@@ -77,6 +83,44 @@ class Experts:
     def are_models(self) -> bool:
         """Whether none is given as states."""
         return len(self.hosts) == len(self.sources)
+
+    def with_tokens(self, tokens: ActivationStore, texts: Sequence[Text]) -> Experts:
+        """The same with the states of every token of these texts.
+
+        Raises:
+            ArgumentError: the expert is a model, or there are several.
+            DataError: the tokens are of other texts or of another model, or do not say where they
+                end.
+        """
+        if self.hosts or len(self.sources) > 1:
+            raise ArgumentError(
+                "expert_tokens goes with one expert that is given as states; a model is read."
+            )
+        if not are_states_of(tokens.provenance, texts):
+            raise DataError(
+                "expert_tokens holds states of other texts than those of pairs and anchors, in "
+                "this order; make them with ExpertSteer(...).capture(expert, pairs, "
+                "anchors=anchors, tokens=True)."
+            )
+        found = str(tokens.provenance.get("fingerprint"))
+        if not fingerprints_match(found, self.fingerprint):
+            raise DataError(
+                f"expert_tokens holds states of another model (fingerprint {found}) than expert "
+                f"({self.fingerprint})."
+            )
+        known = self.hook_names()
+        unknown = [name for name in tokens if name not in known]
+        if unknown:
+            raise DataError(
+                f"expert_tokens holds {unknown[0]!r}, at which expert has no states; read both at "
+                "the same hook points."
+            )
+        return Experts(self.sources, StoredTokens(tokens, texts))
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether tokens of all of them can be paired with the target's."""
+        return self.are_models or self.tokens is not None
 
     @property
     def fingerprint(self) -> str:

@@ -97,6 +97,8 @@ class Models:
         if tokens is not None:
             sample = self._sample(texts)
             anchors = self._with_tokens(texts, tokens, sample)
+            if self.experts.tokens is not None:
+                anchors = [*self._stored_anchors(texts), *anchors]
             compared = self._compared(sample, texts, anchors)
         else:
             anchors = [
@@ -135,7 +137,7 @@ class Models:
     def read_tokens_again(self, known: FitData, texts: FitTexts, tokens: TokenPairs) -> FitData:
         """The pairs of tokens of a fit that was stopped: as they were kept, or read anew where
         they were too large for its file; and its data with the sample of them."""
-        if not self.experts.are_models:
+        if not self.experts.gives_tokens:
             return known
         if known.token_moments is not None:
             known.check_tokens_serve(self.config)
@@ -176,12 +178,13 @@ class Models:
         states = capture_side_by_side(
             [*self.experts.hosts, self.target],
             texts.fit_texts,
-            self._hook_names,
+            self._hook_names[-1 - len(self.experts.hosts) :],
             tokens.hook_names,
             tokens.taking(groups_of(texts.fit_texts)),
             positions=self.reading,
             spans=self._spans_to_read(texts),
             sample=sample,
+            stored=self.experts.tokens,
             batch_size=self.config.batch_size,
             progress=self.progress,
         )
@@ -190,7 +193,7 @@ class Models:
         return states
 
     def _sample(self, texts: FitTexts) -> TokenSample | None:
-        if self.config.mi_on != "tokens":
+        if self.config.mi_on != "tokens" or not self.experts.are_models:
             return None
         return TokenSample(COMPARED, len(texts.fit_texts), self._hook_names)
 
@@ -228,6 +231,13 @@ class Models:
         """Its name, itself, and where it is read."""
         names = self.experts.split(self.expert_hook_names)
         return [(label, source, names[label]) for label, source in self.experts.sources.items()]
+
+    def _stored_anchors(self, texts: FitTexts) -> list[ActivationStore]:
+        return [
+            _rows_of_states(source, names, texts, self.reading)[0]
+            for _, source, names in self._each_expert()
+            if isinstance(source, ActivationStore)
+        ]
 
     def _spans_to_read(self, texts: FitTexts) -> list[Span] | None:
         return texts.fit_spans if self.reading in OF_THE_ANSWER else None

@@ -24,6 +24,7 @@ from .fitted import ExpertSteering
 if TYPE_CHECKING:
     import pandas
 
+    from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.hosts import Host
 
 
@@ -97,6 +98,7 @@ def reproduce(
     anchors: Sequence[Text] | None = None,
     progress: bool | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    expert_tokens: ActivationStore | None = None,
 ) -> Reproduction:
     """Fit again with the settings, the seed and the hook points of a saved fit, and compare.
 
@@ -112,6 +114,7 @@ def reproduce(
         anchors: its unlabelled texts, if it was given any.
         progress: show progress bars; None: where standard error is a terminal.
         on_step: called with each finished step's figures.
+        expert_tokens: as the fit was given them.
 
     Raises:
         DataError: texts other than those of the fit; the message says which.
@@ -150,6 +153,7 @@ def reproduce(
         target_hook_names=list(saved.data.target_pair_states),
         progress=progress,
         on_step=on_step,
+        expert_tokens=expert_tokens,
     )
     return compare(saved, again)
 
@@ -197,7 +201,8 @@ def _circumstances(saved: ExpertSteering, again: ExpertSteering) -> list[str]:
     if saved.data.maps_on != again.data.maps_on:
         out.append(
             f"maps were fitted on {saved.data.maps_on} then, on {again.data.maps_on} now (states "
-            "of an expert that is not there give one state a text: give the fit what it was given)"
+            "of an expert that is not there give one state a text without expert_tokens: give the "
+            "fit what it was given)"
         )
     return out
 

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 def why_not_tokens(experts: Experts, target: Host) -> str | None:
     """Why the maps of this fit cannot be fitted on token pairs; None if they can."""
-    if not experts.are_models:
-        return "the expert's states are given, and hold one state a text"
+    if not experts.gives_tokens:
+        return (
+            "the expert's states are given, and hold one state a text; read its tokens too: "
+            "capture(..., tokens=True), fit(..., expert_tokens=)"
+        )
     for side, host in (*(("expert", host) for host in experts.hosts), ("target", target)):
         if not gives_offsets(host.tokenizer):
             return f"the {side}'s tokenizer does not say which characters its tokens cover"
@@ -64,12 +67,14 @@ def candidate_pairs(
     read = [
         experts.name_of(label, hook)
         for label, hooks in experts.split(expert_hook_names).items()
-        for hook in _in_the_middle(hooks, c.n_layers)
+        for hook in in_the_middle(hooks, c.n_layers)
     ]
+    if experts.tokens is not None:
+        read = [hook for hook in expert_hook_names if hook in experts.tokens.states]
     return [(e, t) for e in read for t in names_t if t in targets]
 
 
-def _in_the_middle(hooks: list[str], n: int) -> list[str]:
+def in_the_middle(hooks: list[str], n: int) -> list[str]:
     """So many evenly over the middle half; all where they are no more."""
     if len(hooks) <= n:
         return hooks
@@ -133,6 +138,7 @@ class TokenPairs:
             texts,
             self.hook_names,
             self.taking(groups),
+            stored=self.experts.tokens,
             batch_size=self.config.batch_size,
             progress=progress,
         )
