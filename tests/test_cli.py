@@ -286,15 +286,17 @@ class TestOneModelAtATime:
         assert "native RFM" in {r["method"] for r in again["rows"]}
         assert again["verdict"] == first["verdict"]
 
-    def test_tokens_read_before(self, states, files, tmp_path):
+    def test_tokens_read_before(self, capsys, states, files, tmp_path):
         texts = ["--pairs", files / "pairs.jsonl", "--anchors", files / "anchors.txt"]
         host = ["--host", "huggingface"]
         tokens = tmp_path / "tokens"
         result = run("capture", "--model", EXPERT, *texts, *host, "--tokens", "--out", tokens)
         assert result.exit_code == 0, result.output
         fit = ["fit", "--expert", states, "--target", TARGET, *texts, *host, "--save-fit"]
-        fit += ["--config", files / "config.json", "--expert-tokens", tokens]
-        result = run(*fit, "--out", tmp_path / "out")
+        fit += ["--expert-tokens", tokens, "--config"]
+        assert "not used" in refused(capsys, *fit, files / "config.json", "--out", tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({**SMALL, "pair_tokens": True}))
+        result = run(*fit, tmp_path / "config.json", "--out", tmp_path / "out")
         assert result.exit_code == 0, result.output
         found = esl.load(tmp_path / "out" / "fit")
         assert found.data.maps_on == "tokens"

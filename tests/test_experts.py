@@ -198,6 +198,12 @@ def test_tokens_that_do_not_serve_are_refused(models):
     few = states.select(hook_names=["blocks.0.hook_resid_post"])
     with pytest.raises(DataError, match="at which expert has no states"):
         fitted(few, target, expert_tokens=tokens)
+    for changes in (
+        {"pair_tokens": False},
+        {"pairing": esl.PairingConfig(rule="min_mi")},
+    ):
+        with pytest.raises(ArgumentError, match="expert_tokens are not used with config"):
+            fitted(states, target, dataclasses.replace(SMALL, **changes), expert_tokens=tokens)
     with pytest.raises(ArgumentError, match="goes with positions='all'"):
         esl.capture(expert, ["A text."], positions="mean", ends=True)
 

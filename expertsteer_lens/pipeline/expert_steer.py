@@ -149,6 +149,7 @@ class ExpertSteer:
         target_host = as_host(target)
         experts = Experts.of(expert)
         if expert_tokens is not None:
+            self._check_tokens_are_used()
             experts = experts.with_tokens(expert_tokens, [*pairs.texts, *(texts.anchors or ())])
         target_host.check_ready()
         expert_hooks = experts.check(list(expert_hook_names or experts.hook_names()))
@@ -199,6 +200,24 @@ class ExpertSteer:
                 gradients=gradients,
             )
             return collect(self.config, self.seed, target_host, data, found, log)
+
+    def _check_tokens_are_used(self) -> None:
+        """Raise `ArgumentError` if these settings fit maps on one state a text anyway."""
+        config = self.config
+        for name, value, ok in (
+            ("pair_tokens", config.pair_tokens, config.pair_tokens),
+            ("pairing.rule", config.pairing.rule, takes_gradients(config)),
+            (
+                "aligner.kind",
+                config.aligner.kind,
+                isinstance(KINDS[config.aligner.kind], MomentKind),
+            ),
+        ):
+            if not ok:
+                raise ArgumentError(
+                    f"expert_tokens are not used with config.{name}={value!r}, which fits maps on "
+                    "one state a text; change it, or leave expert_tokens out."
+                )
 
     def _read(
         self, models: Models, texts: FitTexts, log: StepLog, known: FitData | None
