@@ -119,3 +119,30 @@ def test_the_pictures_of_measured_tables_are_on_a_page_and_say_what_they_show(
     }
     said = figures["method_choices"].layout.title.text
     assert all(f"{share:.0%}" in said for share in worst.values())
+
+
+def test_the_cost_of_a_fit_is_fitted_to_small_sizes_and_tried_on_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    costs = script("fit_at_size")
+    planted = {"1": 0.5, "n^2 d": 3e-9, "n d": 2e-7}
+    sizes = costs.grid(n=(100, 200, 400), d=(512, 1024))
+    rows = [(each, costs.value_at(planted, each)) for each in sizes]
+    found = costs.fitted(("1", "n^3", "n^2 d", "n d", "d^2"), rows)
+    far = {"n": 4000, "d": 8192}
+    assert costs.value_at(found, far) == pytest.approx(costs.value_at(planted, far), rel=1e-6)
+    assert costs.exponents([(each, each["n"] ** 2 * each["d"]) for each in sizes]) == "n^2.0, d^1.0"
+    # What was measured, and what the page says of it.
+    rows = costs.read_rows(ROOT / "benchmarks/results/fit_at_size.csv")
+    fitted = [(row.part, row.sizes) for row in rows if row.kind == "sweep"]
+    tried = costs.tried(rows)
+    assert {one.part for one in tried} == set(costs.PARTS) == {part for part, _ in fitted}
+    for one in tried:
+        largest = max(row.seconds for row in rows if row[:2] == (one.part, "sweep"))
+        assert (one.part, one.sizes) not in fitted
+        assert one.seconds[0] < 20 * largest
+    worst = [max(abs(costs.off(getattr(t, what))) for t in tried) for what in ("seconds", "bytes")]
+    page = (ROOT / "docs/speed.md").read_text()
+    assert f"none of the {len(tried)} is off by more than {worst[0]:.0%} in seconds" in page
+    assert f"{worst[1]:.0%} in memory" in page
