@@ -409,6 +409,23 @@ def test_a_model_that_runs_elsewhere_is_refused() -> None:
         as_host(RemoteBridge())
 
 
+@pytest.mark.parametrize("rule", ["all", 2, "prompt", "last_prompt", "generated"], ids=str)
+def test_a_generate_taken_from_the_model_before_is_followed_or_refused(rule: Any) -> None:
+    """With a cache its passes say what they are; without one each step looks like a prompt."""
+    model, plan = llama(), plan_at(rule)
+    row, taken = torch.tensor([PROMPTS[0]]), model.generate
+    mask = torch.ones_like(row)
+    with plan.hooks(model):
+        want = model.generate(row, attention_mask=mask, **GREEDY)
+        assert torch.equal(taken(row, attention_mask=mask, **GREEDY), want)
+        if rule in ("all", 2):
+            found = taken(row, attention_mask=mask, use_cache=False, **GREEDY)
+            assert torch.equal(found, want)
+            return
+        with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
+            taken(row, attention_mask=mask, use_cache=False, **GREEDY)
+
+
 # -- caches whose beginning was not seen ----------------------------------------------------------
 
 
