@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import models
@@ -16,7 +18,9 @@ import torch
 
 from expertsteer_lens.errors import ArtifactError, HostError, InterventionError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.interventions import Gate
 from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.run import PlanRun
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -314,6 +318,21 @@ def test_continuous_batching_is_exact_where_a_token_says_where_it_is(rule: Any) 
 def test_continuous_batching_is_refused_where_prompts_cannot_be_told(rule: Any) -> None:
     with pytest.raises(InterventionError, match=r"made of several sequences .* model.generate"):
         packed(llama(), plan_at(rule))
+
+
+def test_continuous_batching_is_refused_where_a_gate_or_a_recorded_graph_hides_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, plan = llama(), plan_at()
+    gate = Gate(direction=plan.vectors[0].direction, threshold=0.0, per="row")
+    gated = replace(plan, vectors=(replace(plan.vectors[0], gate=gate),))
+    with pytest.raises(InterventionError, match="a gate per row decides at the last prompt token"):
+        packed(model, gated)
+    watching = PlanRun(plan, as_host(model))
+    monkeypatch.setattr(type(watching.host), "device", torch.device("cuda"))
+    with pytest.raises(InterventionError, match="on CUDA records graphs, which would run on"):
+        watching.on_packed({})
+    watching.on_packed({"continuous_batching_config": SimpleNamespace(use_cuda_graph=False)})
 
 
 # -- compiled -------------------------------------------------------------------------------------
