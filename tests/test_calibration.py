@@ -173,6 +173,9 @@ def test_per_layer_calibration_scales_what_each_layer_affords_alone(model):
 def test_bad_arguments_are_explained(model, plan):
     with pytest.raises(ArgumentError, match=r"even coefficient 0\.005 costs"):
         calibrate(plan, model, TEXTS, budget=1e-9, unit="kl")
+    host = as_host(models.hf("llama"), tokenizer=models.tokenizer(bos=False))
+    with pytest.raises(DataError, match="every text is a single token, so nothing is predicted"):
+        calibrate(plan, host, ["cat", "sun"])
     with pytest.raises(ArgumentError, match="grid must hold positive"):
         calibrate(plan, model, TEXTS, grid=(-0.1, 0.1))
     with pytest.raises(ArgumentError, match="budget must be"):

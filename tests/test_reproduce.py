@@ -124,6 +124,28 @@ def test_what_differs_is_named_and_judged_by_where_it_was_made(fit):
     lost = compare(fit, dataclasses.replace(fit, rfms=fewer))
     assert not lost.agrees
     assert f"fitted only then: {key[0]} → {key[1]}" in lost.differences
+    data, name = fit.data, next(iter(fit.gradients))
+    states = data.target_pair_states
+    states = esl.ActivationStore(
+        {n: states[n] * (1 + 1e-3) for n in states},
+        states.labels,
+        provenance={**states.provenance, "dtype": "float16"},
+    )
+    mi = fit.layer_pair_mi
+    elsewise = dataclasses.replace(
+        fit,
+        layer_pair_mi=dataclasses.replace(mi, matrix=mi.matrix + 0.25),
+        gradients={**fit.gradients, name: 1.5 * fit.gradients[name]},
+        data=dataclasses.replace(data, target_pair_states=states),
+    )
+    said = compare(fit, elsewise).differences
+    for what in (
+        "target dtype: float32 then, float16 now",
+        "target states of the pairs: relative difference up to 1.0e-03",
+        "layer-pair scores: up to 2.5e-01 nats",
+        f"gradient at {name}: relative difference 5.0e-01",
+    ):
+        assert what in said, said
     facts = {k: v for k, v in fit.provenance.items() if k != "made_on"}
     silent = dataclasses.replace(fit, data=dataclasses.replace(fit.data, provenance=facts))
     assert "the saved fit does not say what it was made on" in compare(silent, fit).differences

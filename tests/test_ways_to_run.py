@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import models
@@ -16,7 +18,9 @@ import torch
 
 from expertsteer_lens.errors import ArtifactError, HostError, InterventionError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.interventions import Gate
 from expertsteer_lens.steer.plan import SteeringPlan
+from expertsteer_lens.steer.run import PlanRun
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -316,6 +320,21 @@ def test_continuous_batching_is_refused_where_prompts_cannot_be_told(rule: Any) 
         packed(llama(), plan_at(rule))
 
 
+def test_continuous_batching_is_refused_where_a_gate_or_a_recorded_graph_hides_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, plan = llama(), plan_at()
+    gate = Gate(direction=plan.vectors[0].direction, threshold=0.0, per="row")
+    gated = replace(plan, vectors=(replace(plan.vectors[0], gate=gate),))
+    with pytest.raises(InterventionError, match="a gate per row decides at the last prompt token"):
+        packed(model, gated)
+    watching = PlanRun(plan, as_host(model))
+    monkeypatch.setattr(type(watching.host), "device", torch.device("cuda"))
+    with pytest.raises(InterventionError, match="on CUDA records graphs, which would run on"):
+        watching.on_packed({})
+    watching.on_packed({"continuous_batching_config": SimpleNamespace(use_cuda_graph=False)})
+
+
 # -- compiled -------------------------------------------------------------------------------------
 
 
@@ -407,6 +426,23 @@ def test_a_model_that_runs_elsewhere_is_refused() -> None:
 
     with pytest.raises(HostError, match="runs its model elsewhere"):
         as_host(RemoteBridge())
+
+
+@pytest.mark.parametrize("rule", ["all", 2, "prompt", "last_prompt", "generated"], ids=str)
+def test_a_generate_taken_from_the_model_before_is_followed_or_refused(rule: Any) -> None:
+    """With a cache its passes say what they are; without one each step looks like a prompt."""
+    model, plan = llama(), plan_at(rule)
+    row, taken = torch.tensor([PROMPTS[0]]), model.generate
+    mask = torch.ones_like(row)
+    with plan.hooks(model):
+        want = model.generate(row, attention_mask=mask, **GREEDY)
+        assert torch.equal(taken(row, attention_mask=mask, **GREEDY), want)
+        if rule in ("all", 2):
+            found = taken(row, attention_mask=mask, use_cache=False, **GREEDY)
+            assert torch.equal(found, want)
+            return
+        with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
+            taken(row, attention_mask=mask, use_cache=False, **GREEDY)
 
 
 # -- caches whose beginning was not seen ----------------------------------------------------------

@@ -170,11 +170,6 @@ class Completions:
         groups = _group_by_length([len(row) for row in rows.ids], max_tokens)
         self.batches = [rows.batch(host, index) for index in groups]
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one pass over all, padding left out."""
-        return sum(int(batch.tokens.attention_mask.sum()) for batch in self.batches)
-
     @torch.no_grad()
     def scores(self, plan: SteeringPlan | None = None) -> CompletionScores:
         """Log-probabilities under the plan (None: unsteered)."""
