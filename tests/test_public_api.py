@@ -143,10 +143,12 @@ class TestLaziness:
 
     def test_every_folder_is_there_without_an_import(self):
         folders = {p.parent.name for p in pathlib.Path(esl.__file__).parent.glob("*/__init__.py")}
-        hidden = {"cli"}
-        code = f"import expertsteer_lens as esl\nfor n in {folders - hidden!r}: getattr(esl, n)"
+        hidden = {"cli", "linalg"}
         assert len(folders) > 12
-        assert self.hosts_after(code) == []
+        for name in sorted(
+            folders - hidden
+        ):  # each in an interpreter of its own: none needs another
+            assert self.hosts_after(f"import expertsteer_lens as esl\nesl.{name}") == []
 
     def test_every_public_name_can_be_looked_up_without_a_host(self):
         assert (
