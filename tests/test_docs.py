@@ -145,4 +145,4 @@ def test_the_cost_of_a_fit_is_fitted_to_small_sizes_and_tried_on_others(
     worst = [max(abs(costs.off(getattr(t, what))) for t in tried) for what in ("seconds", "bytes")]
     page = (ROOT / "docs/speed.md").read_text()
     assert f"none of the {len(tried)} is off by more than {worst[0]:.0%} in seconds" in page
-    assert f"{worst[1]:.0%} in memory" in page
+    assert f"in seconds or {worst[1]:.0%} in memory" in page
