@@ -15,7 +15,9 @@ from typing import Any
 import fit_at_size
 import method_choices
 import pandas as pd
+import real_fields_overview
 
+from expertsteer_lens.benchmarks.transfer import TransferBench
 from expertsteer_lens.show.plots import plot_bench
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,7 +28,15 @@ def figures() -> dict[str, Any]:
     """Each picture's name and its figure."""
     bench = pd.read_csv(RESULTS / "bench" / "bench.csv")
     choices = pd.read_csv(RESULTS / "method_choices.csv").fillna({"value": ""})
+    fields = [TransferBench.read(RESULTS / f"real_fields_{t}") for t in ("smollm2", "gemma3")]
+    names = real_fields_overview.SHORT
+    rows = [
+        {**row, "expert": names[row["expert"]], "target": names[row["target"]]}
+        for run in fields
+        for row in run.rows
+    ]
     return {
+        "real_fields": TransferBench(rows).plot(),
         "bench": plot_bench(SimpleNamespace(to_pandas=lambda: bench)),
         "method_choices": method_choices.figure(choices),
         "fit_at_size": fit_at_size.figure(fit_at_size.read_rows(RESULTS / "fit_at_size.csv")),
