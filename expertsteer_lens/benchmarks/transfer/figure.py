@@ -104,6 +104,6 @@ def _subtitle(bench: TransferBench) -> str:
     counts = bench.summary().tasks
     n = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else str(counts.max())
     return (
-        f"{n} tasks; whiskers: 95 % interval over tasks; grey: random directions ± 2 sd; same "
-        "block and strength for all"
+        f"{n} tasks; whiskers: 95 % interval over tasks; grey: random directions within the "
+        "budget ± 2 sd; same block and strength for all others"
     )
