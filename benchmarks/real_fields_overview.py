@@ -8,6 +8,9 @@ Copies of the runs lie in `benchmarks/results/real_fields_*/run.json`; nothing i
 from __future__ import annotations
 
 import pathlib
+from typing import Any
+
+import pages
 
 from expertsteer_lens.benchmarks.transfer import TransferBench
 from expertsteer_lens.benchmarks.transfer.tables import overview
@@ -37,8 +40,37 @@ def overview_table() -> str:
     return overview(runs, SHORT)
 
 
+def written_table() -> str:
+    """Where the target's own direction was tried on the development fields, each time at the
+    largest strength within the budget."""
+    run = TransferBench.read(RESULTS / "real_fields_smollm2_placed")
+    steering, budget = run.choices["steering of smollm2"], run.settings["config"]["budget"]
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in steering["tried"]:
+        if row["nll_rise"] <= budget:
+            key = row["hook"], row["written"]
+            if key not in best or row["effect"] > best[key]["effect"]:
+                best[key] = row
+    lines = pages.head(
+        "learnt at block", "written to block", "strength", "effect, nats a token", "neutral NLL"
+    )
+    for (learnt, written), row in best.items():
+        chosen = (learnt, written) == (steering["hook"], steering["written"])
+        lines.append(
+            pages.row(
+                learnt.split(".")[1],
+                written.split(".")[1] + (" (chosen)" if chosen else ""),
+                f"{row['coefficient']:g}",
+                f"{row['effect']:+.3f}",
+                f"{row['nll_rise']:+.3f}",
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
     for target in ("smollm2", "gemma3"):
         (RESULTS / f"real_fields_{target}" / "bench.md").write_text(table(target), encoding="utf-8")
     (RESULTS / "real_fields.md").write_text(overview_table(), encoding="utf-8")
+    (RESULTS / "real_fields_written.md").write_text(written_table(), encoding="utf-8")
     print(overview_table())
