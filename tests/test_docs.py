@@ -103,7 +103,7 @@ def test_the_pictures_of_measured_tables_are_on_a_page_and_say_what_they_show(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     figures = script("draw_pictures").figures()
-    assert set(figures) == {"bench", "method_choices", "fit_at_size"}
+    assert set(figures) == {"real_fields", "bench", "method_choices", "fit_at_size"}
     pages = "".join(page.read_text() for page in PAGES)
     for name, figure in figures.items():
         assert f"({name}.png)" in pages

@@ -90,14 +90,14 @@ def _title(bench: TransferBench) -> str:
     """The finding: where the expert's labels beat the target's own."""
     gains = bench.differences()
     gains = gains[gains.difference == "expert as labeller - self as labeller"]
-    won = gains[gains.low > 0].groupby(["expert", "target"]).n_pairs.unique()
+    won = gains[gains.low > 0]
     if not len(won):
         return "The expert's labels are not distinguishable from the target's own"
     where = "; ".join(
-        f"{expert} → {target} at {', '.join(str(int(n)) for n in sorted(counts))}"
-        for (expert, target), counts in won.items()
+        f"at {int(n)} labelled pairs in {len(part)} of {len(bench.transfers)} pairs of models"
+        for n, part in won.groupby("n_pairs")
     )
-    return f"The expert's labels beat the target's own: {where} labelled pairs"
+    return f"The expert's labels beat the target's own {where}"
 
 
 def _subtitle(bench: TransferBench) -> str:
