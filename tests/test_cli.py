@@ -719,17 +719,17 @@ class TestBadInput:
             ):
                 line = refused(capsys, *rest)
                 assert line.startswith("ArtifactError: ")
-                assert f"holds a {kind}, but a SteeringPlan is needed here" in line
+                assert f"holds a saved {kind}, but a saved SteeringPlan is needed here" in line
         assert "`fit` wrote one to OUT/plan" in refused(
             capsys, "export", found / "fit", "--format", "gguf", "--out", found / "x.gguf"
         )
-        assert "holds a SteeringPlan, but a ExpertSteering" in refused(
+        assert "holds a saved SteeringPlan, but a saved ExpertSteering" in refused(
             capsys, "evaluate", found / "plan", "--target", TARGET, "--fit", found / "plan"
         )
         assert not (found / "x.gguf").exists()
 
     def test_what_is_no_expert_is_refused(self, capsys, files, found, tmp_path):
-        assert "holds a SteeringPlan, which is no expert" in refused(
+        assert "holds a saved SteeringPlan, which is no expert" in refused(
             capsys, *self.fit(files, expert=found / "plan")
         )
         (tmp_path / "empty").mkdir()

@@ -120,7 +120,9 @@ def test_another_kind_of_thing_leaves_nothing_behind(session):
     files = hub.repos["user/two"]["main"][-1]
     assert "tensors.safetensors" in files
     assert "vectors.safetensors" not in files
-    assert out["wrong kind"].startswith("ArtifactError: user/two holds a ActivationStore, no plan")
+    assert out["wrong kind"].startswith(
+        "ArtifactError: user/two holds a saved ActivationStore, no plan"
+    )
 
 
 def test_nothing_is_made_before_the_content_is_checked(session):

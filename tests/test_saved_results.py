@@ -171,7 +171,7 @@ class TestFitWithoutItsTarget:
         esl.save(fit.plan(coefficient=0.1), tmp_path / "plan")
         for name, kind in (("mi", "LayerPairMI"), ("plan", "SteeringPlan")):
             with pytest.raises(
-                ArgumentError, match=f"target= goes with a saved fit, but .* holds a {kind}"
+                ArgumentError, match=f"target= goes with a saved fit, but .* holds a saved {kind}"
             ):
                 esl.load(tmp_path / name, target=zoo["target"])
 

@@ -140,7 +140,7 @@ def load_saved(name: str, kind: str, *, target: Any = None) -> Any:
     hint = ""
     if kind == "SteeringPlan" and there == "ExpertSteering":
         hint = " (`fit` wrote one to OUT/plan; or in Python: esl.save(fit.plan(), folder))"
-    raise ArtifactError(f"{name} holds a {there}, but a {kind} is needed here{hint}.")
+    raise ArtifactError(f"{name} holds a saved {there}, but a saved {kind} is needed here{hint}.")
 
 
 def load_states_or_model(name: str, models: ModelOptions) -> Any:
@@ -157,7 +157,7 @@ def load_states_or_model(name: str, models: ModelOptions) -> Any:
         return load(name)
     if kind is not None:
         raise ArtifactError(
-            f"{name} holds a {kind}, which is no expert; give a model, or the states that "
+            f"{name} holds a saved {kind}, which is no expert; give a model, or the states that "
             "`capture` saved of one."
         )
     return models.load(name)

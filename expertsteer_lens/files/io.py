@@ -170,7 +170,7 @@ def _load_folder(folder: Path, target: Any, allow_mismatch: bool) -> Any:
         )
     if target is not None and not kind.takes_target:
         raise ArgumentError(
-            f"target= goes with a saved fit, but {folder} holds a {kind.name}; leave it out."
+            f"target= goes with a saved fit, but {folder} holds a saved {kind.name}; leave it out."
         )
     tensors = _read_tensors(folder / kind.tensor_file, config)
     shared = ("format_version", "kind", "versions", "content_sha256", _digest_key(kind.tensor_file))

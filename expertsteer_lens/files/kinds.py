@@ -107,7 +107,7 @@ def _read_result(name: str, saved: SavedContent, model: ModelOf) -> Any:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{saved.where}: {error}") from error
     if type(thing).__name__ != name:
-        raise ArtifactError(f"{saved.where} says it holds a {name}, but it does not.")
+        raise ArtifactError(f"{saved.where} says it holds a saved {name}, but it does not.")
     return thing
 
 

@@ -227,7 +227,7 @@ class SteeringPlan:
             local_files_only=local_files_only,
         )
         if not isinstance(plan, cls):
-            raise ArtifactError(f"{path} holds a {type(plan).__name__}, no plan; see `load`.")
+            raise ArtifactError(f"{path} holds a saved {type(plan).__name__}, no plan; see `load`.")
         return plan
 
     def push_to_hub(
