@@ -39,7 +39,7 @@ class Experts:
         >>> from expertsteer_lens import zoo
         >>> expert, target = zoo.load_pair(host="huggingface")
         >>> Experts.of([expert, target]).hook_names()[6]
-        'stories260k/blocks.0.hook_resid_post'
+        'target/blocks.0.hook_resid_post'
     """
 
     def __init__(
