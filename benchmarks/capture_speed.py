@@ -11,12 +11,16 @@ medians. "bare" is the host's own pass over our batches without a hook, its outp
 one token; "bare, all logits" applies it to all of them, as `model(...)` does. Both are given the
 tokens, while `capture` and the recipes tokenise. `capture` reads every layer's output. The recipes
 pad all texts to the longest: `output_hidden_states=True` on Hugging Face, `run_with_cache` of the
-same hook points on a TransformerBridge, and then take the last token.
+same hook points on a TransformerBridge, and then take the last token. With steering-vectors
+installed (`pip install --no-deps steering-vectors`), how it reads texts stands beside them, in its
+default batches of one pair and in batches of eight pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -24,6 +28,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pages
@@ -81,6 +86,22 @@ def one_padded_batch(model: Any, host: Any, texts: list[str]) -> Callable[[], An
         return [cache[name][rows, last].float().cpu() for name in host.hook_names()]
 
     return run
+
+
+def by_steering_vectors(model: Any, host: Any, texts: list[str]) -> dict[str, Callable[[], Any]]:
+    """How that package reads the last token of pairs, if it is installed: two passes a batch."""
+    if host.kind != "huggingface" or importlib.util.find_spec("steering_vectors") is None:
+        return {}
+    from steering_vectors.train_steering_vector import extract_activations
+
+    version = importlib.metadata.version("steering-vectors")
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    return {
+        f"steering-vectors {version}, `batch_size={n}`": partial(
+            extract_activations, model, host.tokenizer, pairs, move_to_cpu=True, batch_size=n
+        )
+        for n in (1, 8)
+    }
 
 
 def bare(host: Any, passes: list[TokenBatch], *, all_logits: bool) -> Callable[[], Any]:
@@ -150,6 +171,7 @@ def rows_of(args: argparse.Namespace, folder: str, n: int, kind: str) -> list[st
         "`capture`, `batch_size=16`": lambda: esl.capture(model, texts, batch_size=16),
         "one padded batch by hand": one_padded_batch(model, host, texts),
     }
+    ways |= by_steering_vectors(model, host, texts)
     found = measured(ways, args.repeats, args.device)
     real, padded = int(tokens.lengths.sum()), sum(b.input_ids.numel() for b in passes)
     most = len(texts) * int(tokens.lengths.max())
@@ -158,7 +180,7 @@ def rows_of(args: argparse.Namespace, folder: str, n: int, kind: str) -> list[st
         f"| {pathlib.Path(folder).name} | {host.kind} | {name} | {cpu:.3f} | {wall:.3f} | "
         f"{real / (cpu if clock else wall):.0f} | "
         f"{found['bare'][clock] / (cpu if clock else wall):.2f} | "
-        f"{padded if 'hand' not in name else most} |"
+        f"{'' if name.startswith('steering') else most if 'hand' in name else padded} |"
         for name, (wall, cpu) in found.items()
     ]
 
