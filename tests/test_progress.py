@@ -117,7 +117,7 @@ def test_the_steps_of_a_fit_that_run_models_say_what_they_cost(monkeypatch, caps
     for step, cost in (
         ("capture", " tokens, "),
         ("attribution", "4 prompts with their completions"),
-        ("token pairs", "texts through both models"),
+        ("token pairs", "texts through 2 models"),
     ):
         lines = [line for line in announced if line.startswith(f"{step}: ")]
         assert lines, step

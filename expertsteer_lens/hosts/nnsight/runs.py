@@ -157,18 +157,11 @@ class HookWorker(Mediator):  # type: ignore[misc]  # nnsight has no types
         }
         self.pending = Pending(Event.VALUE, self._calls[0][0], 0) if self._calls else None
         self._n_served.clear()
-        runs = None if self._model is None else _RUNS.get(self._model)
-        if runs is not None:
-            runs.workers.append(self)
-
-    def is_of_another_thread(self) -> bool:
-        """Whether another thread has started it."""
-        return self._thread != threading.get_ident()
 
     def was_passed_over(self) -> bool:
         """Whether its run went through a place without being served there: a pass of another thread
         was counted as one of the run, so that this one waited for a later one."""
-        return not self.is_of_another_thread() and any(
+        return self._thread == threading.get_ident() and any(
             self.occurrence(place) > self._n_served[place] for place, _, _ in self._calls
         )
 
@@ -262,8 +255,7 @@ class _OneAtATime:
     def __init__(self, model: Any) -> None:
         self.thread: int | None = None
         """That is in a run."""
-        self.workers: list[HookWorker] = []
-        """Those that have started since the last run ended."""
+        self._has_inner = False
         self._model = weakref.ref(model)
         self._lock = threading.RLock()
 
@@ -274,14 +266,22 @@ class _OneAtATime:
             try:
                 if before is None and self._is_in_a_run():
                     raise InterventionError(ONE_RUN)
-                result = interleave(*args, **kwargs)
-                if any(worker.was_passed_over() for worker in self.workers):
-                    raise InterventionError(ONE_RUN)
-                return result
+                return self._run_whole(interleave, *args, **kwargs)
             finally:
                 self.thread = before
-                if before is None:
-                    self.workers = [w for w in self.workers if w.is_of_another_thread()]
+
+    def _run_whole(self, interleave: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        those = [*model._edits, *model.interleaver.mediators]
+        workers = [one for one in those if isinstance(one, HookWorker)]
+        self._has_inner = False
+        result = interleave(*args, **kwargs)
+        # A session runs the model in runs inside its own, which are looked at by themselves.
+        passed_over = not self._has_inner and any(one.was_passed_over() for one in workers)
+        self._has_inner = True
+        if passed_over:
+            raise InterventionError(ONE_RUN)
+        return result
 
     def _is_in_a_run(self) -> bool:
         """Whether a run is under way that began before anybody counted; nnsight notes that it runs
