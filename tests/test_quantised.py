@@ -54,7 +54,12 @@ def bitsandbytes_8_bit() -> Any:
 
 def bitsandbytes_4_bit() -> Any:
     pytest.importorskip("bitsandbytes")
-    return _loaded(transformers.BitsAndBytesConfig(load_in_4bit=True))
+    model = _loaded(transformers.BitsAndBytesConfig(load_in_4bit=True))
+    for module in model.modules():
+        # On processors with AVX512-BF16 bitsandbytes packs rows of 64 numbers, and these have 32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 KINDS = (dynamic_int8, torchao_int8, torchao_in_place, bitsandbytes_8_bit, bitsandbytes_4_bit)

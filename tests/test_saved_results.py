@@ -192,7 +192,11 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("find", "put", "message"),
         [
-            ('"kind": "RFM"', '"kind": "Aligner"', "says it holds a saved Aligner, but it does not"),
+            (
+                '"kind": "RFM"',
+                '"kind": "Aligner"',
+                "says it holds a saved Aligner, but it does not",
+            ),
             (
                 '"$class": "KernelPredictor"',
                 '"$class": "system"',
