@@ -15,7 +15,7 @@ from expertsteer_lens.align import fit_aligner_grid_from_moments as fit_maps
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.measure.neutral import neutral_nll
+from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions, CompletionScores
 from expertsteer_lens.pipeline.asking import ask_about
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
@@ -118,7 +118,7 @@ class Meter:
     """
 
     def __init__(
-        self, target: Side, task: TransferTask, hook: str, coefficient: float, neutral: list[Text]
+        self, target: Side, task: TransferTask, hook: str, coefficient: float, neutral: NeutralTexts
     ) -> None:
         self.target, self.task, self.hook, self.coefficient = target, task, hook, coefficient
         self.norm = target.states(task).median_norm(hook)
@@ -145,6 +145,10 @@ class Meter:
             self._known[key] = self.figures(self.completions.scores(self.plan(direction)))
         return dict(self._known[key])
 
+    def costed(self, direction: Tensor) -> Row:
+        """The same, with the rise of the neutral texts' NLL, nats per token."""
+        return self.effect(direction) | {"nll_rise": self.cost(direction)}
+
     def figures(self, scores: CompletionScores) -> Row:
         """What is reported of the completions under some plan."""
         change = scores.margin_per_token() - self.base.margin_per_token()
@@ -155,8 +159,8 @@ class Meter:
         }
 
     def cost(self, direction: Tensor) -> float:
-        """NLL of the neutral texts, nats per token."""
-        return neutral_cost(self.target, self.neutral, self.plan(direction))
+        """Rise of the neutral texts' NLL, nats per token."""
+        return self.neutral.cost(self.plan(direction), kl=False)[0]
 
 
 def steered(
@@ -169,12 +173,6 @@ def steered(
         median_norms={hook: norm},
         basis=target.host.facts()["basis"],
     )
-
-
-def neutral_cost(target: Side, neutral: Sequence[Text], plan: SteeringPlan | None) -> float:
-    """Mean NLL of the neutral texts under the plan (None: unsteered), nats per token."""
-    sums = neutral_nll(target.host, neutral, plan=plan).sum(0)
-    return float(sums[0] / sums[1])
 
 
 class Maps:

@@ -87,9 +87,10 @@ class TransferBench:
         number of labelled pairs.
 
         `share` is the effect as a share of the target's own direction from all labelled pairs
-        (ratio of means), `sd_above_floor` the distance from the random directions' mean in standard
-        deviations of their means over tasks, each at its largest strength within the budget (where
-        a run has no such rows of a task: at the strength of all others).
+        (ratio of means). `sd_above_floor` is the distance from the random directions' mean in
+        standard deviations of their means over tasks: of random directions within the budget for
+        rows whose own cost, mean over tasks, is within it; of random directions at the same
+        strength for all others.
         """
         import pandas as pd
 
@@ -105,9 +106,12 @@ class TransferBench:
             ceiling = same[same.method == CEILING]
             ceiling = ceiling[ceiling.n_pairs == ceiling.groupby("task").n_pairs.transform("max")]
             line["share"] = line["effect"] / ceiling.effect.mean() if len(ceiling) else None
-            line["sd_above_floor"] = self._above_floor(line["effect"], line["target"], part.task)
             for name in FIGURES[1:]:
                 line[name] = part[name].mean() if name in part else None
+            cost, budget = line["nll_rise"], self.settings.get("config", {}).get("budget")
+            within = cost is not None and budget is not None and cost <= budget
+            floor = self.floor_means(line["target"], part.task, within_budget=within)
+            line["sd_above_floor"] = _sd_above(floor, line["effect"])
             lines.append(line)
         return pd.DataFrame(lines)
 
@@ -178,22 +182,25 @@ class TransferBench:
         text = json.dumps({**content, DIGEST: digest_of(content)}, indent=None)
         write_text(out / RUN_FILE, text.replace('{"expert"', '\n{"expert"') + "\n")
 
-    def floor_means(self, target: str, tasks: Any = None) -> pandas.Series[float]:
-        """Mean effect over tasks of each random direction within the budget."""
+    def floor_means(
+        self, target: str, tasks: Any = None, *, within_budget: bool = True
+    ) -> pandas.Series[float]:
+        """Mean effect over tasks of each random direction.
+
+        Args:
+            target: the model.
+            tasks: of these alone.
+            within_budget: each at its largest strength within the budget, where the run has such
+                rows of all tasks; else at the strength of all others.
+        """
         frame = self.to_pandas()
         frame = frame[(frame.target == target) & frame.method.isin((FLOOR, SAME_BUDGET))]
         frame = frame if tasks is None else frame[frame.task.isin(tasks)]
         within = frame[frame.method == SAME_BUDGET]
         complete = set(within.task) == set(frame.task)
-        floor = within if complete else frame[frame.method == FLOOR]
+        floor = within if within_budget and complete else frame[frame.method == FLOOR]
         means: pandas.Series[float] = floor.groupby("draw").effect.mean()
         return means
-
-    def _above_floor(self, effect: float, target: str, tasks: Any) -> float | None:
-        means = self.floor_means(target, tasks)
-        if len(means) < 2 or not means.std() > 0:
-            return None
-        return float((effect - means.mean()) / means.std())
 
     _repr_html_ = repr_html
 
@@ -204,6 +211,12 @@ class TransferBench:
 
 
 FIGURES = ("effect", "accuracy", "wrong_way", "agreement", "nll_rise", "r2")
+
+
+def _sd_above(floor: pandas.Series[float], effect: float) -> float | None:
+    if len(floor) < 2 or not floor.std() > 0:
+        return None
+    return float((effect - floor.mean()) / floor.std())
 
 
 def _interval(values: Any) -> tuple[float, float]:

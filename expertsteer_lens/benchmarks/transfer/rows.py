@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from expertsteer_lens.align import AlignerConfig, fit_aligner
-from expertsteer_lens.data.chat import Text
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.learn.config import RFMConfig
 from expertsteer_lens.learn.directions import mean_difference, random_direction
 from expertsteer_lens.learn.rfm import fit_rfm
+from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions
 from expertsteer_lens.measure.strengths import search
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
-from .models import Maps, Meter, Row, Side, neutral_cost, steered
+from .models import Maps, Meter, Row, Side, steered
 from .result import FLOOR, SAME_BUDGET, WRONG_BLOCK
 from .tasks import Form, TransferTask
 
@@ -77,14 +77,13 @@ def target_rows(
     prompting, the target's own directions, the target as its own labeller and as its own expert."""
     target = meter.target
     own, labels = target.states(task)[maps.hook], target.labels(task)
-    base_nll, n_all = neutral_cost(target, meter.neutral, None), len(task.pairs)
+    n_all = len(task.pairs)
     rows = [_row("unsteered", 0, 0, meter.figures(meter.base)), _prompting(meter, task)]
 
     def add(method: str, n: int, draw: int, direction: Tensor, cost: bool = False) -> None:
         """One more row, of the measured figures of a direction."""
-        rows.append(_row(method, n, draw, meter.effect(direction)))
-        if cost:
-            rows[-1]["nll_rise"] = meter.cost(direction) - base_nll
+        figures = meter.costed(direction) if cost else meter.effect(direction)
+        rows.append(_row(method, n, draw, figures))
 
     for seed in range(config.n_random):
         add(FLOOR, 0, seed, random_direction(own.shape[1], seed=config.seed + seed))
@@ -95,6 +94,7 @@ def target_rows(
             n_all,
             seed,
             mean_difference(own, labels[torch.randperm(len(labels), generator=g)]),
+            cost=True,
         )
     add("native", n_all, 0, mean_difference(own, labels), cost=True)
     add("native RFM", n_all, 0, _rfm(own, labels, config), cost=True)
@@ -145,15 +145,22 @@ def expert_rows(
     """What the expert adds: its directions through the maps, and its labels."""
     rows = _mapped(meter, maps, setting["hook"], task, config, "expert")
     rows += _labelled(meter, maps.hook, maps.expert, maps.form, task, setting, config, "expert")
-    # The paper's alignment: states of the task's own texts, reconstructed and not anchored.
-    states = maps.expert.states(task, maps.form)[setting["hook"]]
+    return rows + _by_the_paper(meter, maps, setting["hook"], task, config)
+
+
+def _by_the_paper(
+    meter: Meter, maps: Maps, hook: str, task: TransferTask, config: TransferConfig
+) -> list[Row]:
+    """The paper's alignment: states of the task's own texts, reconstructed and not anchored."""
+    states = maps.expert.states(task, maps.form)[hook]
     there = meter.target.states(task, maps.form)[maps.hook]
+    labels, rows = meter.target.labels(task), []
     for seed in range(PAPER_SEEDS):
         aligner = fit_aligner(
             states, there, AlignerConfig(kind="autoencoder"), seed=config.seed + seed
         )
-        direction = _rfm(aligner.encode(states), meter.target.labels(task), config)
-        rows.append(_row("paper's alignment", len(task.pairs), seed, meter.effect(direction)))
+        direction = _rfm(aligner.encode(states), labels, config)
+        rows.append(_row("paper's alignment", len(task.pairs), seed, meter.costed(direction)))
     return rows
 
 
@@ -164,13 +171,13 @@ def _mapped(
     aligner, foreign = maps.fit([hook], task)[hook], maps.fit([hook], None)[hook]
     mapped, n_all = aligner.encode(states), len(task.pairs)
     rows = [
-        _row(f"{who}, mapped", n_all, 0, meter.effect(mean_difference(mapped, labels))),
-        _row(f"{who}, mapped RFM", n_all, 0, meter.effect(_rfm(mapped, labels, config))),
+        _row(f"{who}, mapped", n_all, 0, meter.costed(mean_difference(mapped, labels))),
+        _row(f"{who}, mapped RFM", n_all, 0, meter.costed(_rfm(mapped, labels, config))),
         _row(
             f"{who}, mapped by anchors alone",
             n_all,
             0,
-            meter.effect(mean_difference(foreign.encode(states), labels)),
+            meter.costed(mean_difference(foreign.encode(states), labels)),
         ),
     ]
     for row in rows:
@@ -224,11 +231,10 @@ def _row(method: str, n_pairs: int, draw: int, figures: Row) -> Row:
 
 
 def choose_steering(
-    target: Side, tasks: Sequence[TransferTask], neutral: list[Text], config: TransferConfig
+    target: Side, tasks: Sequence[TransferTask], neutral: NeutralTexts, config: TransferConfig
 ) -> dict[str, Any]:
     """The block that the target's own mean difference is best learnt at; then the block that it is
     best written to, and how strongly: what does most within the budget."""
-    unsteered = neutral_cost(target, neutral, None)
     tried: list[dict[str, Any]] = []
 
     def best(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
@@ -239,7 +245,7 @@ def choose_steering(
                 for task in tasks:
                     meter = Meter(target, task, written, coefficient, neutral)
                     own = mean_difference(target.states(task)[hook], target.labels(task))
-                    found.append((meter.effect(own)["effect"], meter.cost(own) - unsteered))
+                    found.append((meter.effect(own)["effect"], meter.cost(own)))
                 effect, rise = torch.tensor(found).mean(0).tolist()
                 row = {"hook": hook, "written": written, "coefficient": coefficient}
                 tried.append(row | {"effect": effect, "nll_rise": rise})
@@ -267,7 +273,7 @@ def choose_floor(
     target: Side,
     steering: Mapping[str, Any],
     tasks: Sequence[TransferTask],
-    neutral: list[Text],
+    neutral: NeutralTexts,
     config: TransferConfig,
 ) -> dict[str, Any]:
     """For each random direction the largest strength within the budget at the block that is
@@ -292,18 +298,16 @@ def _within_budget(
     direction: Tensor,
     norm: float,
     largest: float,
-    neutral: list[Text],
+    neutral: NeutralTexts,
     config: TransferConfig,
 ) -> tuple[float, float]:
     """The largest strength within the budget, up to the one given, and what it costs; the smallest
     that was tried where none is within it."""
-    unsteered = neutral_cost(target, neutral, None)
 
     def cost(coefficient: float) -> dict[str, float]:
         """Row of one strength for the search."""
         plan = steered(target, hook, direction, coefficient, norm)
-        rise = neutral_cost(target, neutral, plan) - unsteered
-        return {"coefficient": coefficient, "cost": rise}
+        return {"coefficient": coefficient, "cost": neutral.cost(plan, kl=False)[0]}
 
     rows = search(cost, [largest * share for share in SHARES], config.budget, largest)
     best = ([row for row in rows if row["cost"] <= config.budget] or rows[:1])[-1]
@@ -315,7 +319,7 @@ def choose_expert(
     target: Side,
     steering: dict[str, Any],
     tasks: Sequence[TransferTask],
-    neutral: list[Text],
+    neutral: NeutralTexts,
 ) -> dict[str, Any]:
     """The expert's block whose mapped mean difference does most, steered as the others are."""
     totals: dict[str, float] = dict.fromkeys(maps.hooks, 0.0)

@@ -17,6 +17,7 @@ from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts.facts import fingerprints_match
+from expertsteer_lens.measure.neutral import NeutralTexts
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
@@ -156,10 +157,11 @@ class _Target:
         say: OnProgress,
     ) -> None:
         self.kept, self.side, self.development = kept, side, development
-        self.neutral, self.config, self.say = neutral, config, say
+        self.neutral = NeutralTexts(side.host, neutral)
+        self.config, self.say = config, say
         name = side.name
         self.steering = kept.choice(
-            f"steering of {name}", lambda: choose_steering(side, development, neutral, config)
+            f"steering of {name}", lambda: choose_steering(side, development, self.neutral, config)
         )
         written = self.steering["written"]
         say(
@@ -168,7 +170,7 @@ class _Target:
         )
         self.floor = kept.choice(
             f"floor of {name}",
-            lambda: choose_floor(side, self.steering, development, neutral, config),
+            lambda: choose_floor(side, self.steering, development, self.neutral, config),
         )
         hook = self.steering["hook"]
         self.maps = {
