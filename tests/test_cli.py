@@ -301,6 +301,10 @@ class TestOneModelAtATime:
         found = esl.load(tmp_path / "out" / "fit")
         assert found.data.maps_on == "tokens"
         assert set(found.data.token_moments.d_expert) == set(esl.load(tokens))
+        again = ["reproduce", tmp_path / "out", "--expert", states, "--target", TARGET, *texts]
+        result = run(*again, *host, "--expert-tokens", tokens)
+        assert result.exit_code == 0, result.output
+        assert str(files) in refused(capsys, *again, *host, "--expert-tokens", files)
 
     def test_a_block_to_write_to_needs_prompts(self, capsys, states, files):
         arguments = [

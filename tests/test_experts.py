@@ -173,7 +173,11 @@ def test_tokens_read_before_give_the_maps_of_a_fit_with_the_model(models, where,
         )
         assert cosine > 1 - 1e-4
     esl.save(found, tmp_path / "fit")
-    assert esl.load(tmp_path / "fit", target=target).data.maps_on == "tokens"
+    again = esl.load(tmp_path / "fit", target=target)
+    made = esl.pipeline.reproduce(
+        again, states, target, pairs, anchors=given, expert_tokens=tokens, progress=False
+    )
+    assert made.bit_equal, made.verdict
 
 
 def test_tokens_that_do_not_serve_are_refused(models):
@@ -198,6 +202,17 @@ def test_tokens_that_do_not_serve_are_refused(models):
     few = states.select(hook_names=["blocks.0.hook_resid_post"])
     with pytest.raises(DataError, match="at which expert has no states"):
         fitted(few, target, expert_tokens=tokens)
+    for damage in (
+        lambda ends: ends[:-1],
+        lambda ends: [ends[0][:-1], [*ends[1], 3], *ends[2:]],
+        lambda ends: [*ends[:-1], ["a"] * len(ends[-1])],
+        lambda ends: "no list",
+        lambda ends: [0] * len(ends),
+    ):
+        facts = {**tokens.provenance, "token_ends": damage(tokens.provenance["token_ends"])}
+        wrong = esl.ActivationStore(dict(tokens), provenance=facts)
+        with pytest.raises(DataError, match="do not say where their tokens end"):
+            fitted(states, target, expert_tokens=wrong)
     for changes in (
         {"pair_tokens": False},
         {"pairing": esl.PairingConfig(rule="min_mi")},
@@ -227,6 +242,9 @@ def test_what_cannot_be_is_said(models):
     names = [f"{first}/{hook}", f"{second}/blocks.9.hook_resid_post"]
     with pytest.raises(HookNameError, match=r"blocks\.9"):
         fitted([expert, target], target, expert_hook_names=names)
+    states = esl.ExpertSteer(SMALL).capture(expert, **TEXTS, progress=False)
+    with pytest.raises(HookNameError, match=r"blocks\.9"):
+        fitted(states, target, expert_hook_names=["blocks.9.hook_resid_post"])
     found = fitted(
         [expert, target], target, expert_hook_names=[f"{second}/{hook}", f"{first}/{hook}"]
     )

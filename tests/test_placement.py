@@ -119,6 +119,7 @@ def test_what_a_moved_plan_is_compared_with_is_written_there_too(models, fit):
 def test_it_is_saved_with_the_plan(placed, models, tmp_path):
     esl.save(placed.plan, tmp_path / "plan")
     again = esl.load(tmp_path / "plan")
+    assert "--behaviour behaviour.json --place " in (tmp_path / "plan" / "README.md").read_text()
     assert again.provenance["placement"]["written_at"] == placed.hook_name
     assert len(again.provenance["placement"]["rows"]) == len(placed.rows)
     assert again.vectors[0].hook_name == placed.hook_name

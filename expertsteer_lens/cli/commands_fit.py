@@ -158,6 +158,16 @@ def label(
     say(f"{labelled!r}\n{found!r}\n{out.resolve()}")
 
 
+ExpertTokens = Annotated[
+    Path | None,
+    typer.Option(
+        help="what `capture --tokens` left, with an --expert that is states: maps are then "
+        "fitted on tokens",
+        rich_help_panel=SETTINGS,
+    ),
+]
+
+
 def fit(
     expert: Annotated[
         list[str],
@@ -180,14 +190,7 @@ def fit(
             rich_help_panel=SETTINGS,
         ),
     ] = None,
-    expert_tokens: Annotated[
-        Path | None,
-        typer.Option(
-            help="what `capture --tokens` left, with an --expert that is states: maps are then "
-            "fitted on tokens",
-            rich_help_panel=SETTINGS,
-        ),
-    ] = None,
+    expert_tokens: ExpertTokens = None,
     place: Annotated[
         bool,
         typer.Option(
@@ -255,7 +258,6 @@ def _fitted(
     seed: int,
 ) -> tuple[Any, Any]:
     """The fit and its evaluation (None without a behaviour), written to `out`."""
-    from expertsteer_lens.data.activations import ActivationStore
     from expertsteer_lens.errors import ArgumentError
     from expertsteer_lens.evaluation.run import evaluate
     from expertsteer_lens.files.io import save
@@ -270,6 +272,7 @@ def _fitted(
             "out."
         )
     steer = ExpertSteer(read_config(config, preset), seed=seed)
+    tokens = None if expert_tokens is None else load_saved(str(expert_tokens), "ActivationStore")
     models.check()
     expert_models = [load_states_or_model(one, models) for one in expert]
     target_model = models.load(target)
@@ -284,7 +287,7 @@ def _fitted(
             progress=True,
             on_step=print_step,
             finished=states,
-            expert_tokens=None if expert_tokens is None else ActivationStore.open(expert_tokens),
+            expert_tokens=tokens,
         )
     if save_fit:
         save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
@@ -334,6 +337,7 @@ def reproduce(
     target: Annotated[str, typer.Option(help="the model that was steered")],
     texts: TextOptions,
     models: ModelOptions,
+    expert_tokens: ExpertTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a saved fit again and compare.
@@ -347,6 +351,8 @@ def reproduce(
         fit = load_saved(str(folder), "ExpertSteering")
         contrast, _ = texts_to_fit(texts, fit.seed)
         anchors = None if texts.anchors is None else read_texts(texts.anchors)
+        given = expert_tokens
+        tokens = None if given is None else load_saved(str(given), "ActivationStore")
         models.check()
         found = run_again(
             fit,
@@ -356,6 +362,7 @@ def reproduce(
             anchors=anchors,
             progress=True,
             on_step=print_step,
+            expert_tokens=tokens,
         )
         say(repr(found))
     if as_json:

@@ -149,12 +149,17 @@ def _reproduce(plan: SteeringPlan) -> str:
     from expertsteer_lens.hosts.facts import TOGETHER  # hosts are slow to import
 
     seed = plan.provenance.get("seed", 0)
-    experts = " ".join(f'--expert "{plain(one)}"' for one in str(expert["name"]).split(TOGETHER))
+    names = [str(expert["name"])]
+    if TOGETHER in str(expert.get("fingerprint")):  # of several
+        names = names[0].split(TOGETHER)
+    experts = " ".join(f'--expert "{plain(name)}"' for name in names)
     texts = "--pairs pairs.jsonl"
     if _facts(plan, "anchors").get("given"):
         texts += " --anchors anchors.txt"
     if _facts(plan, "behaviour"):
         texts += " --behaviour behaviour.json"
+    if "placement" in plan.provenance:
+        texts += " --place"
     return f"""To make it again, from the texts whose hashes are in `config.json`, and with its
 `provenance.config` kept as `fit.json`:
 

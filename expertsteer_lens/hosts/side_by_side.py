@@ -111,8 +111,8 @@ class StoredTokens:
     """
 
     def __init__(self, states: ActivationStore, texts: Sequence[Text]) -> None:
-        ends = states.provenance.get(TOKEN_ENDS)
-        if not isinstance(ends, list) or sum(map(len, ends)) != states.n:
+        ends = _ends_of_rows(states, len(texts))
+        if ends is None:
             raise DataError(
                 "expert_tokens holds states that do not say where their tokens end; make them with "
                 "ExpertSteer(...).capture(expert, pairs, anchors=anchors, tokens=True)."
@@ -141,6 +141,18 @@ class StoredTokens:
             if name not in self._rows:
                 self._rows[name] = self.states[name]
         return {name: self._rows[name][index] for name in hook_names}
+
+
+def _ends_of_rows(states: ActivationStore, n_texts: int) -> list[list[int]] | None:
+    """Where the tokens end that the rows are of, text by text; None where the states do not say so,
+    or not of as many."""
+    ends, counts = (states.provenance.get(name) for name in (TOKEN_ENDS, "rows_per_prompt"))
+    if not isinstance(ends, list) or not all(isinstance(of_text, list) for of_text in ends):
+        return None
+    lengths = [len(of_text) for of_text in ends]
+    if lengths != counts or len(lengths) != n_texts or sum(lengths) != states.n:
+        return None
+    return ends if all(type(end) is int for of_text in ends for end in of_text) else None
 
 
 def capture_side_by_side(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
+from expertsteer_lens._checks import unknown_hook
 from expertsteer_lens.data.activations import MEDIAN_TOKEN_NORMS, ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.states import CheckedStates
@@ -154,7 +155,11 @@ class Experts:
         checked = []
         for label, names in self.split(hook_names).items():
             source = self.sources[label]
-            if not isinstance(source, ActivationStore):
+            if isinstance(source, ActivationStore):
+                for name in names:
+                    if name not in source:
+                        raise unknown_hook(name, list(source), "the expert's states")
+            else:
                 source.check_ready()
                 names = source.check_hook_names(names)
             checked += [self.name_of(label, name) for name in names]
