@@ -120,7 +120,7 @@ def test_it_is_saved_with_the_plan(placed, models, tmp_path):
     esl.save(placed.plan, tmp_path / "plan")
     again = esl.load(tmp_path / "plan")
     assert "--behaviour behaviour.json --place " in (tmp_path / "plan" / "README.md").read_text()
-    assert again.provenance["placement"]["written_at"] == placed.hook_name
+    assert again.provenance["placement"]["written_to"] == placed.hook_name
     assert len(again.provenance["placement"]["rows"]) == len(placed.rows)
     assert again.vectors[0].hook_name == placed.hook_name
     assert torch.equal(again.vectors[0].direction, placed.plan.vectors[0].direction)
@@ -133,7 +133,22 @@ def test_tables_and_pictures(placed):
     assert list(frame.hook_name) == [row["hook_name"] for row in placed.rows]
     figure = placed.plot()
     assert list(figure.data[0].x) == [name.split(".")[1] for name in frame.hook_name]
-    assert "written at" in repr(placed)
+    assert "written to" in repr(placed)
+
+
+def test_a_block_that_is_over_budget_where_the_direction_was_learnt(models, fit):
+    """Then there is nothing to gain on; the best of the others is taken, and said to be."""
+    plan = fit.plan(coefficient=0.1)
+    own, (vector,) = plan.vectors[0].hook_name, plan.vectors
+    other = next(name for name in fit.target_pairs if name != own)
+    norms = {own: 1e9, other: fit.target_anchors.median_norm(other)}
+    texts = list(fit.calibration_texts)
+    found = place(plan, models[1], fit.validation_behaviour, texts, median_norms=norms)
+    assert found.hook_name == other
+    assert [set(row) == {"hook_name"} for row in found.rows].count(True) == 1
+    assert "over budget where it was learnt" in repr(found)
+    assert "more" not in found.plot().layout.title.text.split("<br>")[0]
+    assert torch.equal(found.plan.vectors[0].direction, vector.direction)
 
 
 def test_what_cannot_be_is_said(models, fit):
@@ -147,6 +162,11 @@ def test_what_cannot_be_is_said(models, fit):
     with pytest.raises(ArgumentError, match="n_blocks"):
         fit.place(n_blocks=0)
     given = (plan, models[1], esl.zoo.behaviour(4), esl.zoo.neutral_texts(4))
+    length = dataclasses.replace(vector, relative_to="unit", median_norm=None)
+    with pytest.raises(ArgumentError, match="is a length"):
+        fit.place(dataclasses.replace(plan, vectors=(length,)))
+    with pytest.raises(ArgumentError, match="holds 1 prompt"):
+        place(plan, models[1], esl.zoo.behaviour(1), given[3], median_norms={})
     with pytest.raises(ArgumentError, match="where the direction was learnt"):
         place(*given, median_norms={"blocks.0.hook_resid_post": 1.0})
     with pytest.raises(ArgumentError, match="residual stream"):

@@ -1,5 +1,5 @@
 """Plans to compare with: each of the size of the plan under test, made from the same data under the
-same choices. Where the plan is written at another block than its direction was learnt at
+same choices. Where the plan is written to another block than its direction was learnt at
 (`measure.place`), so are these.
 
 A method gives directions for layers or layer pairs; the layers are those with the largest predicted
@@ -281,7 +281,7 @@ def _at_best_layers(
     to the plan's layers."""
     names = list(fit.target_pairs)
     if fit.gradients:
-        there = _written_at(plan)
+        there = _written_to(plan)
         effect = {key: fit.predicted_effect(there or key[1], v) for key, v in directions.items()}
     else:
         learnt = [learnt_at(v) for v in plan.vectors]
@@ -313,14 +313,14 @@ def _redirect(
         )
         for (expert, hook), direction in directions.items()
     )
-    there = _written_at(plan)
+    there = _written_to(plan)
     if there is not None:
         norm = fit.target_anchors.median_norm(there)
         vectors = tuple(move(vector, there, norm) for vector in vectors)
     return replace(plan, vectors=vectors, provenance={})
 
 
-def _written_at(plan: SteeringPlan) -> str | None:
+def _written_to(plan: SteeringPlan) -> str | None:
     """The block of a plan that was placed; None where directions are written where they were
     learnt."""
     moved = [v.hook_name for v in plan.vectors if learnt_at(v) != v.hook_name]

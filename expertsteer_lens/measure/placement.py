@@ -1,7 +1,7 @@
 """At which block a direction is best written.
 
 A direction is learnt where the texts are understood, in the middle of a model. It is one of the
-residual stream, which all blocks share, and may be written at any other block: written early, it
+residual stream, which all blocks share, and may be written to any other block: written early, it
 goes through more of them. Which block does most at the same damage is measured here.
 """
 
@@ -24,6 +24,7 @@ from expertsteer_lens.data.contrast import Behaviour
 from expertsteer_lens.data.texts import text_hash
 from expertsteer_lens.errors import ArgumentError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.steer.plan import SteeringPlan
 from expertsteer_lens.steer.vector import SteeringVector
 
@@ -50,7 +51,8 @@ class Placement:
     """One a block, from the first on: `hook_name`, `coefficient`, `cost` (nats per token), `effect`
     (nats of the behaviour, mean over its prompts), `effect_se`, `gain` (effect minus that at the
     block where the direction was learnt, prompt by prompt) and `gain_se`. Where even the smallest
-    strength costs more than the budget, `hook_name` alone."""
+    strength costs more than the budget, `hook_name` alone; where that is so at the block where the
+    direction was learnt, no row has a gain."""
     learnt_at: str
     """The block whose states the direction was learnt from."""
     budget: float
@@ -68,7 +70,7 @@ class Placement:
         """JSON-able content, as stored in a plan."""
         return {
             LEARNT_AT: self.learnt_at,
-            "written_at": self.hook_name,
+            "written_to": self.hook_name,
             "budget": self.budget,
             "unit": self.unit,
             **self.facts,
@@ -89,10 +91,12 @@ class Placement:
 
     def __repr__(self) -> str:
         row = next(r for r in self.rows if r["hook_name"] == self.hook_name)
+        more = "over budget where it was learnt"
+        if "gain" in row:
+            more = f"{row['gain']:+.2f} ± {row['gain_se']:.2f} more"
         return (
-            f"Placement(learnt at {self.learnt_at}, written at {self.hook_name}: "
-            f"{row['effect']:+.2f} nats, {row['gain']:+.2f} ± {row['gain_se']:.2f} more; "
-            f"{len(self.rows)} blocks)"
+            f"Placement(learnt at {self.learnt_at}, written to {self.hook_name}: "
+            f"{row['effect']:+.2f} nats, {more}; {len(self.rows)} blocks)"
         )
 
 
@@ -148,10 +152,15 @@ def place(
         progress: show progress; None: where standard error is a terminal.
 
     Raises:
-        ArgumentError: several vectors, a vector in units of its own, a hook point that is not the
-            residual stream, a norm that is missing, or every block is over budget.
+        ArgumentError: several vectors, a single prompt, a strength that is no share of a norm, a
+            hook point that is not the residual stream, a norm that is missing, or every block is
+            over budget.
     """
     (vector,) = _one_vector(plan)
+    if len(behaviour) < 2:
+        raise ArgumentError(
+            "behaviour holds 1 prompt, on which no block can be told from another; give more."
+        )
     names = list(check_list("median_norms", list(median_norms), of="hook names"))
     for name in names:
         if not RESIDUAL.fullmatch(name):
@@ -231,9 +240,14 @@ def _one_vector(plan: SteeringPlan) -> tuple[SteeringVector]:
             f"the parameters of edit={vector.edit!r} were learnt at {vector.hook_name!r} and mean "
             "nothing elsewhere; place the direction first, then learn them."
         )
+    if vector.relative_to == "unit" and find_edit(vector.edit).coefficient == "length":
+        raise ArgumentError(
+            "the coefficient of plan is a length (relative_to='unit'), which means another thing at "
+            "every block; make the plan with relative_to='median_norm'."
+        )
     return (vector,)
 
 
 def _se(values: Tensor) -> float:
     """Standard error of the mean over prompts."""
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+    return float(values.std() / len(values) ** 0.5)

@@ -150,13 +150,13 @@ def plot_anchor_curve(curve: AnchorCurve) -> Any:
 
 
 def plot_placement(placement: Placement) -> Any:
-    """Effect by the block that the direction is written at, each time at the largest strength
+    """Effect by the block that the direction is written to, each time at the largest strength
     within the budget; whiskers: two standard errors over prompts."""
     go = import_plotly()
     rows = [row for row in placement.rows if "effect" in row]
     places = {
         placement.learnt_at: ("learnt here", ORANGE, "diamond"),
-        placement.hook_name: ("written here", BLUE, "circle"),
+        placement.hook_name: ("chosen", BLUE, "circle"),
     }
     figure = go.Figure()
     figure.add_hline(y=0, line={"color": GREY, "width": 1})
@@ -192,8 +192,9 @@ def plot_placement(placement: Placement) -> Any:
         title = f"No block beats {where}, where the direction was learnt"
     else:
         title = (
-            f"Written at {where}, the direction of {layer_label(placement.learnt_at)} does "
+            f"Written to {where} instead of {layer_label(placement.learnt_at)}: "
             f"{chosen['effect']:+.2f} nats"
+            + (f", {chosen['gain']:+.2f} more" if "gain" in chosen else "")
         )
     set_style(
         figure,
@@ -201,7 +202,7 @@ def plot_placement(placement: Placement) -> Any:
         f"validation prompts; each block at its largest strength within {placement.budget:g} nats "
         "a token; whiskers: 2 standard errors",
     )
-    figure.update_xaxes(title="block that is written", type="category")
+    figure.update_xaxes(title="block that is written to", type="category")
     figure.update_yaxes(title="effect, nats")
     return figure
 
