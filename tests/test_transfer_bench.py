@@ -19,7 +19,7 @@ from expertsteer_lens.benchmarks.transfer import (
     bench_transfer,
 )
 from expertsteer_lens.benchmarks.transfer.models import Side, steered
-from expertsteer_lens.benchmarks.transfer.rows import SHARES, choose_floor
+from expertsteer_lens.benchmarks.transfer.rows import SHARES, _at_cost, choose_floor
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.learn.directions import random_direction
 from expertsteer_lens.measure.neutral import NeutralTexts, neutral_nll
@@ -413,3 +413,31 @@ def test_a_run_in_another_dtype_is_another_run(models, bench):
     assert all("dtype" not in facts for facts in bench[0].settings["models"].values())
     with pytest.raises(ArgumentError, match="models 'expert', models 'target'"):
         bench_transfer(**arguments(half), out=bench[1])
+
+
+@pytest.mark.parametrize(("price", "wanted"), [(4.0, 0.05), (0.25, 0.2), (1.0, 0.1), (-1.0, 0.1)])
+def test_directions_are_compared_at_one_cost(price, wanted):
+    """A direction that does four times the damage of another is measured at half the strength, one
+    that does a quarter of it at twice; where there is no damage, at the strength of all others."""
+
+    class Known:
+        """Damage that grows with the square of the strength, and a little faster."""
+
+        def __init__(self, coefficient: float = 0.1) -> None:
+            self.coefficient, self.hook = coefficient, "block"
+
+        def at(self, hook: str, coefficient: float) -> Known:
+            return Known(coefficient)
+
+        def cost(self, direction: str) -> float:
+            return price * self.coefficient**2.2
+
+        def effect(self, direction: str) -> dict[str, float]:
+            return {"effect": self.coefficient}
+
+    found = _at_cost(Known(), "direction", 0.1**2.2)
+    assert found["effect"] == pytest.approx(wanted, rel=0.2)
+    if price > 0:
+        assert found["nll_rise"] == pytest.approx(0.1**2.2, rel=0.02)
+    else:
+        assert found["effect"] == 0.1

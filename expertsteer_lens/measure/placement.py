@@ -242,7 +242,7 @@ def _one_vector(plan: SteeringPlan) -> tuple[SteeringVector]:
         )
     if vector.relative_to == "unit" and find_edit(vector.edit).coefficient == "length":
         raise ArgumentError(
-            "the coefficient of plan is a length (relative_to='unit'), which means another thing at "
+            "the coefficient of plan is a length (relative_to='unit'), which is another thing at "
             "every block; make the plan with relative_to='median_norm'."
         )
     return (vector,)

@@ -25,13 +25,18 @@ CEILING = "native"
 """The method, with all labelled pairs, that the others are given as a share of."""
 FLOOR, SAME_BUDGET = "random", "random, same budget"
 WRONG_BLOCK = "native, far block"
+COST_OF_NATIVE = ", cost of native"
+"""A direction at the strength that costs what the target's own costs at the strength of all
+others."""
 N_BOOTSTRAP = 5000
 KEYS = ("expert", "target", "method", "n_pairs")
 COMPARED = (
     ("expert as labeller", "self as labeller"),
     ("expert as labeller", "native"),
     ("expert, mapped", "native"),
+    (f"expert, mapped{COST_OF_NATIVE}", "native"),
     ("expert, mapped", "self, mapped"),
+    (f"expert, mapped{COST_OF_NATIVE}", f"self, mapped{COST_OF_NATIVE}"),
     ("expert, mapped RFM", "native RFM"),
 )
 """Differences that are given with an interval, task by task."""

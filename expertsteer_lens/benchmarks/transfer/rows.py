@@ -20,7 +20,7 @@ from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side, steered
-from .result import FLOOR, SAME_BUDGET, WRONG_BLOCK
+from .result import COST_OF_NATIVE, FLOOR, SAME_BUDGET, WRONG_BLOCK
 from .tasks import Form, TransferTask
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -180,9 +180,24 @@ def _mapped(
             meter.costed(mean_difference(foreign.encode(states), labels)),
         ),
     ]
+    own = mean_difference(meter.target.states(task)[maps.hook], meter.target.labels(task))
+    even = _at_cost(meter, mean_difference(mapped, labels), meter.cost(own))
+    rows.append(_row(f"{who}, mapped{COST_OF_NATIVE}", n_all, 0, even))
     for row in rows:
         row["r2"] = aligner.quality.r2 if "alone" not in row["method"] else foreign.quality.r2
     return rows
+
+
+def _at_cost(meter: Meter, direction: Tensor, cost: float) -> Row:
+    """Figures at the strength that costs as much: two directions of one length need not do the same
+    damage. Where that is no rise, at the strength of all others."""
+    rise, coefficient = meter.cost(direction), meter.coefficient
+    for _ in range(3):
+        if min(rise, cost) <= 0 or abs(rise - cost) <= 0.02 * cost:
+            break
+        coefficient *= (cost / rise) ** 0.5  # damage grows about with the square
+        rise = meter.at(meter.hook, coefficient).cost(direction)
+    return meter.at(meter.hook, coefficient).effect(direction) | {"nll_rise": rise}
 
 
 def _labelled(

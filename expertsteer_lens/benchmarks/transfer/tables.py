@@ -108,6 +108,7 @@ OVERVIEW = (
     ("native", None),
     ("self, mapped", None),
     ("expert, mapped", None),
+    ("expert, mapped, cost of native", None),
     ("paper's alignment", None),
 )
 """Rows of the overview: method, and number of labelled pairs (None: all)."""
