@@ -73,6 +73,13 @@ def bench(
             min=1, help="draws of the labelled pairs", show_default="20", rich_help_panel=REAL
         ),
     ] = None,
+    few_labels: Annotated[
+        bool,
+        typer.Option(
+            help="also directions from few labelled pairs, which take most of the time",
+            rich_help_panel=REAL,
+        ),
+    ] = True,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -92,13 +99,19 @@ def bench(
             raise ArgumentError(
                 "--domain and --no-studies have no meaning with --real; use --task."
             )
+        if not few_labels and (n_pairs or n_draws is not None):
+            raise ArgumentError(
+                "--no-few-labels leaves out what --n-pairs and --n-draws are for; give one of them."
+            )
         given = {"n_pairs": tuple(n_pairs or ()), "n_draws": n_draws, "n_random": n_random}
         options = ModelOptions(host="huggingface", dtype=dtype or "float32", device=device)
-        _bench_real(real, data, transfers, tasks, given, options, out, seed, as_json)
+        _bench_real(real, data, transfers, tasks, given, few_labels, options, out, seed, as_json)
         return
-    if transfers or tasks or n_pairs or dtype or device or n_draws is not None:
+    beside_real = transfers or tasks or n_pairs or dtype or device or not few_labels
+    if beside_real or n_draws is not None:
         raise ArgumentError(
-            "--transfer, --task, --n-pairs, --n-draws, --dtype and --device go with --real FOLDER."
+            "--transfer, --task, --n-pairs, --n-draws, --no-few-labels, --dtype and --device go "
+            "with --real FOLDER."
         )
     from expertsteer_lens.benchmarks.offline import run_bench
     from expertsteer_lens.zoo.domains import DOMAINS
@@ -134,6 +147,7 @@ def _bench_real(
     transfers: list[str] | None,
     tasks: list[str] | None,
     given: Mapping[str, Any],
+    few_labels: bool,
     options: ModelOptions,
     out: Path,
     seed: int,
@@ -152,6 +166,8 @@ def _bench_real(
     found = read_real_data(folder, data, only=None if tasks is None else tuple(tasks))
     said = {name: value for name, value in given.items() if value not in (None, ())}
     config = replace(TransferConfig(seed=seed), **said)
+    if not few_labels:
+        config = replace(config, n_pairs=())
     models = {}
     with tables_as_json(as_json), goes_on_from(out):
         for name in dict.fromkeys(name for pair in pairs for name in pair):

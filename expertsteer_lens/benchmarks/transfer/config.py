@@ -13,7 +13,8 @@ class TransferConfig:
     """Settings of the benchmark on real models."""
 
     n_pairs: tuple[int, ...] = (1, 4)
-    """Numbers of labelled pairs, beside all of them; a task with no more pairs has no such rows."""
+    """Numbers of labelled pairs, beside all of them; a task with no more pairs has no such rows.
+    None, `()`: all pairs and no labelled pair alone, in a fraction of the time."""
     n_draws: int = 20
     """Draws of the labelled pairs, for each number."""
     n_random: int = 10

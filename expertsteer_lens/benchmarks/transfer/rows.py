@@ -379,7 +379,7 @@ def _best_labelling(
     asked: tuple[bool, ...],
 ) -> dict[str, Any]:
     tried: dict[Setting, float] = {}
-    for flatten, n_rounds in config.labelling:
+    for flatten, n_rounds in config.labelling if jobs else ():
         for is_asked in asked:
             if is_asked and not all(task.question for task, _ in jobs):
                 continue
