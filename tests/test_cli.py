@@ -978,11 +978,19 @@ class TestJson:
         nothing = SimpleNamespace(tasks=[], development=[], anchors=[], neutral=[])
         summary = pandas.DataFrame({"method": ["m"], "effect": [0.5]})
         result = SimpleNamespace(save=lambda out: None, summary=lambda: summary)
+        configs = []
+
+        def bench_transfer(*_, config, **__):
+            configs.append(config)
+            return result
+
         monkeypatch.setattr(real, "read_real_data", lambda *_, **__: nothing)
-        monkeypatch.setattr(transfer, "bench_transfer", lambda *_, **__: result)
+        monkeypatch.setattr(transfer, "bench_transfer", bench_transfer)
         arguments = ("--transfer", f"{EXPERT}:{TARGET}", "--out", tmp_path / "b")
         found = json.loads(run("bench", "--real", tmp_path, *arguments, "--json").stdout)
         assert found["rows"] == [{"method": "m", "effect": 0.5}]
+        run("bench", "--real", tmp_path, *arguments, "--no-few-labels", "--json")
+        assert [config.n_pairs for config in configs] == [(1, 4), ()]
 
     def test_a_plan_and_its_texts(self, tmp_path):
         width = esl.as_host(esl.zoo.load_pair(host="huggingface")[1]).d_model
@@ -1103,5 +1111,8 @@ def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     assert "--task" in refused(capsys, *command, "--domain", "finance")
     assert "bfloat16" in refused(capsys, *command, "--dtype", "half a float")
     assert "--device" in refused(capsys, *command, "--device", "toaster")
-    for option in (("--task", "3201"), ("--dtype", "bfloat16"), ("--device", "cpu")):
+    few = (*command, "--no-few-labels", "--n-pairs", "2")
+    assert "--no-few-labels leaves out" in refused(capsys, *few)
+    alone = (("--task", "3201"), ("--dtype", "bfloat16"), ("--device", "cpu"), ("--no-few-labels",))
+    for option in alone:
         assert "--real" in refused(capsys, "bench", *option)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -76,6 +77,24 @@ def arguments(models, **changes):
 def bench(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench")
     return bench_transfer(**arguments(models), out=out), out
+
+
+def test_without_few_labels_all_pairs_and_none_are_left(models, bench):
+    config = dataclasses.replace(SMALL, n_pairs=())
+    found = bench_transfer(**arguments(models, config=config))
+    frame, full = found.to_pandas(), bench[0].to_pandas()
+    assert set(frame.n_pairs) == {0, 8}
+    key = ["expert", "method", "n_pairs", "draw"]
+    same = frame.merge(full, on=key, suffixes=("", "_full"))
+    assert len(same) == len(frame) == len(full[full.n_pairs.isin((0, 8))])
+    asked = same.method.str.contains("labeller")  # by how many rounds is chosen in both
+    torch.testing.assert_close(
+        torch.tensor(same.effect[~asked].to_numpy()),
+        torch.tensor(same.effect_full[~asked].to_numpy()),
+    )
+    assert found.choices["labelling by expert"] == {"setting": None, "agreement": {}}
+    assert found.plot().data
+    assert "expert, mapped" in found.to_markdown()
 
 
 def test_every_method_has_its_rows(bench):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -246,10 +246,14 @@ def _row(method: str, n_pairs: int, draw: int, figures: Row) -> Row:
 
 
 def choose_steering(
-    target: Side, tasks: Sequence[TransferTask], neutral: NeutralTexts, config: TransferConfig
+    target: Side,
+    tasks: Sequence[TransferTask],
+    neutral: NeutralTexts,
+    config: TransferConfig,
+    say: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Any]:
     """The block that the target's own mean difference is best learnt at; then the block that it is
-    best written to, and how strongly: what does most within the budget."""
+    best written to, and how strongly: what does most within the budget. `say` is told of each."""
     tried: list[dict[str, Any]] = []
 
     def best(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
@@ -264,6 +268,10 @@ def choose_steering(
                 effect, rise = torch.tensor(found).mean(0).tolist()
                 row = {"hook": hook, "written": written, "coefficient": coefficient}
                 tried.append(row | {"effect": effect, "nll_rise": rise})
+                say(
+                    f"{target.name}: learnt at {hook}, written to {written}, strength "
+                    f"{coefficient:g}: {effect:+.2f} nats a token, neutral NLL {rise:+.3f}"
+                )
                 if rise > config.budget:  # a larger one costs more
                     break
         within = [row for row in tried if row["nll_rise"] <= config.budget]

@@ -161,11 +161,12 @@ class _Target:
         self.config, self.say = config, say
         name = side.name
         self.steering = kept.choice(
-            f"steering of {name}", lambda: choose_steering(side, development, self.neutral, config)
+            f"steering of {name}",
+            lambda: choose_steering(side, development, self.neutral, config, say),
         )
         written = self.steering["written"]
         say(
-            f"{name}: learnt at {self.steering['hook']}, written to {written}, strength "
+            f"{name}: chosen: learnt at {self.steering['hook']}, written to {written}, strength "
             f"{self.steering['coefficient']:g}"
         )
         self.floor = kept.choice(
