@@ -68,7 +68,8 @@ def say_json(value: Any) -> None:
 
 def print_step(step: dict[str, Any]) -> None:
     """A line of figures for a finished step of a fit."""
-    figures = "  ".join(f"{k} {v}" for k, v in step.items() if k not in ("step", "seconds"))
+    named = {k.replace("_", " "): v for k, v in step.items() if k not in ("step", "seconds")}
+    figures = " · ".join(f"{name}: {value}" for name, value in named.items())
     console.print(
         f"  [green]{step['step']:<10}[/green] {step['seconds']:5.1f} s  {escape(figures)}"
     )
