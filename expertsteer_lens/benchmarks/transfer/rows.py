@@ -255,16 +255,19 @@ def choose_steering(
     """The block that the target's own mean difference is best learnt at; then the block that it is
     best written to, and how strongly: what does most within the budget. `say` is told of each."""
     tried: list[dict[str, Any]] = []
+    meters = [Meter(target, task, target.at(0.5), 1.0, neutral) for task in tasks]
 
     def best(pairs: Sequence[tuple[str, str]]) -> dict[str, Any] | None:
         """Of blocks to learn at and to write to."""
         for hook, written in pairs:
             for coefficient in sorted(config.coefficients):
                 found = []
-                for task in tasks:
-                    meter = Meter(target, task, written, coefficient, neutral)
-                    own = mean_difference(target.states(task)[hook], target.labels(task))
-                    found.append((meter.effect(own)["effect"], meter.cost(own)))
+                for meter in meters:
+                    own = mean_difference(
+                        target.states(meter.task)[hook], target.labels(meter.task)
+                    )
+                    figures = meter.at(written, coefficient).costed(own)
+                    found.append((figures["effect"], figures["nll_rise"]))
                 effect, rise = torch.tensor(found).mean(0).tolist()
                 row = {"hook": hook, "written": written, "coefficient": coefficient}
                 tried.append(row | {"effect": effect, "nll_rise": rise})
