@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -434,14 +435,25 @@ def test_a_run_in_another_dtype_is_another_run(models, bench):
         bench_transfer(**arguments(half), out=bench[1])
 
 
-@pytest.mark.parametrize(("price", "wanted"), [(4.0, 0.05), (0.25, 0.2), (1.0, 0.1), (-1.0, 0.1)])
-def test_directions_are_compared_at_one_cost(price, wanted):
-    """A direction that does four times the damage of another is measured at half the strength, one
-    that does a quarter of it at twice; where there is no damage, at the strength of all others."""
+@pytest.mark.parametrize(
+    ("rise", "wanted"),
+    [
+        (lambda c: 4 * c**2.2, 0.053),
+        (lambda c: 0.25 * c**2.2, 0.188),
+        (lambda c: c**2.2, 0.1),
+        (
+            lambda c: 9 * c**2 - 0.83 * c,
+            0.0999,
+        ),  # what little helps: a guess by squares goes astray
+        (lambda c: -(c**2), 0.1),  # never: the smallest comes nearest
+        (lambda c: 0.001 * c**2.2, 0.4827),  # the largest that is tried
+    ],
+)
+def test_directions_are_compared_at_one_cost(rise, wanted):
+    """A direction that does four times the damage of another is measured at about half the
+    strength, one that does a quarter of it at about twice."""
 
     class Known:
-        """Damage that grows with the square of the strength, and a little faster."""
-
         def __init__(self, coefficient: float = 0.1) -> None:
             self.coefficient, self.hook = coefficient, "block"
 
@@ -449,14 +461,17 @@ def test_directions_are_compared_at_one_cost(price, wanted):
             return Known(coefficient)
 
         def cost(self, direction: str) -> float:
-            return price * self.coefficient**2.2
+            return rise(self.coefficient)
 
         def effect(self, direction: str) -> dict[str, float]:
             return {"effect": self.coefficient}
 
     found = _at_cost(Known(), "direction", 0.1**2.2)
-    assert found["effect"] == pytest.approx(wanted, rel=0.2)
-    if price > 0:
-        assert found["nll_rise"] == pytest.approx(0.1**2.2, rel=0.02)
-    else:
-        assert found["effect"] == 0.1
+    assert found["effect"] == pytest.approx(wanted, rel=0.02)
+    assert found["nll_rise"] == rise(found["effect"])
+
+
+def test_without_a_rise_there_is_no_cost_to_meet():
+    """The target's own direction helps: mapped ones stay at the strength of all others."""
+    meter = SimpleNamespace(coefficient=0.1, costed=lambda direction: {"nll_rise": 0.2})
+    assert _at_cost(meter, "direction", -0.01) == {"nll_rise": 0.2}

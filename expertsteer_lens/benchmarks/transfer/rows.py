@@ -189,15 +189,31 @@ def _mapped(
 
 
 def _at_cost(meter: Meter, direction: Tensor, cost: float) -> Row:
-    """Figures at the strength that costs as much: two directions of one length need not do the same
-    damage. Where that is no rise, at the strength of all others."""
-    rise, coefficient = meter.cost(direction), meter.coefficient
-    for _ in range(3):
-        if min(rise, cost) <= 0 or abs(rise - cost) <= 0.02 * cost:
-            break
-        coefficient *= (cost / rise) ** 0.5  # damage grows about with the square
-        rise = meter.at(meter.hook, coefficient).cost(direction)
-    return meter.at(meter.hook, coefficient).effect(direction) | {"nll_rise": rise}
+    """Figures at the strength that costs as much, within 2 %: two directions of one length need not
+    do the same damage. At the strength of all others where that cost is no rise; at the one that
+    comes nearest where none up to four times that meets it."""
+    from scipy.optimize import brentq
+
+    given = meter.coefficient
+    if cost <= 0:
+        return meter.costed(direction)
+    rises = {0.0: 0.0}
+
+    def over(coefficient: float) -> float:
+        """How much more it costs; 0 ends the search."""
+        if coefficient not in rises:
+            rises[coefficient] = meter.at(meter.hook, coefficient).cost(direction)
+        more = rises[coefficient] - cost
+        return 0.0 if abs(more) <= 0.02 * cost else more
+
+    low, high = 0.0, given
+    while over(high) < 0 and high < 4 * given:
+        low, high = high, high * 1.3
+    if over(high) > 0:
+        brentq(over, low, high, xtol=0.005 * given)
+    del rises[0.0]
+    nearest = min(rises, key=lambda coefficient: abs(rises[coefficient] - cost))
+    return meter.at(meter.hook, nearest).effect(direction) | {"nll_rise": rises[nearest]}
 
 
 def _labelled(
