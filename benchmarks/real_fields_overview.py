@@ -24,26 +24,28 @@ NAMES = {
 SHORT = {"qwen": "Qwen 0.5B", "smollm2": "SmolLM2 135M", "gemma3": "Gemma 3 270M base"}
 
 
-def table(target: str) -> str:
+RUNS = ("smollm2", "gemma3", "written_smollm2", "written_gemma3")
+"""Two runs at the block that is learnt at, with few labels; two with what each direction costs, on
+SmolLM2 at the block that a direction is best written to."""
+
+
+def table(run: str) -> str:
     """The tables of one run, with the models' full names."""
-    out: str = TransferBench.read(RESULTS / f"real_fields_{target}").to_markdown()
+    out: str = TransferBench.read(RESULTS / f"real_fields_{run}").to_markdown()
     for name, full in NAMES.items():
         out = out.replace(name, full)
     return out
 
 
-def overview_table() -> str:
-    """All runs in one table."""
-    runs = [
-        TransferBench.read(RESULTS / f"real_fields_{target}") for target in ("smollm2", "gemma3")
-    ]
-    return overview(runs, SHORT)
+def overview_table(*names: str) -> str:
+    """Several runs in one table."""
+    return overview([TransferBench.read(RESULTS / f"real_fields_{name}") for name in names], SHORT)
 
 
 def written_table() -> str:
     """Where the target's own direction was tried on the development fields, each time at the
     largest strength within the budget."""
-    run = TransferBench.read(RESULTS / "real_fields_smollm2_placed")
+    run = TransferBench.read(RESULTS / "real_fields_written_smollm2")
     steering, budget = run.choices["steering of smollm2"], run.settings["config"]["budget"]
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in steering["tried"]:
@@ -69,8 +71,9 @@ def written_table() -> str:
 
 
 if __name__ == "__main__":
-    for target in ("smollm2", "gemma3"):
-        (RESULTS / f"real_fields_{target}" / "bench.md").write_text(table(target), encoding="utf-8")
-    (RESULTS / "real_fields.md").write_text(overview_table(), encoding="utf-8")
+    for run in RUNS:
+        (RESULTS / f"real_fields_{run}" / "bench.md").write_text(table(run), encoding="utf-8")
+    for name, runs in {"real_fields": RUNS[:2], "real_fields_cost": RUNS[2:]}.items():
+        (RESULTS / f"{name}.md").write_text(overview_table(*runs), encoding="utf-8")
+        print(overview_table(*runs))
     (RESULTS / "real_fields_written.md").write_text(written_table(), encoding="utf-8")
-    print(overview_table())

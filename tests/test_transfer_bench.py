@@ -186,6 +186,8 @@ def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     """Rows that an older run lacks are added; none of its own is measured again."""
     first, _ = bench
     new = ("random, same budget", "native, far block")
+    new += ("self, mapped, cost of native", "expert, mapped, cost of native")
+    assert set(new) <= set(first.to_pandas().method)
     old = TransferBench(
         [row for row in first.rows if row["method"] not in new],
         {name: c for name, c in first.choices.items() if not name.startswith("floor")},

@@ -198,9 +198,11 @@ class Maps:
         self.anchors = list(anchors)
         self.config = ExpertSteerConfig(batch_size=expert.batch_size)
         self._of_anchors: dict[str, Any] | None = None
+        self._of_task: tuple[str, PairedMoments] | None = None
 
     def fit(self, hooks: Sequence[str], task: TransferTask | None) -> dict[str, Aligner]:
-        """An aligner for each of these expert blocks; without a task from the anchors alone."""
+        """An aligner for each of these expert blocks; without a task from the anchors alone. The
+        texts of one task are kept read, those of the last."""
         if self._of_anchors is None:  # of all blocks at once: the passes are what costs
             self._of_anchors = self._pair(self.anchors, range(len(self.anchors))).state()
         moments = PairedMoments.from_state(self._of_anchors)
@@ -208,7 +210,9 @@ class Maps:
             texts = task.contrast_pairs(self.form).texts
             # The two texts of a pair are a group: they share their question.
             groups = [len(self.anchors) + i // 2 for i in range(len(texts))]
-            moments.merge(self._pair(texts, groups))
+            if self._of_task is None or self._of_task[0] != task.name:
+                self._of_task = task.name, self._pair(texts, groups)
+            moments.merge(self._of_task[1])
         pairs = [(hook, self.hook) for hook in hooks]
         fitted = fit_maps(moments, self.config.aligner, seed=self.seed, pairs=pairs)
         return {hook: fitted[hook, self.hook] for hook in hooks}

@@ -20,7 +20,7 @@ from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side, steered
-from .result import COST_OF_NATIVE, FLOOR, SAME_BUDGET, WRONG_BLOCK
+from .result import FLOOR, SAME_BUDGET, WRONG_BLOCK
 from .tasks import Form, TransferTask
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -180,12 +180,21 @@ def _mapped(
             meter.costed(mean_difference(foreign.encode(states), labels)),
         ),
     ]
-    own = mean_difference(meter.target.states(task)[maps.hook], meter.target.labels(task))
-    even = _at_cost(meter, mean_difference(mapped, labels), meter.cost(own))
-    rows.append(_row(f"{who}, mapped{COST_OF_NATIVE}", n_all, 0, even))
     for row in rows:
         row["r2"] = aligner.quality.r2 if "alone" not in row["method"] else foreign.quality.r2
     return rows
+
+
+def mapped_at_cost(
+    meter: Meter, maps: Maps, hook: str, task: TransferTask, method: str
+) -> list[Row]:
+    """The mapped mean difference at the strength that costs what the target's own costs."""
+    aligner = maps.fit([hook], task)[hook]
+    mapped = aligner.encode(maps.expert.states(task, maps.form)[hook])
+    own = mean_difference(meter.target.states(task)[maps.hook], meter.target.labels(task))
+    direction = mean_difference(mapped, maps.expert.labels(task))
+    row = _row(method, len(task.pairs), 0, _at_cost(meter, direction, meter.cost(own)))
+    return [row | {"r2": aligner.quality.r2}]
 
 
 def _at_cost(meter: Meter, direction: Tensor, cost: float) -> Row:

@@ -21,7 +21,7 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
-from .result import CEILING, RUN_FILE, SAME_BUDGET, TransferBench
+from .result import CEILING, COST_OF_NATIVE, RUN_FILE, SAME_BUDGET, TransferBench
 from .rows import (
     choose_asking,
     choose_expert,
@@ -30,6 +30,7 @@ from .rows import (
     choose_steering,
     control_rows,
     expert_rows,
+    mapped_at_cost,
     target_rows,
 )
 from .tasks import Form, TransferTask
@@ -214,8 +215,12 @@ class _Target:
         for task in tasks:
             of = {e: CEILING if e == name else "expert, mapped" for e in self.maps}
             missing = [e for e in of if not self.kept.has(e, name, task.name, of[e])]
+            at_cost = {
+                e: f"{'self' if e == name else 'expert'}, mapped{COST_OF_NATIVE}" for e in self.maps
+            }
+            at_cost = {e: m for e, m in at_cost.items() if not self.kept.has(e, name, task.name, m)}
             controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
-            if not missing and not controls:
+            if not missing and not at_cost and not controls:
                 continue
             written, coefficient = steering["written"], steering["coefficient"]
             meter = Meter(self.side, task, written, coefficient, self.neutral)
@@ -224,6 +229,11 @@ class _Target:
                 rows = measured(meter, self.maps[e], self.settings[e], task, self.config)
                 self.kept.add(e, name, task, rows)
                 self.say(f"{e} → {name}, {task.name}: {len(rows)} rows")
+            for e, method in at_cost.items():
+                hook = self.settings[e]["hook"]
+                rows = mapped_at_cost(meter, self.maps[e], hook, task, method)
+                self.kept.add(e, name, task, rows)
+                self.say(f"{e} → {name}, {task.name}: the row at the cost of native")
             if controls:
                 rows = control_rows(meter, self.floor, steering["hook"], task, self.config)
                 self.kept.add(name, name, task, rows)
