@@ -293,6 +293,9 @@ def test_paired_differences_are_of_the_same_tasks(bench):
     means = bench[0].by_task().set_index(["method", "n_pairs"]).effect
     expected = means["expert as labeller", 1] - means["self as labeller", 1]
     assert gains.effect["expert as labeller - self as labeller", 1] == pytest.approx(expected)
+    # An instruction takes no labelled pair: it stands beside directions from any number.
+    expected = means["expert, mapped", 8] - means["prompting", 0]
+    assert gains.effect["expert, mapped - prompting", 8] == pytest.approx(expected)
 
 
 def test_single_pairs_are_drawn_once_each():

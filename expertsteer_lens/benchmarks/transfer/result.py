@@ -38,6 +38,8 @@ COMPARED = (
     ("expert, mapped", "self, mapped"),
     (f"expert, mapped{COST_OF_NATIVE}", f"self, mapped{COST_OF_NATIVE}"),
     ("expert, mapped RFM", "native RFM"),
+    ("expert as labeller", "prompting"),
+    ("expert, mapped", "prompting"),
 )
 """Differences that are given with an interval, task by task."""
 
@@ -122,7 +124,7 @@ class TransferBench:
 
     def differences(self) -> pandas.DataFrame:
         """Paired differences between methods, task by task, with 95 % bootstrap intervals over
-        tasks; at equal numbers of labelled pairs."""
+        tasks; at equal numbers of labelled pairs, but for prompting, which takes none."""
         import pandas as pd
 
         tasks, lines = self.by_task(), []
@@ -130,7 +132,8 @@ class TransferBench:
             mine = tasks[(tasks.target == target) & tasks.expert.isin([expert, target])]
             for a, b in COMPARED:
                 first, second = mine[mine.method == a], mine[mine.method == b]
-                both = first.merge(second, on=["task", "n_pairs"], suffixes=("", "_other"))
+                keys = ["task"] if b == "prompting" else ["task", "n_pairs"]
+                both = first.merge(second, on=keys, suffixes=("", "_other"))
                 for n, part in both.groupby("n_pairs"):
                     gain = part.effect - part.effect_other
                     low, high = _interval(gain)
