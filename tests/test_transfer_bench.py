@@ -108,9 +108,12 @@ def test_every_method_has_its_rows(bench):
     assert counts["native", 1] == counts["expert as labeller", 2] == 3
     assert counts["expert as labeller", 0] == 1
     assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
-    # What a direction from all pairs costs is measured: else nobody knows what it is beside.
+    # What a direction from all pairs, or from none, costs is measured: else nobody knows what it is beside.
     learnt = frame[(frame.n_pairs == 8) & ~frame.method.str.contains("labeller")]
     assert learnt.nll_rise.notna().all()
+    assert (
+        frame[frame.method.str.contains("labeller") & (frame.n_pairs == 0)].nll_rise.notna().all()
+    )
 
 
 def test_the_expert_knows_what_the_floor_does_not(bench):

@@ -248,7 +248,9 @@ def _labelled(
     for n, draw, pairs in jobs:
         how = setting["labelling"] if n else setting["asking"]
         found = label(labeller, task, pairs, how, form)
-        row = _row(f"{who} as labeller", n, draw, meter.effect(mean_difference(own, found)))
+        direction = mean_difference(own, found)
+        figures = meter.effect(direction) if n else meter.costed(direction)
+        row = _row(f"{who} as labeller", n, draw, figures)
         rows.append(row | {"agreement": _right(found, truth)})
     return rows
 
