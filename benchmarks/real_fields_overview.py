@@ -29,6 +29,14 @@ SHOWN = ("smollm2", "gemma3")
 FURTHER = ("written_smollm2", "cost_gemma3")
 """Runs with what each direction costs; SmolLM2's at the block that a direction is best written
 to."""
+BOTH_HAVE = (
+    ("prompting", 0),
+    ("expert as labeller", 0),
+    ("native", 30),
+    ("self, mapped", 30),
+    ("expert, mapped", 30),
+)
+"""Rows that both runs of SmolLM2 have: method, number of labelled pairs."""
 
 
 def table(run: str) -> str:
@@ -72,9 +80,28 @@ def written_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def blocks_table() -> str:
+    """SmolLM2's directions where they were learnt and at the block that was chosen, on the fields
+    that both runs have."""
+    runs = [TransferBench.read(RESULTS / f"real_fields_{name}") for name in ("smollm2", FURTHER[0])]
+    tasks = [run.by_task().set_index(["method", "n_pairs", "task"]).sort_index() for run in runs]
+    shared = sorted(set.intersection(*(set(t.index.get_level_values("task")) for t in tasks)))
+    written = [run.choices["steering of smollm2"] for run in runs]
+    blocks = [(s.get("written") or s["hook"]).split(".")[1] for s in written]
+    heads = [f"{what}, block {b}" for what in ("effect", "right answer likelier") for b in blocks]
+    lines = pages.head("labelled pairs", "direction", *heads)
+    for method, n in BOTH_HAVE:
+        parts = [t.loc[method, n].loc[shared] for t in tasks]
+        effects = [f"{part.effect.mean():+.3f}" for part in parts]
+        shares = [f"{part.accuracy.mean():.0%}" for part in parts]
+        lines.append(pages.row(str(n), method, *effects, *shares))
+    return "\n".join(lines) + f"\n\n{len(shared)} fields: {', '.join(shared)}.\n"
+
+
 if __name__ == "__main__":
     for run in (*SHOWN, *FURTHER):
         (RESULTS / f"real_fields_{run}" / "bench.md").write_text(table(run), encoding="utf-8")
     (RESULTS / "real_fields.md").write_text(overview_table(), encoding="utf-8")
     (RESULTS / "real_fields_written.md").write_text(written_table(), encoding="utf-8")
+    (RESULTS / "real_fields_blocks.md").write_text(blocks_table(), encoding="utf-8")
     print(overview_table())

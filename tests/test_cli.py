@@ -33,6 +33,7 @@ from expertsteer_lens.cli import (
     terminal,
 )
 from expertsteer_lens.cli.options import LOADING, PUBLIC, SETTINGS, TextOptions, parse_reading
+from expertsteer_lens.cli.terminal import print_step
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.show.report import SteeredText
 
@@ -1064,6 +1065,21 @@ class TestExitCodes:
         result = run("steer", tmp_path, "--target", TARGET, "--prompt", "a")
         assert result.exit_code == 130
         assert result.stderr == "stopped after 2 of 5 rows\n"
+
+
+def test_a_finished_step_is_told_in_words(capsys):
+    print_step({"step": "stability", "seconds": 0.25, "halves": 10, "pairs_again": 7})
+    assert capsys.readouterr().out.split() == [
+        "stability",
+        "0.2",
+        "s",
+        "halves:",
+        "10",
+        "·",
+        "pairs",
+        "again:",
+        "7",
+    ]
 
 
 def test_the_package_runs_as_a_module():

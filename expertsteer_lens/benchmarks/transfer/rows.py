@@ -217,7 +217,7 @@ def _at_cost(meter: Meter, direction: Tensor, cost: float) -> Row:
 
     low, high = 0.0, given
     while over(high) < 0 and high < 4 * given:
-        low, high = high, high * 1.3
+        low, high = high, min(1.3 * high, 4 * given)
     if over(high) > 0:
         brentq(over, low, high, xtol=0.005 * given)
     del rises[0.0]
