@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -94,8 +95,10 @@ def test_without_few_labels_all_pairs_and_none_are_left(models, bench):
         torch.tensor(same.effect_full[~asked].to_numpy()),
     )
     assert found.choices["labelling by expert"] == {"setting": None, "agreement": {}}
-    assert found.plot().data
     assert "expert, mapped" in found.to_markdown()
+    layout = found.plot().layout  # a single panel: what is said above it is not cut
+    lines = layout.title.text.replace("<br>", "\n").splitlines()
+    assert layout.width > 6.5 * max(len(re.sub("<[^>]+>", "", line)) for line in lines) > 700
 
 
 def test_every_method_has_its_rows(bench):

@@ -78,7 +78,7 @@ def plot_transfer(bench: TransferBench) -> Any:
     figure.update_yaxes(zerolinecolor=GREY)
     figure.update_yaxes(title="effect, nats per answer token", col=1)
     figure.update_layout(
-        width=max(640, 130 + 390 * len(titles)),
+        width=max(900, 130 + 390 * len(titles)),
         height=560,
         legend={"orientation": "h", "y": -0.2},
         margin={"b": 120, "t": 120},
