@@ -23,6 +23,7 @@ from expertsteer_lens.benchmarks.transfer import (
 )
 from expertsteer_lens.benchmarks.transfer.models import Maps, Side, steered
 from expertsteer_lens.benchmarks.transfer.rows import SHARES, _at_cost, choose_floor
+from expertsteer_lens.benchmarks.transfer.tables import overview
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.learn.directions import random_direction
 from expertsteer_lens.measure.neutral import NeutralTexts, neutral_nll
@@ -94,11 +95,43 @@ def test_without_few_labels_all_pairs_and_none_are_left(models, bench):
         torch.tensor(same.effect[~asked].to_numpy()),
         torch.tensor(same.effect_full[~asked].to_numpy()),
     )
-    assert found.choices["labelling by expert"] == {"setting": None, "agreement": {}}
+    assert "labelling by expert" not in found.choices
     assert "expert, mapped" in found.to_markdown()
     layout = found.plot().layout  # a single panel: what is said above it is not cut
     lines = layout.title.text.replace("<br>", "\n").splitlines()
     assert layout.width > 6.5 * max(len(re.sub("<[^>]+>", "", line)) for line in lines) > 700
+
+
+def test_few_labels_are_added_to_a_run_without_them(models, bench, tmp_path):
+    """The same rows as all at once; a run with some keeps to their numbers."""
+    none = dataclasses.replace(SMALL, n_pairs=(), n_draws=1)
+    before = bench_transfer(**arguments(models, config=none), out=tmp_path)
+    told = []
+    grown = bench_transfer(**arguments(models), out=tmp_path, on_progress=told.append)
+    assert sum(", a:" in line for line in told) == 2  # from one pair and from two
+    assert grown.rows[: len(before.rows)] == TransferBench.read(tmp_path).rows[: len(before.rows)]
+    key = ["expert", "method", "n_pairs", "draw"]
+    one, other = (b.to_pandas().set_index(key).sort_index() for b in (grown, bench[0]))
+    pd.testing.assert_frame_equal(
+        one[other.columns], other, check_dtype=False, atol=1e-4, rtol=1e-3
+    )
+    assert grown.choices == json.loads(json.dumps(bench[0].choices))
+    for n_pairs in ((), (1,)):
+        changed = dataclasses.replace(SMALL, n_pairs=n_pairs)
+        with pytest.raises(ArgumentError, match="config"):
+            bench_transfer(**arguments(models, config=changed), out=tmp_path)
+
+
+def test_rows_of_fewer_tasks_say_so(bench):
+    """A run that was ended while few labels were added has them of some tasks only."""
+    first = bench[0]
+    second = [row | {"task": "b"} for row in first.rows if row["n_pairs"] not in (1, 2)]
+    found = TransferBench([*first.rows, *second], first.choices, first.settings)
+    assert "| 1 | native (1 of 2 tasks) | " in found.to_markdown()
+    assert "| 8 | native | " in found.to_markdown()
+    table = overview([found], {})
+    assert re.search(r"\| 1 \| native \| [^|]+ \(1 of 2 tasks\) \|", table)
+    assert re.search(r"\| all \| native \| [^|]+\] \|", table)
 
 
 def test_every_method_has_its_rows(bench):
@@ -111,12 +144,11 @@ def test_every_method_has_its_rows(bench):
     assert counts["native", 1] == counts["expert as labeller", 2] == 3
     assert counts["expert as labeller", 0] == 1
     assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
-    # What a direction from all pairs, or from none, costs is measured: else nobody knows beside
-    # which random directions it stands.
-    learnt = frame[(frame.n_pairs == 8) & ~frame.method.str.contains("labeller")]
+    # What a direction costs is measured, from however many pairs: else nobody knows beside which
+    # random directions it stands.
+    learnt = frame[~frame.method.isin(("unsteered", "prompting", "random"))]
+    assert set(learnt.n_pairs) == {0, 1, 2, 8}
     assert learnt.nll_rise.notna().all()
-    asked = frame[frame.method.str.contains("labeller") & (frame.n_pairs == 0)]
-    assert asked.nll_rise.notna().all()
 
 
 def test_the_expert_knows_what_the_floor_does_not(bench):
@@ -181,8 +213,10 @@ def test_the_distance_from_the_floor_compares_like_with_like(bench):
         assert shown.nll_rise[key] <= SMALL.budget
         above = (shown.effect[key] - within.mean()) / within.std()
         assert shown.sd_above_floor[key] == pytest.approx(above)
-    above = (shown.effect["native", 1] - same.mean()) / same.std()
-    assert shown.sd_above_floor["native", 1] == pytest.approx(above)  # its cost is not measured
+    unknown = [{k: v for k, v in row.items() if k != "nll_rise" or row["n_pairs"]} for row in rows]
+    above = (shown.effect["expert as labeller", 0] - same.mean()) / same.std()
+    found = summary(unknown).sd_above_floor["expert as labeller", 0]  # as in runs of before
+    assert found == pytest.approx(above)
     costly = [row | {"nll_rise": 9.0} if row["method"] == "expert, mapped" else row for row in rows]
     above = (shown.effect["expert, mapped", 8] - same.mean()) / same.std()
     assert summary(costly).sd_above_floor["expert, mapped", 8] == pytest.approx(above)

@@ -76,7 +76,8 @@ def bench(
     few_labels: Annotated[
         bool,
         typer.Option(
-            help="also directions from few labelled pairs, which take most of the time",
+            help="also directions from few labelled pairs, which take most of the time; a run "
+            "without them can be given them later",
             rich_help_panel=REAL,
         ),
     ] = True,

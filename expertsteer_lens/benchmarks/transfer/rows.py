@@ -98,12 +98,8 @@ def target_rows(
         )
     add("native", n_all, 0, mean_difference(own, labels), cost=True)
     add("native RFM", n_all, 0, _rfm(own, labels, config), cost=True)
-    for n in config.n_pairs:
-        for draw, pairs in enumerate(draws(len(task.pairs), n, config)):
-            few = rows_of(pairs)
-            add("native", n, draw, mean_difference(own[few], labels[few]))
     rows += _mapped(meter, maps, setting["hook"], task, config, "self")
-    return rows + _labelled(meter, maps.hook, target, target.form, task, setting, config, "self")
+    return rows + _asked(meter, maps.hook, target, target.form, task, setting, "self")
 
 
 def control_rows(
@@ -144,8 +140,35 @@ def expert_rows(
 ) -> list[Row]:
     """What the expert adds: its directions through the maps, and its labels."""
     rows = _mapped(meter, maps, setting["hook"], task, config, "expert")
-    rows += _labelled(meter, maps.hook, maps.expert, maps.form, task, setting, config, "expert")
+    rows += _asked(meter, maps.hook, maps.expert, maps.form, task, setting, "expert")
     return rows + _by_the_paper(meter, maps, setting["hook"], task, config)
+
+
+def few_label_rows(
+    meter: Meter,
+    maps: Maps,
+    setting: dict[str, Any],
+    task: TransferTask,
+    n: int,
+    config: TransferConfig,
+) -> list[Row]:
+    """Directions from `n` labelled pairs, a row a draw, with what each costs: on the labels that
+    the expert of these maps gives all texts; where that is the target itself, also its own from the
+    pairs alone."""
+    target, labeller = meter.target, maps.expert
+    own, labels = target.states(task)[maps.hook], target.labels(task)
+    itself, rows = labeller is target, []
+    for draw, pairs in enumerate(draws(len(task.pairs), n, config)):
+        if itself:
+            few = rows_of(pairs)
+            figures = meter.costed(mean_difference(own[few], labels[few]))
+            rows.append(_row("native", n, draw, figures))
+        form = target.form if itself else maps.form
+        found = label(labeller, task, pairs, setting["labelling"], form)
+        figures = meter.costed(mean_difference(own, found))
+        row = _row(f"{'self' if itself else 'expert'} as labeller", n, draw, figures)
+        rows.append(row | {"agreement": _right(found, labels)})
+    return rows
 
 
 def _by_the_paper(
@@ -225,34 +248,23 @@ def _at_cost(meter: Meter, direction: Tensor, cost: float) -> Row:
     return meter.at(meter.hook, nearest).effect(direction) | {"nll_rise": rises[nearest]}
 
 
-def _labelled(
+def _asked(
     meter: Meter,
     learnt_at: str,
     labeller: Side,
     form: Form,
     task: TransferTask,
     setting: dict[str, Any],
-    config: TransferConfig,
     who: str,
 ) -> list[Row]:
-    """The target's own mean difference on a labeller's labels: from few pairs, and from none, the
-    labeller asked."""
+    """The target's own mean difference on the labels of a labeller that is asked the task's
+    question, without a labelled pair; no row where there is none."""
+    if not task.question or not setting["asking"]:
+        return []
     own, truth = meter.target.states(task)[learnt_at], meter.target.labels(task)
-    jobs: list[tuple[int, int, Tensor | None]] = [
-        (n, draw, pairs)
-        for n in config.n_pairs
-        for draw, pairs in enumerate(draws(len(task.pairs), n, config))
-    ]
-    jobs += [(0, 0, None)] if task.question and setting["asking"] else []
-    rows = []
-    for n, draw, pairs in jobs:
-        how = setting["labelling"] if n else setting["asking"]
-        found = label(labeller, task, pairs, how, form)
-        direction = mean_difference(own, found)
-        figures = meter.effect(direction) if n else meter.costed(direction)
-        row = _row(f"{who} as labeller", n, draw, figures)
-        rows.append(row | {"agreement": _right(found, truth)})
-    return rows
+    found = label(labeller, task, None, setting["asking"], form)
+    row = _row(f"{who} as labeller", 0, 0, meter.costed(mean_difference(own, found)))
+    return [row | {"agreement": _right(found, truth)}]
 
 
 def _prompting(meter: Meter, task: TransferTask) -> Row:

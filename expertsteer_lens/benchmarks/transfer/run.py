@@ -30,6 +30,7 @@ from .rows import (
     choose_steering,
     control_rows,
     expert_rows,
+    few_label_rows,
     mapped_at_cost,
     target_rows,
 )
@@ -194,10 +195,12 @@ class _Target:
                 self.maps[name], self.side, self.steering, development, self.neutral
             ),
         )
-        labelling = self.kept.choice(
-            f"labelling by {name}{itself}",
-            lambda: choose_labelling(expert, form, development, config),
-        )
+        labelling: dict[str, Any] = {"setting": None}
+        if config.n_pairs:
+            labelling = self.kept.choice(
+                f"labelling by {name}{itself}",
+                lambda: choose_labelling(expert, form, development, config),
+            )
         asking = self.kept.choice(
             f"asking of {name}{itself}", lambda: choose_asking(expert, form, development, config)
         )
@@ -220,7 +223,8 @@ class _Target:
             }
             at_cost = {e: m for e, m in at_cost.items() if not self.kept.has(e, name, task.name, m)}
             controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
-            if not missing and not at_cost and not controls:
+            few = {n: self._without(task, n) for n in self.config.n_pairs}
+            if not missing and not at_cost and not controls and not any(few.values()):
                 continue
             written, coefficient = steering["written"], steering["coefficient"]
             meter = Meter(self.side, task, written, coefficient, self.neutral)
@@ -238,6 +242,24 @@ class _Target:
                 rows = control_rows(meter, self.floor, steering["hook"], task, self.config)
                 self.kept.add(name, name, task, rows)
                 self.say(f"{name}, {task.name}: {len(rows)} rows of controls")
+            for n, without in few.items():
+                if not without:
+                    continue
+                of_all = {
+                    e: few_label_rows(meter, self.maps[e], self.settings[e], task, n, self.config)
+                    for e in without
+                }
+                self.kept.add_of_all(name, task, of_all)
+                n_rows = sum(map(len, of_all.values()))
+                self.say(f"{name}, {task.name}: {n_rows} rows, {n} labelled pairs each")
+
+    def _without(self, task: TransferTask, n: int) -> list[str]:
+        """The experts, the target as its own among them, whose rows from so few labelled pairs are
+        missing."""
+        name = self.side.name
+        method = {e: f"{'self' if e == name else 'expert'} as labeller" for e in self.maps}
+        has = {e: self.kept.has(e, name, task.name, method[e], n) for e in self.maps}
+        return [e for e in self.maps if n < len(task.pairs) and not has[e]]
 
 
 class _Kept:
@@ -257,6 +279,12 @@ class _Kept:
             return
         found = TransferBench.read(out)
         before, now = found.settings, json.loads(json.dumps(self.settings))
+        choices = dict(found.choices)
+        if now["config"]["n_pairs"] and before.get("config", {}).get("n_pairs") == []:
+            # What a run without few labels measured does not depend on them.
+            few = {name: now["config"][name] for name in ("n_pairs", "n_draws")}
+            before = {**before, "config": {**before["config"], **few}}
+            choices = {n: c for n, c in choices.items() if not n.startswith("labelling")}
         # Tasks and models may be added to a run; what both know must be the same.
         different = [name for name in now if name not in GROWING and before.get(name) != now[name]]
         for group in GROWING:
@@ -269,7 +297,7 @@ class _Kept:
             )
         grown = {group: {**before[group], **now[group]} for group in GROWING}
         self.settings = {**now, **grown}
-        self.choices, self.rows = dict(found.choices), [dict(row) for row in found.rows]
+        self.choices, self.rows = choices, [dict(row) for row in found.rows]
 
     def choice(self, name: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A choice made on development tasks, once."""
@@ -279,15 +307,29 @@ class _Kept:
         made: dict[str, Any] = self.choices[name]
         return made
 
-    def has(self, expert: str, target: str, task: str, method: str) -> bool:
-        """Whether the rows of this method are there, and so those written together with them."""
+    def has(
+        self, expert: str, target: str, task: str, method: str, n_pairs: int | None = None
+    ) -> bool:
+        """Whether the rows of this method are there, and so those written together with them; from
+        so many labelled pairs, or any number."""
         key = (expert, target, task, method)
-        return any((r["expert"], r["target"], r["task"], r["method"]) == key for r in self.rows)
+        return any(
+            (r["expert"], r["target"], r["task"], r["method"]) == key
+            and n_pairs in (None, r["n_pairs"])
+            for r in self.rows
+        )
 
     def add(self, expert: str, target: str, task: TransferTask, rows: Sequence[Row]) -> None:
         """Keep the rows of one task, and write them."""
-        where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
-        self.rows += [where | row for row in rows]
+        self.add_of_all(target, task, {expert: rows})
+
+    def add_of_all(
+        self, target: str, task: TransferTask, rows: Mapping[str, Sequence[Row]]
+    ) -> None:
+        """The same, of several experts in one writing: no run is stopped between them."""
+        for expert, some in rows.items():
+            where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
+            self.rows += [where | row for row in some]
         self._write()
 
     def result(self) -> TransferBench:

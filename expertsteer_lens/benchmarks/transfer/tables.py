@@ -57,7 +57,7 @@ def _summary(frame: pandas.DataFrame) -> str:
     rows = [
         [
             f"{row.n_pairs:.0f}",
-            row.method,
+            row.method + _of_tasks(row.tasks, frame.tasks.max()),
             f"{row.effect:+.3f}{_interval(row.low, row.high)}",
             _form(row.share, ".0%"),
             _form(row.sd_above_floor, "+.1f"),
@@ -69,6 +69,11 @@ def _summary(frame: pandas.DataFrame) -> str:
         for row in frame.sort_values(["n_pairs"], kind="stable").itertuples()
     ]
     return markdown_table(SUMMARY, rows)
+
+
+def _of_tasks(n: int, n_all: int) -> str:
+    """Said where a row is of fewer tasks than others."""
+    return "" if n == n_all else f" ({n} of {n_all} tasks)"
 
 
 def _differences(frame: pandas.DataFrame) -> str:
@@ -129,11 +134,15 @@ def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
         for bench, expert, target in columns:
             frame = bench.summary()
             frame = frame[(frame.target == target) & frame.expert.isin([expert, target])]
+            n_tasks = frame.tasks.max()
             frame = frame[frame.method == method]
             frame = frame[frame.n_pairs == (frame.n_pairs.max() if n is None else n)]
             row = frame.iloc[0] if len(frame) else None
             cells.append(
-                "" if row is None else f"{row.effect:+.2f}{_interval(row.low, row.high, 2)}"
+                ""
+                if row is None
+                else f"{row.effect:+.2f}{_interval(row.low, row.high, 2)}"
+                + _of_tasks(row.tasks, n_tasks)
             )
         if not any(cells):  # a run of before there were such rows
             continue
