@@ -1118,6 +1118,22 @@ def test_texts_are_labelled_by_a_question_alone(tmp_path, capsys):
     assert "LabelledTexts(16 texts" in result.output
 
 
+def test_texts_are_labelled_by_an_instruction_alone(tmp_path, capsys):
+    pairs = esl.zoo.contrast_pairs(20)
+    heap = tmp_path / "heap.txt"
+    heap.write_text("\n".join(map(str, pairs.texts)) + "\n", encoding="utf-8")
+    options = ("label", "--model", EXPERT, "--texts", heap, "--out", tmp_path / "out")
+    assert "--against goes with" in refused(
+        capsys, *options, "--question", "Glad?", "--against", "Ella was sad."
+    )
+    said = ("--instruction", "Ella was happy.", "--against", "Ella was sad.")
+    result = run(*options, *said)
+    assert result.exit_code == 0, result.output
+    found = esl.ContrastPairs.from_jsonl(tmp_path / "out" / "pairs.jsonl")
+    assert set(found.positive) <= set(pairs.positive)
+    assert set(found.negative) <= set(pairs.negative)
+
+
 def test_the_benchmark_on_real_models_says_what_is_missing(tmp_path, capsys):
     command = ("bench", "--real", tmp_path / "nowhere", "--data", tmp_path)
     said = refused(capsys, *command)

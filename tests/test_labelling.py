@@ -188,9 +188,9 @@ def test_asked_scores_lead_self_training_where_nothing_is_labelled():
     heap, labels = states()
     noise = torch.randn(len(labels), generator=torch.Generator().manual_seed(5)).double()
     asked = labels + noise
-    scores = score_states(None, None, [heap], n_rounds=1, asked=asked)
+    scores = score_states(None, None, [heap], n_rounds=1, start=asked)
     assert accuracy(asked, labels) < 0.8 < 0.97 < accuracy(scores, labels)
-    assert accuracy(score_states(None, None, [heap], n_rounds=1, asked=-asked), labels) < 0.03
+    assert accuracy(score_states(None, None, [heap], n_rounds=1, start=-asked), labels) < 0.03
 
 
 def test_a_question_alone_labels_texts():
@@ -240,3 +240,121 @@ def test_a_chat_model_is_asked_in_its_template():
     plain = [f"Once {text} Now she was" for text in texts]
     by_hand = ask_about(target, "{text}", plain, answers=(" happy", " sad"))
     assert found.tolist() == pytest.approx(by_hand.tolist(), abs=1e-4)
+
+
+# -- labels from an instruction -------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n"
+    "{% else %}{{ m.content }}{% if not loop.last %} {% endif %}{% endif %}{% endfor %}"
+)
+
+
+def by_hand(host, front: str, answer: str) -> float:
+    """Mean log-probability of the answer's tokens behind what stands in front, nats."""
+    ids = host.tokenize([front + answer]).input_ids
+    n_front = host.tokenize([front]).input_ids.shape[1] if front else 1  # what begins every text
+    log_probs = host.forward(host.tokenize([front + answer])).detach()[0].log_softmax(-1)
+    return float(log_probs[:-1].gather(-1, ids[0, 1:, None])[n_front - 1 :].mean())
+
+
+def test_an_instruction_scores_texts_by_how_much_likelier_it_makes_them():
+    """Batches of texts of several lengths against single passes, with and without `against`."""
+    from expertsteer_lens.pipeline import likelier_under
+
+    _, target = zoo.load_pair()
+    host = esl.as_host(target)
+    texts = ["Ella had a boat.", "Rose played with Leo in the barn.", "She cried."]
+    for against in (None, "He felt upset."):
+        found = likelier_under(target, "She was sad.", texts, against=against, batch_size=2)
+        other = "" if against is None else f"{against}\n"
+        expected = [by_hand(host, "She was sad.\n", t) - by_hand(host, other, t) for t in texts]
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+    part = likelier_under(target, "She was sad.", texts, spans=[(9, 15), (5, 11), (0, 3)])
+    front = "Ella had"  # of the span alone, behind all that stands before it
+    expected = by_hand(host, f"She was sad.\n{front}", " a boat") - by_hand(host, front, " a boat")
+    assert float(part[0]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("template", "told", "told_twice"),
+    [
+        (TEMPLATE, "She was sad.\nOnce", "She was sad.\n\nBe brief.\nOnce"),
+        # A template that leaves system messages out, and one that refuses them.
+        (TEMPLATE.replace("{{ m.content }}\n", ""), "She was sad.\nOnce", None),
+        (
+            TEMPLATE.replace("{{ m.content }}\n", "{{ raise_exception('no') }}"),
+            "She was sad.\nOnce",
+            None,
+        ),
+    ],
+    ids=["shown", "left out", "refused"],
+)
+def test_a_chat_model_is_told_in_its_system_message_or_by_the_user(template, told, told_twice):
+    from expertsteer_lens.pipeline import likelier_under
+
+    _, target = zoo.load_pair()
+    host = esl.as_host(target)
+    chats = [esl.Chat.ask("Once", "she had a boat.")]
+    briefly = [esl.Chat.ask("Once", "she had a boat.", system="Be brief.")]
+    host.tokenizer.chat_template = template
+    try:
+        found = float(likelier_under(target, "She was sad.", chats)[0])
+        twice = None if told_twice is None else likelier_under(target, "She was sad.", briefly)
+    finally:
+        host.tokenizer.chat_template = None
+    answer = " she had a boat."
+    expected = by_hand(host, told, answer) - by_hand(host, "Once", answer)
+    assert found == pytest.approx(expected, abs=1e-4)
+    if twice is not None:
+        expected = by_hand(host, told_twice, answer) - by_hand(host, "Be brief.\nOnce", answer)
+        assert float(twice[0]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_instruction_alone_labels_texts():
+    """The small expert finds glad stories likelier after glad words; swapped, it labels the other
+    way round. The small target does not."""
+    expert, target = zoo.load_pair()
+    pairs = zoo.contrast_pairs(60)
+    said = {"instruction": "Ella was happy.", "against": "Ella was sad."}
+    labelled = esl.label_texts(expert, None, pairs.texts, **said, progress=False)
+    assert labelled.agreement(pairs.labels) > 0.95
+    assert labelled.provenance["instruction"] == "Ella was happy."
+    assert labelled.provenance["against"] == "Ella was sad."
+    swapped = {"instruction": said["against"], "against": said["instruction"]}
+    other = esl.label_texts(expert, None, pairs.texts, **swapped, progress=False)
+    assert other.agreement(pairs.labels) < 0.05
+    own = esl.label_texts(target, None, pairs.texts, **said, progress=False)
+    assert own.agreement(pairs.labels) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "word"),
+    [
+        ({"instruction": " "}, ArgumentError, "instruction must be a text"),
+        ({"instruction": "Be glad.", "against": ""}, ArgumentError, "against must be a text"),
+        ({"against": "Be sad."}, ArgumentError, "nothing says what is positive"),
+        ({"question": "Glad?", "against": "Be sad."}, ArgumentError, "goes with instruction"),
+    ],
+)
+def test_an_instruction_that_says_nothing_is_refused(given, error, word):
+    _, target = zoo.load_pair()
+    with pytest.raises(error, match=word):
+        esl.label_texts(target, None, zoo.contrast_pairs().texts[:6], **given)
+
+
+def test_a_text_with_nothing_before_it_has_no_probability(monkeypatch):
+    from expertsteer_lens.hosts.parts import TokenBatch
+    from expertsteer_lens.pipeline import likelier_under
+
+    _, target = zoo.load_pair()
+    host = esl.as_host(target)
+    whole = type(host).tokenize
+
+    def bare(self, texts, **options) -> TokenBatch:
+        """As a tokenizer that puts nothing in front of a text."""
+        return whole(self, texts, **{**options, "prepend_bos": False})
+
+    monkeypatch.setattr(type(host), "tokenize", bare)
+    with pytest.raises(DataError, match=r"texts\[1\] has one token and nothing before it"):
+        likelier_under(target, "Be glad.", ["Once upon a time", "Once"])

@@ -122,6 +122,16 @@ def test_few_labels_are_added_to_a_run_without_them(models, bench, tmp_path):
             bench_transfer(**arguments(models, config=changed), out=tmp_path)
 
 
+def test_a_task_without_an_instruction_has_no_labels_from_one(models):
+    bare = [
+        dataclasses.replace(task(name, i), instruction="") for name, i in (("a", 0), ("dev", 12))
+    ]
+    config = dataclasses.replace(SMALL, n_pairs=())
+    found = bench_transfer(**arguments(models, tasks=bare[:1], development=bare[1:], config=config))
+    assert not found.to_pandas().method.str.contains("instructed").any()
+    assert found.choices["instructing by expert"]["setting"] is None
+
+
 def test_rows_of_fewer_tasks_say_so(bench):
     """A run that was ended while few labels were added has them of some tasks only."""
     first = bench[0]
@@ -142,7 +152,7 @@ def test_every_method_has_its_rows(bench):
     assert counts["random, same budget", 0] == 3
     assert counts["native, far block", 8] == 1
     assert counts["native", 1] == counts["expert as labeller", 2] == 3
-    assert counts["expert as labeller", 0] == 1
+    assert counts["expert as labeller", 0] == counts["expert as labeller, instructed", 0] == 1
     assert torch.isfinite(torch.tensor(frame.effect.to_numpy())).all()
     # What a direction costs is measured, from however many pairs: else nobody knows beside which
     # random directions it stands.
@@ -227,10 +237,11 @@ def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     first, _ = bench
     new = ("random, same budget", "native, far block")
     new += ("self, mapped, cost of native", "expert, mapped, cost of native")
+    new += ("self as labeller, instructed", "expert as labeller, instructed")
     assert set(new) <= set(first.to_pandas().method)
     old = TransferBench(
         [row for row in first.rows if row["method"] not in new],
-        {name: c for name, c in first.choices.items() if not name.startswith("floor")},
+        {n: c for n, c in first.choices.items() if not n.startswith(("floor", "instructing"))},
         first.settings,
     )
     means = old.to_pandas().query("method == 'random'").groupby("draw").effect.mean()

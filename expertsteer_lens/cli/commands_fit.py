@@ -110,6 +110,16 @@ def label(
     pairs: Annotated[
         Path | None, typer.Option(help="a few labelled pairs: JSON lines as for `fit --pairs`")
     ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help="what one would write to get the positive texts: those that it makes likelier "
+            "are positive; needs no labelled pair"
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="what one would write to get the others; default: nothing")
+    ] = None,
     question: Annotated[
         str | None,
         typer.Option(help="asked of every text, answered by Yes or No: needs no labelled pair"),
@@ -118,8 +128,8 @@ def label(
         int | None,
         typer.Option(
             min=1,
-            help="leading axes of variation to shrink, see esl.label_texts; default 1, with a "
-            "question 6",
+            help="leading axes of variation to shrink, see esl.label_texts; default 1, with an "
+            "instruction or a question 6",
             show_default=False,
         ),
     ] = None,
@@ -131,21 +141,27 @@ def label(
     ] = None,
     out: Out = Path("labelled-texts"),
 ) -> None:
-    """Have a model label texts, from a few pairs or from a question.
+    """Have a model label texts, from a few pairs, an instruction or a question.
 
     OUT/pairs.jsonl is for `fit --pairs`, OUT/scores.csv holds every text with its score."""
     from expertsteer_lens.data.contrast import ContrastPairs
     from expertsteer_lens.errors import ArgumentError
     from expertsteer_lens.pipeline import label_texts
 
-    if pairs is None and question is None:
-        raise ArgumentError("give --pairs, --question, or both; nothing says what is positive.")
+    if pairs is None and instruction is None and question is None:
+        raise ArgumentError(
+            "give --pairs, --instruction or --question; nothing says what is positive."
+        )
+    if against is not None and instruction is None:
+        raise ArgumentError("--against goes with --instruction, which says what is positive.")
     few = None if pairs is None else ContrastPairs.from_jsonl(pairs)
     unlabelled = read_texts(texts)
     labelled = label_texts(
         models.load(model),
         few,
         unlabelled,
+        instruction=instruction,
+        against=against,
         question=question,
         n_rounds=n_rounds,
         flatten=flatten,

@@ -27,9 +27,14 @@ def text_batches(
     """Batches of similar length (less padding), each with the indices of its texts; passes whose
     logits all are read, within `LOGITS_BYTES`."""
     tokens = host.tokenize(list(texts))
-    most = min(MOST_TOKENS, max(1, LOGITS_BYTES // (4 * host.d_vocab)))
+    most = tokens_of_logits(host)
     batches = length_batches(tokens.lengths.tolist(), batch_size=batch_size, tokens_per_pass=most)
     return [(tokens.part(index), index) for index in batches]
+
+
+def tokens_of_logits(host: Host) -> int:
+    """Most tokens of a pass whose logits all are read."""
+    return min(MOST_TOKENS, max(1, LOGITS_BYTES // (4 * host.d_vocab)))
 
 
 def steered(

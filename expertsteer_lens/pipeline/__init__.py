@@ -6,6 +6,7 @@ from .asking import ask_about
 from .config import PRESETS, ExpertSteerConfig
 from .expert_steer import ExpertSteer
 from .fitted import ExpertSteering
+from .instructed import likelier_under
 from .labelling import LabelledTexts, label_texts
 from .reproduce import Reproduction, reproduce
 
@@ -18,5 +19,6 @@ __all__ = [
     "Reproduction",
     "ask_about",
     "label_texts",
+    "likelier_under",
     "reproduce",
 ]

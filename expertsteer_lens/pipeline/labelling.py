@@ -1,7 +1,8 @@
-"""Labels for unlabelled texts, from a model that understands a few labelled ones, or a question.
+"""Labels for unlabelled texts, from a model that understands a few labelled ones, an instruction or
+a question.
 
 A model that knows what is meant can label texts for one that does not: with one or a few labelled
-pairs, or asked in plain words and without any, the expert labels unlabelled texts, and the
+pairs, or told or asked in plain words and without any, the expert labels unlabelled texts, and the
 target's own direction is then learnt from those:
 `ExpertSteer().fit(target, target, labelled.pairs(), ...)`. No map between the two models is
 needed. The target as its own labeller is the control that says what the expert adds.
@@ -30,6 +31,7 @@ from expertsteer_lens.hosts import as_host, capture
 from .asking import ANSWERS, ask_about
 from .config import ExpertSteerConfig
 from .fit_data import reading_of
+from .instructed import likelier_under
 
 if TYPE_CHECKING:
     import pandas
@@ -117,6 +119,8 @@ def label_texts(
     pairs: ContrastPairs | None,
     texts: Sequence[Text],
     *,
+    instruction: str | None = None,
+    against: str | None = None,
     question: str | None = None,
     answers: tuple[str, str] = ANSWERS,
     hook_names: Sequence[str] | None = None,
@@ -125,7 +129,8 @@ def label_texts(
     config: ExpertSteerConfig | None = None,
     progress: bool | None = None,
 ) -> LabelledTexts:
-    """Label texts with a model that has seen a few labelled pairs, or is asked a question.
+    """Label texts with a model that has seen a few labelled pairs, is told what is wanted, or is
+    asked a question.
 
     From pairs: at every layer the mean difference of the labelled pairs projects the texts; the sum
     over layers of the standardised projections is the score. Then, in each round, the scores become
@@ -134,15 +139,22 @@ def label_texts(
     only which side is which and which division is meant. Both groups are centred by their own mean,
     so the labelled pairs may be of another kind than the texts: another style, another language.
 
+    From an instruction: how much likelier the instruction makes each text, per token, is the score
+    that self-training starts from, and no labelled text is needed. Nothing is asked of the model
+    but to read, so it may be a small one, or the target itself.
+
     From a question: how much rather the model answers "Yes" than "No" when it is asked about a
-    text is the score that self-training starts from, and no labelled text is needed. It takes a
-    model that understands the question: see `.scores` of a few texts you know. With both, pairs and
-    question, the standardised scores add up.
+    text, in the same place. It takes a model that understands the question: see `.scores` of a few
+    texts you know. Standardised scores of an instruction and of a question add up, and so do those
+    and the score of pairs.
 
     Args:
         model: the labeller; any host object.
-        pairs: labelled, at least one; None where the question is all there is.
+        pairs: labelled, at least one; None where an instruction or a question is all there is.
         texts: to be labelled, at least 4, of both classes; the more the better.
+        instruction: what one would write to get the positive texts, as "You are an expert in
+            chess."; see `likelier_under`.
+        against: what one would write to get the others; default: nothing.
         question: asked of every text, as "Is this text about chess?"; see `ask_about`.
         answers: the answer of positive texts and that of negative ones.
         hook_names: where the model is read; default: the residual after every block but the first
@@ -150,7 +162,8 @@ def label_texts(
         n_rounds: of self-training, >= 0; default 4, and 1 where there is a question, whose scores
             have less to gain from it.
         flatten: how many leading principal axes of the texts are shrunk to the variance of the
-            last of them, >= 1; 1 shrinks none. Default 1, and 6 where there is a question. Where
+            last of them, >= 1; 1 shrinks none. Default 1, and 6 where there is an instruction or a
+            question. Where
             something else than what is meant divides the texts most (topic, length), self-training
             drifts to it; 3 to 8 prevent that. Where texts and pairs are of different kinds, leave
             it at 1.
@@ -162,7 +175,8 @@ def label_texts(
 
     Raises:
         DataError: pairs of another type, fewer than 4 texts, or texts whose states are all alike.
-        ArgumentError: a setting out of range, or neither pairs nor a question.
+        ArgumentError: a setting out of range, neither pairs nor instruction nor question, or
+            `against` without an instruction.
         HookNameError: a hook name that the model lacks.
 
     Example:
@@ -174,11 +188,12 @@ def label_texts(
         >>> labelled.agreement(pairs.labels) > 0.9
         True
 
-        With a model that understands questions, and no labelled text:
-        `label_texts(expert, None, texts, question="Is this text about chess?")`.
+        Without a labelled text:
+        `label_texts(expert, None, texts, instruction="You are an expert in chess.")`.
     """
     n_rounds = (4 if question is None else 1) if n_rounds is None else n_rounds
-    flatten = (1 if question is None else 6) if flatten is None else flatten
+    told_or_asked = instruction is not None or question is not None
+    flatten = (6 if told_or_asked else 1) if flatten is None else flatten
     check_number("n_rounds", n_rounds, low=0, integer=True)
     check_number("flatten", flatten, low=1, integer=True)
     config = ExpertSteerConfig() if config is None else config
@@ -187,8 +202,12 @@ def label_texts(
             f"config must be an ExpertSteerConfig, got {config!r}; ExpertSteerConfig.from_dict "
             "makes one of a dict."
         )
-    if pairs is None and question is None:
-        raise ArgumentError("give pairs, a question, or both; nothing says what is positive.")
+    if pairs is None and not told_or_asked:
+        raise ArgumentError(
+            "give pairs, an instruction or a question; nothing says what is positive."
+        )
+    if against is not None and instruction is None:
+        raise ArgumentError("against= goes with instruction=, which says what is positive.")
     if pairs is not None and not isinstance(pairs, ContrastPairs):
         raise DataError(
             f"pairs must be ContrastPairs, got {type(pairs).__name__}; use "
@@ -213,16 +232,31 @@ def label_texts(
             progress=progress,
         )
 
-    asked = None
-    if question is not None:  # before the states are read: the question may be refused
-        asked = ask_about(
-            model,
-            question,
-            given,
-            answers=answers,
-            spans=spans,
-            batch_size=config.batch_size,
-            progress=progress,
+    # Before the states are read: what is said may be refused.
+    first: list[Tensor] = []
+    if instruction is not None:
+        first.append(
+            likelier_under(
+                model,
+                instruction,
+                given,
+                against=against,
+                spans=spans,
+                batch_size=config.batch_size,
+                progress=progress,
+            )
+        )
+    if question is not None:
+        first.append(
+            ask_about(
+                model,
+                question,
+                given,
+                answers=answers,
+                spans=spans,
+                batch_size=config.batch_size,
+                progress=progress,
+            )
         )
     labelled = None if pairs is None else read(pairs.texts, pairs.answer_spans)
     unlabelled = read(given, spans)
@@ -232,7 +266,7 @@ def label_texts(
         [unlabelled[name] for name in unlabelled],
         n_rounds=n_rounds,
         flatten=flatten,
-        asked=asked,
+        start=torch.stack([_standard(x.double()) for x in first]).sum(0) if first else None,
     )
     return LabelledTexts(
         texts=tuple(given),
@@ -242,6 +276,8 @@ def label_texts(
         provenance={
             "model": host.facts(),
             "pairs": None if pairs is None else {"n": len(pairs), "hash": pairs.hash},
+            "instruction": instruction,
+            "against": against,
             "question": question,
             "answers": list(answers) if question is not None else None,
             "n_rounds": n_rounds,
@@ -258,7 +294,7 @@ def score_states(
     *,
     n_rounds: int = 4,
     flatten: int = 1,
-    asked: Float[Tensor, " n"] | None = None,
+    start: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
     """The scores of `label_texts` from states.
 
@@ -268,7 +304,7 @@ def score_states(
         unlabelled: states of the texts to be labelled, at the same layers.
         n_rounds: of self-training.
         flatten: leading principal axes that are shrunk.
-        asked: further scores of the unlabelled texts, to start from.
+        start: further scores of the unlabelled texts, to start from.
 
     Raises:
         DataError: states that are all alike at every layer.
@@ -290,8 +326,8 @@ def score_states(
         total += _standard(rows @ direction)
     if not layers:
         raise DataError("texts have the same state at every layer; nothing divides them.")
-    if asked is not None:
-        total = _standard(total) + _standard(asked.double())
+    if start is not None:
+        total = _standard(total) + _standard(start.double())
     for _ in range(n_rounds):
         soft = torch.tanh(SOFTNESS * _standard(total))
         soft = soft - soft.mean()

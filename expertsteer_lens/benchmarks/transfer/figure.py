@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 CURVES = {
     "expert as labeller": (BLUE, "circle", "solid"),
     "self as labeller": ("#2c7a7b", "square", "dash"),
+    "expert as labeller, instructed": (BLUE, "star", "solid"),
+    "self as labeller, instructed": ("#2c7a7b", "star-square", "solid"),
     "native": (ORANGE, "diamond", "solid"),
     "expert, mapped": ("#6b46c1", "triangle-up", "solid"),
 }
@@ -45,7 +47,7 @@ def plot_transfer(bench: TransferBench) -> Any:
         )
         for i, (method, (colour, symbol, dash)) in enumerate(CURVES.items()):
             part = mine[mine.method == method].sort_values("n_pairs")
-            shift = 0.09 * (i - 1.5)  # so that the whiskers stand side by side
+            shift = 0.09 * (i - (len(CURVES) - 1) / 2)  # so that the whiskers stand side by side
             figure.add_trace(
                 go.Scatter(
                     x=[place[int(n)] + shift for n in part.n_pairs],

@@ -19,6 +19,7 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions, CompletionScores
 from expertsteer_lens.pipeline.asking import ask_about
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
+from expertsteer_lens.pipeline.instructed import likelier_under
 from expertsteer_lens.pipeline.labelling import flatten_axes
 from expertsteer_lens.pipeline.token_pairs import TokenPairs
 from expertsteer_lens.steer.plan import SteeringPlan
@@ -45,6 +46,7 @@ class Side:
         self._states: dict[tuple[str, Form], ActivationStore] = {}
         self._layers: dict[tuple[str, Form, int], list[Tensor]] = {}
         self._asked: dict[str, Tensor] = {}
+        self._instructed: dict[str, Tensor] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -103,6 +105,25 @@ class Side:
                 progress=False,
             )
         return self._asked.get(task.name)
+
+    def instructed(self, task: TransferTask) -> Tensor:
+        """How much likelier the task's instruction makes each answer, nats per token; in the form
+        that the model is best shown texts in."""
+        if task.name not in self._instructed:
+            pairs = task.contrast_pairs(self.form)
+            spans = None  # of a chat the answer
+            if self.form == "plain":
+                answers = zip(pairs.texts, task.answers, strict=True)
+                spans = [(len(str(text)) - len(answer), len(str(text))) for text, answer in answers]
+            self._instructed[task.name] = likelier_under(
+                self.model,
+                task.instruction,
+                pairs.texts,
+                spans=spans,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+        return self._instructed[task.name]
 
 
 class Meter:

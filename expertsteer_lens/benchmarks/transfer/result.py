@@ -28,10 +28,14 @@ WRONG_BLOCK = "native, far block"
 COST_OF_NATIVE = ", cost of native"
 """A direction at the strength that costs what the target's own costs at the strength of all
 others."""
+INSTRUCTED = ", instructed"
+"""A labeller by how much likelier the task's instruction makes each text."""
 N_BOOTSTRAP = 5000
 KEYS = ("expert", "target", "method", "n_pairs")
 COMPARED = (
     ("expert as labeller", "self as labeller"),
+    (f"expert as labeller{INSTRUCTED}", f"self as labeller{INSTRUCTED}"),
+    (f"expert as labeller{INSTRUCTED}", "expert as labeller"),
     ("expert as labeller", "native"),
     ("expert, mapped", "native"),
     (f"expert, mapped{COST_OF_NATIVE}", "native"),
@@ -39,6 +43,8 @@ COMPARED = (
     (f"expert, mapped{COST_OF_NATIVE}", f"self, mapped{COST_OF_NATIVE}"),
     ("expert, mapped RFM", "native RFM"),
     ("expert as labeller", "prompting"),
+    (f"expert as labeller{INSTRUCTED}", "prompting"),
+    (f"self as labeller{INSTRUCTED}", "prompting"),
     ("expert, mapped", "prompting"),
 )
 """Differences that are given with an interval, task by task."""

@@ -48,10 +48,20 @@ def rows_of(pairs: Tensor) -> Tensor:
 
 
 def label(
-    labeller: Side, task: TransferTask, pairs: Tensor | None, setting: Sequence[int], form: Form
+    labeller: Side,
+    task: TransferTask,
+    pairs: Tensor | None,
+    setting: Sequence[int],
+    form: Form,
+    *,
+    instructed: bool = False,
 ) -> Tensor:
-    """Labels of all texts from those of a few pairs, which keep their own, or from none."""
+    """Labels of all texts from those of a few pairs, which keep their own, or from none: from the
+    question, or from the instruction."""
     flatten, n_rounds, is_asked = setting
+    start = labeller.asked(task) if is_asked else None
+    if instructed:
+        start = labeller.instructed(task)
     layers, labels = labeller.layers(task, flatten, form), labeller.labels(task)
     rows = None if pairs is None else rows_of(pairs)
     scores = score_states(
@@ -59,7 +69,7 @@ def label(
         None if rows is None else labels[rows].float(),
         layers,
         n_rounds=n_rounds,
-        asked=labeller.asked(task) if is_asked else None,
+        start=start,
     )
     found = (scores > best_cut(scores)).long()
     if rows is not None:
@@ -267,6 +277,19 @@ def _asked(
     return [row | {"agreement": _right(found, truth)}]
 
 
+def instructed_row(
+    meter: Meter, maps: Maps, setting: dict[str, Any], task: TransferTask, method: str
+) -> list[Row]:
+    """The target's own mean difference on the labels that the expert of these maps gives by how
+    much likelier the task's instruction makes each text, without a labelled pair."""
+    target, labeller = meter.target, maps.expert
+    form = target.form if labeller is target else maps.form
+    found = label(labeller, task, None, setting["instructing"], form, instructed=True)
+    direction = mean_difference(target.states(task)[maps.hook], found)
+    row = _row(method, 0, 0, meter.costed(direction))
+    return [row | {"agreement": _right(found, target.labels(task))}]
+
+
 def _prompting(meter: Meter, task: TransferTask) -> Row:
     asked = Completions(meter.target.host, task.behaviour(meter.target.form, instructed=True))
     return _row("prompting", 0, 0, meter.figures(asked.scores()))
@@ -417,6 +440,14 @@ def choose_asking(
     return _best_labelling(labeller, form, [(task, None) for task in tasks], config, asked=(True,))
 
 
+def choose_instructing(
+    labeller: Side, form: Form, tasks: Sequence[TransferTask], config: TransferConfig
+) -> dict[str, Any]:
+    """The same from the tasks' instructions."""
+    jobs = [(task, None) for task in tasks] if all(task.instruction for task in tasks) else []
+    return _best_labelling(labeller, form, jobs, config, asked=(False,), instructed=True)
+
+
 def _right(found: Tensor, truth: Tensor) -> float:
     return float((found == truth).double().mean())
 
@@ -427,6 +458,7 @@ def _best_labelling(
     jobs: Sequence[tuple[TransferTask, Tensor | None]],
     config: TransferConfig,
     asked: tuple[bool, ...],
+    instructed: bool = False,
 ) -> dict[str, Any]:
     tried: dict[Setting, float] = {}
     for flatten, n_rounds in config.labelling if jobs else ():
@@ -435,7 +467,10 @@ def _best_labelling(
                 continue
             setting = (flatten, n_rounds, is_asked)
             right = [
-                _right(label(labeller, t, pairs, setting, form), labeller.labels(t))
+                _right(
+                    label(labeller, t, pairs, setting, form, instructed=instructed),
+                    labeller.labels(t),
+                )
                 for t, pairs in jobs
             ]
             tried[setting] = sum(right) / len(right)

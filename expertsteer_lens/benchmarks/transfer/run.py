@@ -21,16 +21,18 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
-from .result import CEILING, COST_OF_NATIVE, RUN_FILE, SAME_BUDGET, TransferBench
+from .result import CEILING, COST_OF_NATIVE, INSTRUCTED, RUN_FILE, SAME_BUDGET, TransferBench
 from .rows import (
     choose_asking,
     choose_expert,
     choose_floor,
+    choose_instructing,
     choose_labelling,
     choose_steering,
     control_rows,
     expert_rows,
     few_label_rows,
+    instructed_row,
     mapped_at_cost,
     target_rows,
 )
@@ -204,10 +206,15 @@ class _Target:
         asking = self.kept.choice(
             f"asking of {name}{itself}", lambda: choose_asking(expert, form, development, config)
         )
+        instructing = self.kept.choice(
+            f"instructing by {name}{itself}",
+            lambda: choose_instructing(expert, form, development, config),
+        )
         found = {
             "hook": read["hook"],
             "labelling": labelling["setting"],
             "asking": asking["setting"],
+            "instructing": instructing["setting"],
         }
         self.say(f"{name} for {target}: {found}")
         return found
@@ -223,8 +230,16 @@ class _Target:
             }
             at_cost = {e: m for e, m in at_cost.items() if not self.kept.has(e, name, task.name, m)}
             controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
+            instructed = {
+                e: f"{'self' if e == name else 'expert'} as labeller{INSTRUCTED}"
+                for e in self.maps
+                if task.instruction and self.settings[e]["instructing"]
+            }
+            instructed = {
+                e: m for e, m in instructed.items() if not self.kept.has(e, name, task.name, m)
+            }
             few = {n: self._without(task, n) for n in self.config.n_pairs}
-            if not missing and not at_cost and not controls and not any(few.values()):
+            if not (missing or at_cost or controls or instructed or any(few.values())):
                 continue
             written, coefficient = steering["written"], steering["coefficient"]
             meter = Meter(self.side, task, written, coefficient, self.neutral)
@@ -242,6 +257,10 @@ class _Target:
                 rows = control_rows(meter, self.floor, steering["hook"], task, self.config)
                 self.kept.add(name, name, task, rows)
                 self.say(f"{name}, {task.name}: {len(rows)} rows of controls")
+            for e, method in instructed.items():
+                rows = instructed_row(meter, self.maps[e], self.settings[e], task, method)
+                self.kept.add(e, name, task, rows)
+                self.say(f"{e} → {name}, {task.name}: labelled by the instruction")
             for n, without in few.items():
                 if not without:
                     continue

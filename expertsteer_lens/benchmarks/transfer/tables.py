@@ -105,6 +105,8 @@ OVERVIEW = (
     ("prompting", 0),
     ("self as labeller", 0),
     ("expert as labeller", 0),
+    ("self as labeller, instructed", 0),
+    ("expert as labeller, instructed", 0),
     ("native", 1),
     ("self as labeller", 1),
     ("expert as labeller", 1),
