@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import models
@@ -16,7 +17,8 @@ from expertsteer_lens.measure.metrics import (
     behaviour_metric,
     neutral_nll,
 )
-from expertsteer_lens.measure.strengths import DEFAULT_GRID, search
+from expertsteer_lens.measure.neutral import NeutralTexts
+from expertsteer_lens.measure.strengths import DEFAULT_GRID, search, walk
 from expertsteer_lens.steer.plan import SteeringPlan
 
 TEXTS = ["the cat ran home", "a dog was here and it was big", "the sun and the moon and the rain"]
@@ -221,3 +223,110 @@ def test_a_curve_reaches_from_a_quarter_of_what_was_found_to_five_times_the_budg
     there = {row["coefficient"] for row in mirrored.curve}
     assert {c for c in there if c >= 0} == set(points)
     assert {-c for c in there if c < 0} <= set(points)
+
+
+def test_a_length_is_searched_as_far_as_a_share_of_the_norm(model, plan):
+    """The same steering, its strength as a length: the same curve, in other units."""
+    host = as_host(model)
+    norm = NeutralTexts(host, TEXTS).median_norm(HOOK)
+    share = SteeringPlan.from_vectors(
+        {HOOK: plan.vectors[0].direction}, coefficient=0.1, median_norms={HOOK: norm}
+    )
+    length = SteeringPlan.from_vectors(
+        {HOOK: plan.vectors[0].direction}, coefficient=0.1 * norm, relative_to="unit"
+    )
+    budget = cost(model, share, 0.3, "kl")
+    found, in_length = (
+        calibrate(p, model, TEXTS, budget=budget, unit="kl", curve=False) for p in (share, length)
+    )
+    assert found.coefficient > 0.25
+    assert in_length.coefficient == pytest.approx(found.coefficient * norm, rel=1e-5)
+    two = SteeringPlan.from_vectors(
+        {HOOK: plan.vectors[0].direction, "blocks.0.hook_resid_post": plan.vectors[0].direction},
+        coefficient=0.1 * norm,
+        relative_to="unit",
+    )
+    per_layer = calibrate(two, model, TEXTS, budget=budget, unit="kl", per_layer=True)
+    assert max(per_layer.coefficients.values()) > 0.1 * norm
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_signs_are_kept(model, per_layer):
+    """A plan that steers away is calibrated on its side of zero, each of its layers on its own."""
+    g = torch.Generator().manual_seed(2)
+    names = (HOOK, "blocks.0.hook_resid_post")
+    plan = SteeringPlan.from_vectors(
+        {name: torch.randn(models.D_MODEL, generator=g) for name in names},
+        coefficient=0.1,
+        median_norms=dict.fromkeys(names, 8.0),
+    )
+    for signs in ((1, -1), (-1, 1), (-1, -1)):
+        vectors = tuple(
+            replace(v, coefficient=sign * c)
+            for v, sign, c in zip(plan.vectors, signs, (0.1, 0.08), strict=True)
+        )
+        mixed = replace(plan, vectors=vectors)
+        budget = 0.5 * cost(model, mixed, -0.3 if signs[0] < 0 else 0.3, "kl")
+        found = calibrate(
+            mixed, model, TEXTS, budget=budget, unit="kl", per_layer=per_layer, behaviour=BEHAVIOUR
+        )
+        own = {v.hook_name: v.coefficient for v in vectors}
+        assert all(found.coefficients[name] * own[name] > 0 for name in names)
+        coefficients = [row["coefficient"] for row in found.curve]
+        assert coefficients == sorted(coefficients)
+        row = next(r for r in found.curve if r["coefficient"] == found.coefficient)
+        again = found.apply(mixed) if found.sign != "reversed" else None
+        if again is not None:
+            paid = cost(model, again, max((v.coefficient for v in again.vectors), key=abs), "kl")
+            assert paid == pytest.approx(row["cost"], abs=1e-6)
+            assert paid <= budget
+
+
+def test_the_sign_of_the_effect_is_read_with_that_of_the_coefficient(model):
+    towards = gradient_plan(model)
+    for coefficient, sign in ((0.05, "as labelled"), (-0.05, "as labelled")):
+        found = calibrate(
+            towards.with_coefficient(coefficient),
+            model,
+            TEXTS,
+            budget=10.0,
+            grid=[0.05],
+            behaviour=BEHAVIOUR,
+        )
+        assert found.coefficient == coefficient
+        assert found.sign in (sign, "unclear")
+        effect = next(r["effect"] for r in found.curve if r["coefficient"] == coefficient)
+        assert effect * coefficient > 0
+
+
+def test_a_cost_that_is_no_number_is_over_the_budget():
+    from expertsteer_lens.measure.calibration import OverBudgetError, _banded, _within
+
+    steps = (0.1, 0.2, 0.3, 0.4)
+
+    def measure(coefficient: float) -> dict[str, float]:
+        return {
+            "coefficient": coefficient,
+            "cost": math.nan if coefficient > 0.25 else coefficient**2,
+        }
+
+    for near in (0.1, 0.3, 0.4):
+        rows = search(measure, steps, 1.0, near)
+        assert _within(rows, steps, 1.0, "it") == 0.2
+    assert [r["coefficient"] for r in walk(measure, steps, 1.0)] == [0.1, 0.2, 0.3]
+    assert [r["band"] for r in _banded([measure(c) for c in steps], 1.0)] == [
+        "usable",
+        "usable",
+        "broken",
+        "broken",
+    ]
+    with pytest.raises(OverBudgetError, match="costs nan"):
+        _within([{"coefficient": 0.1, "cost": math.nan}], steps, 1.0, "it")
+
+
+def test_a_model_that_overflows_without_steering_is_refused(model, monkeypatch):
+    host = as_host(model)
+    whole = type(host).logits_at
+    monkeypatch.setattr(type(host), "logits_at", lambda *a, **k: whole(*a, **k) * math.nan)
+    with pytest.raises(DataError, match="load the model in float32"):
+        NeutralTexts(host, TEXTS)

@@ -194,7 +194,7 @@ class TestAPlanWithParametersOfItsOwn:
             }
             other = replace(plan, vectors=(replace(plan.vectors[0], parameters=own),))
             assert repr(other) == repr(plan)
-            settings.append(KeptRows(other, {}, 0.1, None, None).setting)
+            settings.append(KeptRows({"this plan": other}, {}, 0.1, None, None).setting)
         assert settings[0] != settings[1]
 
 
@@ -248,12 +248,138 @@ def test_a_method_whose_damage_never_fits_the_budget_is_a_row_that_says_so(fit, 
     assert all("even coefficient 0.005 costs" in row.note for row in floor)
     assert all(row.measured for row in result.rows if row.method == "random (same norm)")
     assert all(map(math.isnan, result.floor))
-    assert "0 of 2 random directions fit the budget" in result.verdict
+    # The plan is over this budget too, so random directions of its norm say what chance does.
+    assert "over the budget of 1e-12 that everything else keeps" in result.verdict
     assert "inf" not in result.verdict
-    assert "cost more than the budget" in next_step(result)
+    kept = replace(result, provenance={**result.provenance, "plan_cost": 0.0})
+    assert "0 of 2 random directions fit the budget" in kept.verdict
+    assert "cost more than the budget" in next_step(kept)
     assert "cost too much" in plot_evaluation(result).layout.title.text
     esl.save(result, tmp_path / "kept")
     assert esl.load(tmp_path / "kept").verdict == result.verdict
+
+
+class TestComparedPlans:
+    """Plans given by name."""
+
+    @staticmethod
+    def evaluated(fit, zoo, **changes):
+        plan = fit.plan(coefficient=0.1)
+        return esl.evaluate(
+            plan, zoo["target"], fit=fit, **{"n_random": 2, "n_shuffles": 0} | changes
+        )
+
+    @pytest.mark.parametrize(
+        "name", ["random (same budget)", "this plan", "native RFM", "prompting"]
+    )
+    def test_the_name_of_another_row_is_refused(self, fit, zoo, name):
+        with pytest.raises(ArgumentError, match="is the name of another method"):
+            self.evaluated(fit, zoo, compare={name: fit.plan(coefficient=0.1)})
+
+    def test_a_plan_that_steers_away_stays_one(self, fit, zoo):
+        away = fit.plan(coefficient=0.1).with_coefficient(-0.2)
+        row = self.evaluated(fit, zoo, compare={"away": away}).row("away")
+        assert row.coefficient < 0
+        assert row.effect < 0
+
+    def test_a_stopped_evaluation_goes_on_with_the_same_plans_only(self, fit, zoo, monkeypatch):
+        from expertsteer_lens.errors import Interrupted
+        from expertsteer_lens.evaluation import run
+
+        measured, row_of = [], run._Run.row_of
+
+        def stopping(self, job):
+            if job.method == "native RFM":
+                raise KeyboardInterrupt
+            measured.append(job.method)
+            return row_of(self, job)
+
+        plan = fit.plan(coefficient=0.1)
+        mine = {"mine": plan.with_random_directions(seed=1)}
+        monkeypatch.setattr(run._Run, "row_of", stopping)
+        with pytest.raises(Interrupted) as stop:
+            self.evaluated(fit, zoo, compare=mine)
+        monkeypatch.setattr(run._Run, "row_of", row_of)
+        kept = stop.value.finished
+        assert len(kept.rows) == len(measured) > 0
+        for changes in (
+            {"compare": {"mine": plan.with_random_directions(seed=2)}},
+            {"compare": mine, "n_bootstrap": 50},
+            {"compare": mine, "fit": replace(fit, seed=fit.seed + 1)},
+        ):
+            with pytest.raises(ArgumentError, match="finished holds rows of another evaluation"):
+                esl.evaluate(
+                    plan,
+                    zoo["target"],
+                    **{"fit": fit, "n_random": 2, "n_shuffles": 0, "finished": kept} | changes,
+                )
+        assert self.evaluated(fit, zoo, compare=mine, finished=kept).row("mine").measured
+
+
+def test_a_length_is_held_against_chance_as_a_share_of_the_norm_is(fit, zoo):
+    """Random directions and the target's own get strengths in the unit of the plan."""
+    hook = fit.plan(coefficient=0.1).vectors[0].hook_name
+    norm = fit.target_anchors.median_norm(hook)
+    direction = fit.plan(coefficient=0.1).vectors[0].direction
+    of = {"basis": fit.plan(coefficient=0.1).basis}
+    share = esl.SteeringPlan.from_vectors(
+        {hook: direction}, coefficient=0.3, median_norms={hook: norm}, **of
+    )
+    length = esl.SteeringPlan.from_vectors(
+        {hook: direction}, coefficient=0.3 * norm, relative_to="unit", **of
+    )
+    one, other = (
+        esl.evaluate(p, zoo["target"], fit=fit, n_random=3, n_shuffles=0) for p in (share, length)
+    )
+    assert other.row("random (same norm)").effect == pytest.approx(
+        one.row("random (same norm)").effect, abs=1e-4
+    )
+    for method in ("random (same budget)", "native RFM", "wrong layer"):
+        strong, as_length = one.row(method), other.row(method)
+        assert as_length.coefficient > 1  # beyond all shares of the grid
+        assert as_length.nll_rise == pytest.approx(strong.nll_rise, abs=0.05)
+
+
+def test_what_is_no_number_is_a_row_that_says_so(fit, zoo, monkeypatch):
+    """A strength at which the model overflows: no verdict is made of NaN."""
+    from expertsteer_lens.measure.prepared import Completions
+
+    totals = Completions.totals
+
+    def overflowing(self, batch, plan, vector_edits=None):
+        found = totals(self, batch, plan, vector_edits)
+        strong = plan is not None and max(abs(v.coefficient) for v in plan.vectors) > 0.45
+        return found * math.nan if strong else found
+
+    monkeypatch.setattr(Completions, "totals", overflowing)
+    plan = fit.plan(coefficient=0.1)
+    result = esl.evaluate(
+        plan.with_coefficient(0.5),
+        zoo["target"],
+        fit=fit,
+        n_random=2,
+        n_shuffles=0,
+        compare={"mine": plan},
+    )
+    assert result.outcome == "not measured"
+    assert "probabilities are no finite numbers" in result.verdict
+    assert "Works" not in result.verdict
+    assert "was not measured" in plot_evaluation(result).layout.title.text
+    assert "float32" in next_step(result)
+
+
+def test_an_instruction_in_the_prompt_has_no_cost_that_was_measured(fit, zoo):
+    result = esl.evaluate(
+        fit.plan(coefficient=0.1),
+        zoo["target"],
+        fit=fit,
+        n_random=2,
+        n_shuffles=0,
+        prompt_prefix="Be glad. ",
+    )
+    assert math.isnan(result.row("prompting").nll_rise)
+    assert "nan" not in plot_evaluation(result).to_json().lower().replace("nannan", "")
+    assert result.row("unsteered").nll_rise == 0.0
 
 
 def test_rows_of_the_first_version_are_measured():

@@ -239,14 +239,32 @@ def test_a_tie_is_no_right_answer_whichever_way_it_is_counted(host, monkeypatch)
     assert behaviour_metric(host, behaviour).tolist() == [0.0]
 
 
-def test_the_interval_is_that_of_resampled_means():
+def test_the_interval_is_that_of_resampled_means_widened_for_small_samples():
+    from scipy.stats import norm, t
+
     values = torch.arange(10, dtype=torch.float64)
     draws = bootstrap_draws(10, 200, seed=3)
     again = torch.randint(10, (200, 10), generator=torch.Generator().manual_seed(3))
     assert torch.equal(draws, again)
     means = torch.stack([values[row].mean() for row in again])
-    expected = (float(means.quantile(0.025)), float(means.quantile(0.975)))
+    tail = norm.cdf(-((10 / 9) ** 0.5) * t.ppf(0.975, 9))
+    expected = (float(means.quantile(tail)), float(means.quantile(1 - tail)))
     assert mean_interval(values, draws) == pytest.approx(expected)
+    low, high = mean_interval(torch.tensor([1.0, 3.0]), bootstrap_draws(2, 50, seed=0))
+    assert (low, high) == pytest.approx((2 - t.ppf(0.975, 1), 2 + t.ppf(0.975, 1)))
+    assert mean_interval(torch.tensor([2.0]), bootstrap_draws(1, 50, seed=0)) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 15])
+def test_intervals_of_few_values_cover_the_mean_as_often_as_they_say(n):
+    """The plain percentile interval covers it in 49, 79, 86 and 93 % of the cases."""
+    g = torch.Generator().manual_seed(0)
+    covered = 0
+    for i in range(300):
+        values = torch.randn(n, generator=g, dtype=torch.float64)
+        low, high = mean_interval(values, bootstrap_draws(n, 1000, seed=i))
+        covered += low <= 0 <= high
+    assert covered / 300 > 0.92
 
 
 def counted_logits(host, monkeypatch) -> list[int]:

@@ -393,7 +393,15 @@ class TestEvaluateAlone:
 
 class TestVerdicts:
     @staticmethod
-    def result(plan: float, floor: list[float], ceiling: float):
+    def result(
+        plan: float,
+        floor: list[float],
+        ceiling: float,
+        *,
+        coefficient: float = 0.1,
+        same_norm: tuple[float, ...] = (),
+        cost: float | None = None,
+    ):
         from expertsteer_lens.evaluation.run import FLOOR, Evaluation, EvaluationRow
 
         def row(method, role, effect):
@@ -402,7 +410,7 @@ class TestVerdicts:
                 role,
                 0,
                 (),
-                0.1,
+                coefficient,
                 effect,
                 effect - 0.05,
                 effect + 0.05,
@@ -414,7 +422,54 @@ class TestVerdicts:
             )
 
         rows = [row("this plan", "plan", plan), *(row(FLOOR, "floor", f) for f in floor)]
-        return Evaluation((*rows, row("native RFM", "ceiling", ceiling)), 0.0, 0.5, 0.1, {})
+        rows += [row("random (same norm)", "control", effect) for effect in same_norm]
+        facts = {} if cost is None else {"plan_cost": cost}
+        return Evaluation((*rows, row("native RFM", "ceiling", ceiling)), 0.0, 0.5, 0.1, facts)
+
+    def test_what_is_better_than_chance_but_lowers_the_behaviour_does_not_work(self):
+        found = self.result(-0.5, [-3.0, -2.6, -3.4], -0.4)
+        assert found.outcome == "no gain"
+        assert found.verdict.startswith("Better than chance, but it does not raise")
+        assert "%" not in found.verdict
+
+    def test_a_plan_above_all_chance_means_something_whatever_the_target_can(self):
+        found = self.result(3.0, [0.0, 0.22, -0.22], 0.2)
+        assert found.outcome == "works"
+        assert "1500 % of the native ceiling" in found.verdict
+        assert "ceiling" not in self.result(3.0, [0.0, 0.22, -0.22], -0.2).verdict
+
+    def test_few_seeds_ask_for_more(self):
+        """Two random directions say little of how far a third may be."""
+        assert self.result(0.5, [0.0, 0.2], 9.0).outcome == "chance"
+        assert (
+            self.result(0.5, [0.0, 0.2, 0.1, 0.05, 0.15, 0.1, 0.05, 0.15], 1.0).outcome == "works"
+        )
+        assert "with 2 seeds 15.6 may be luck" in self.result(0.5, [0.0, 0.2], 9.0).verdict
+
+    def test_a_random_direction_passes_for_an_effect_in_one_case_of_forty(self):
+        g = torch.Generator().manual_seed(1)
+        passed = 0
+        for _ in range(400):
+            *floor, plan = torch.randn(6, generator=g, dtype=torch.float64).tolist()
+            passed += self.result(plan, floor, 100.0).outcome in ("works", "no gain")
+        assert passed / 400 < 0.05
+
+    def test_a_plan_that_steers_away_is_read_from_the_other_side(self):
+        found = self.result(-1.0, [0.0, 0.1, -0.1], -1.25, coefficient=-0.1)
+        assert found.outcome == "works"
+        assert "10.0 sd below the random floor" in found.verdict
+        assert "80 % of the native ceiling" in found.verdict
+        assert self.result(1.0, [0.0, 0.1, -0.1], -1.25, coefficient=-0.1).outcome == "chance"
+
+    def test_a_plan_over_the_budget_stands_beside_random_directions_of_its_norm(self):
+        """Those within the budget are weaker than it, which is no merit of its direction."""
+        given = {"plan": 1.0, "floor": [0.0, 0.1, -0.1], "ceiling": 1.25}
+        strong = (0.0, 0.9, -0.9)
+        found = self.result(**given, same_norm=strong, cost=0.2)
+        assert found.outcome == "chance"
+        assert "over the budget of 0.1 that everything else keeps (0.20" in found.verdict
+        assert self.result(**given, same_norm=strong, cost=0.1).outcome == "works"
+        assert self.result(**given, same_norm=strong).outcome == "works"  # of before it was known
 
     def test_a_target_that_cannot_express_it_is_said_to_be_so(self):
         assert self.result(0.9, [0.0, 0.4, -0.4], 0.5).verdict.startswith(

@@ -132,6 +132,36 @@ def test_a_task_without_an_instruction_has_no_labels_from_one(models):
     assert found.choices["instructing by expert"]["setting"] is None
 
 
+def test_labels_that_were_given_are_not_counted_as_right():
+    from expertsteer_lens.benchmarks.transfer.rows import _right
+
+    truth = torch.tensor([1, 0, 1, 0, 1, 0])
+    found = torch.tensor([1, 0, 0, 0, 1, 1])  # the pair 0 was given; two of the other four
+    assert _right(found, truth, torch.tensor([0])) == 0.5
+    assert _right(found, truth) == pytest.approx(4 / 6)
+
+
+def test_tasks_with_other_numbers_of_pairs_stand_together(bench):
+    first = bench[0]
+    second = [
+        row
+        | {"task": "b", "effect": row["effect"] + 1}
+        | ({"n_pairs": 30} if row["n_pairs"] == 8 else {})
+        for row in first.rows
+    ]
+    found = TransferBench([*first.rows, *second], first.choices, first.settings)
+    summary = found.summary().set_index(["method", "n_pairs"])
+    alone = first.summary().set_index(["method", "n_pairs"])
+    assert summary.tasks["native", float("inf")] == 2
+    assert summary.effect["native", float("inf")] == pytest.approx(alone.effect["native", 8] + 0.5)
+    assert summary.tasks["native", 1] == 2
+    gains = found.differences().set_index(["difference", "n_pairs"])
+    assert gains.tasks["expert, mapped - native", float("inf")] == 2
+    assert "| all | native | " in found.to_markdown()
+    assert "| all | native | " in overview([found], {})
+    assert "all" in found.plot().layout.xaxis.ticktext
+
+
 def test_rows_of_fewer_tasks_say_so(bench):
     """A run that was ended while few labels were added has them of some tasks only."""
     first = bench[0]

@@ -29,7 +29,7 @@ from .methods import (
     shuffled_plan,
     wrong_layer_plan,
 )
-from .result import FLOOR, Role
+from .result import FLOOR, SAME_NORM, Role
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
@@ -140,7 +140,7 @@ def register_control(
         n_seeds: rows, made with the seeds `seed, seed + 1, ...` of `evaluate`.
 
     Raises:
-        ArgumentError: the name is taken, or the role is one that `evaluate` fills itself.
+        ArgumentError: the name is another row's, or the role is one that `evaluate` fills itself.
 
     Example:
         The plan backwards, which should lower what the plan raises:
@@ -154,11 +154,7 @@ def register_control(
         'control'
         >>> _ = COMPARISONS.pop("backwards")
     """
-    if name in COMPARISONS or name in ("this plan", "unsteered", "prompting"):
-        raise ArgumentError(
-            f"name={name!r} is the name of another method; choose a new one, or take the old one "
-            "out with COMPARISONS.pop(name)."
-        )
+    check_name(name, "name")
     if role in RESERVED_ROLES:
         raise ArgumentError(
             f"role={role!r} belongs to rows that evaluate makes itself; take 'control', 'ceiling', "
@@ -172,6 +168,15 @@ def register_control(
         calibrate=calibrate,
         seeds=lambda setting: range(setting.seed, setting.seed + n_seeds),
     )
+
+
+def check_name(name: str, argument: str) -> None:
+    """Raise `ArgumentError` if another row has this name."""
+    if name in COMPARISONS or name in ("this plan", "unsteered", "prompting"):
+        raise ArgumentError(
+            f"{argument}={name!r} is the name of another method; choose a new one, or take the old "
+            "one out with COMPARISONS.pop(name)."
+        )
 
 
 def check_methods(methods: str) -> None:
@@ -220,7 +225,7 @@ def _is_another(kind: str, setting: Setting) -> bool:
 
 
 COMPARISONS: dict[str, Comparison] = {
-    "random (same norm)": Comparison(
+    SAME_NORM: Comparison(
         make=_random, applies=lambda s: True, seeds=_random_seeds, calibrate=False
     ),
     FLOOR: Comparison(make=_random, role="floor", applies=lambda s: True, seeds=_random_seeds),

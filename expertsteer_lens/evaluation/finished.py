@@ -25,7 +25,7 @@ class FinishedRows:
 
     rows: tuple[EvaluationRow, ...]
     setting: str
-    """Digest of the plan, the texts, the budget and the seed they were measured under."""
+    """Digest of the plans, the fit, the texts, the budget and the seed they were measured under."""
 
     def __repr__(self) -> str:
         return f"FinishedRows({len(self.rows)} rows)"
@@ -35,8 +35,8 @@ class KeptRows:
     """Measures the rows of one evaluation, and keeps them if the user stops it.
 
     Args:
-        plan: the plan under test.
-        facts: hashes of texts and models, and the seed.
+        plans: the plan under test and those it is compared with, by name.
+        facts: hashes of texts and models, the fit's settings, names of methods, and the seed.
         budget: damage allowed, nats per token.
         generation: what is written under every method.
         finished: rows to go on from.
@@ -47,29 +47,25 @@ class KeptRows:
 
     def __init__(
         self,
-        plan: SteeringPlan,
+        plans: Mapping[str, SteeringPlan],
         facts: Mapping[str, Any],
         budget: float,
         generation: Any,
         finished: FinishedRows | None,
     ) -> None:
-        vectors = [
-            (
-                repr(v),
-                hashlib.sha256(
-                    b"".join(t.numpy().tobytes() for t in (v.direction, *v.parameters.values()))
-                ).hexdigest(),
-            )
-            for v in plan.vectors
+        said = [
+            {name: _digest(plan) for name, plan in plans.items()},
+            dict(facts),
+            budget,
+            repr(generation),
         ]
-        said = [vectors, repr(plan.positions), dict(facts), budget, repr(generation)]
         text = json.dumps(said, sort_keys=True, default=str)
         self.setting = hashlib.sha256(text.encode()).hexdigest()
         if finished is not None and finished.setting != self.setting:
             raise ArgumentError(
-                "finished holds rows of another evaluation (another plan, other texts, budget, "
-                "generation or seed); pass the arguments of the one that was stopped, or leave "
-                "finished out."
+                "finished holds rows of another evaluation (another plan or fit, other plans to "
+                "compare, texts, methods, budget, generation or seed); pass the arguments of the "
+                "one that was stopped, or leave finished out."
             )
         self.rows = {(r.method, r.seed): r for r in (finished.rows if finished else ())}
 
@@ -99,3 +95,12 @@ class KeptRows:
                 FinishedRows(tuple(self.rows.values()), self.setting),
             ) from stop
         return [self.rows[job.method, job.seed] for job in jobs]
+
+
+def _digest(plan: SteeringPlan) -> list[Any]:
+    """All that decides what a plan does."""
+    vectors = []
+    for v in plan.vectors:
+        tensors = b"".join(t.numpy().tobytes() for t in (v.direction, *v.parameters.values()))
+        vectors.append((repr(v), hashlib.sha256(tensors).hexdigest()))
+    return [vectors, repr(plan.positions)]

@@ -238,7 +238,8 @@ def wrong_layer_plan(fit: ExpertSteering, plan: SteeringPlan) -> SteeringPlan:
         distance = {n: abs(names.index(n) - names.index(vector.hook_name)) for n in free}
         there = max(free, key=distance.__getitem__)
         free.remove(there)
-        norm = fit.target_anchors.median_norm(there)
+        is_share = vector.relative_to == "median_norm"
+        norm = fit.target_anchors.median_norm(there) if is_share else None
         moved = replace(_unlearnt(vector), hook_name=there, median_norm=norm, provenance={})
         vectors.append(moved)
     return replace(plan, vectors=tuple(vectors))

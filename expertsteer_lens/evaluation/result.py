@@ -14,14 +14,19 @@ from expertsteer_lens._checks import explained_at
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._upward import upward
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval
+from expertsteer_lens.measure.intervals import bootstrap_draws, mean_interval, student
 
 if TYPE_CHECKING:
     import pandas
 
 Role = Literal["base", "plan", "floor", "control", "ceiling", "baseline", "compared"]
-FLOOR = "random (same budget)"
-"""The method whose rows have the role "floor"."""
+FLOOR, SAME_NORM = "random (same budget)", "random (same norm)"
+"""Random directions, each at the largest strength within the budget (the rows with the role
+"floor"), and at the strength of the plan."""
+PLAN_COST = "plan_cost"
+"""In the provenance: what the plan costs on the calibration texts, in the unit of the budget."""
+SLACK = 1.05
+"""By so much a plan may exceed the budget: it was calibrated elsewhere, or batched otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +50,8 @@ class EvaluationRow:
     accuracy: float
     """Share of test prompts whose likeliest completion is a positive one."""
     nll_rise: float
-    """Rise of the mean NLL on the neutral test texts, nats per token."""
+    """Rise of the mean NLL on the neutral test texts, nats per token; NaN of an instruction in the
+    prompt, which neutral texts have none of."""
     kl: float
     """Mean KL(unsteered || steered) of the next token on the neutral test texts, nats per token."""
     per_prompt: Float[Tensor, " n_prompts"]
@@ -115,6 +121,39 @@ _COLUMNS = (
 )
 
 
+Outcome = Literal["works", "no gain", "chance", "target cannot", "no floor", "not measured"]
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """What random directions do."""
+
+    n: int
+    mean: float
+    sd: float
+    side: float
+    """-1 of a plan with a negative coefficient, which steers away: lower is better there."""
+
+    @property
+    def luck(self) -> float:
+        """How many standard deviations from the mean of n a further random direction is in 2.5 %
+        of cases (normal distribution, mean and deviation estimated from the n)."""
+        return student(self.n) * math.sqrt(1 + 1 / self.n)
+
+    def sd_of(self, effect: float) -> float:
+        """How far an effect is from their mean, in their standard deviations, better = positive."""
+        away = self.side * (effect - self.mean)
+        return away / self.sd if self.sd > 0 else math.copysign(math.inf, away)
+
+    def least(self, row: EvaluationRow) -> float:
+        """The worst of its interval, better = positive."""
+        return row.low if self.side > 0 else -row.high
+
+    def is_beyond(self, row: EvaluationRow) -> bool:
+        """Whether its effect, and all of its interval, is better than random directions."""
+        return self.sd_of(row.effect) > self.luck and self.least(row) > self.side * self.mean
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Every row of the comparison, and what follows from it."""
@@ -156,10 +195,11 @@ class Evaluation:
 
     @property
     def ceiling(self) -> EvaluationRow | None:
-        """The better of the target's own RFM and mean difference; None if they were not
-        measured."""
+        """The better of the target's own RFM and mean difference (the one that lowers the behaviour
+        most, for a plan with a negative coefficient); None if they were not measured."""
         ceilings = [r for r in self.rows if r.role == "ceiling" and r.measured]
-        return max(ceilings, key=lambda r: r.effect) if ceilings else None
+        side = -1.0 if self.plan.coefficient < 0 else 1.0
+        return max(ceilings, key=lambda r: side * r.effect) if ceilings else None
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -177,7 +217,7 @@ class Evaluation:
         """The outcome in one sentence; further ones name what was not held out, and controls that
         could not be measured."""
         missing = {r.method: r.note for r in self.rows if not r.measured and r.role != "baseline"}
-        said = [self._outcome()]
+        said = [self._said()]
         if self.not_held_out:
             said.append(f"Not held out, so likely too good: {'; '.join(self.not_held_out)}.")
         if missing:
@@ -185,40 +225,88 @@ class Evaluation:
             said.append(f"Not measured: {listed}.")
         return " ".join(said)
 
-    def _outcome(self) -> str:
-        mean, sd = self.floor
-        plan, ceiling = self.plan, self.ceiling
-        cost = f"neutral NLL {plan.nll_rise:+.2f}"
-        floor = f"random directions {mean:+.2f} ± {sd:.2f}"
-        drawn = [r for r in self.rows if r.role == "floor"]
-        n_floor = sum(r.measured for r in drawn)
-        if n_floor < 2:
+    @property
+    def over_budget(self) -> bool:
+        """Whether the plan costs more on the calibration texts than all it is compared with may;
+        False where that is not known (results of before it was measured)."""
+        cost = self.provenance.get(PLAN_COST)
+        return cost is not None and not cost <= SLACK * self.budget
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the verdict says, as one of a few words."""
+        plan = self.plan
+        if not plan.measured:
+            return "not measured"
+        chance = self._chance()
+        if chance is None:
+            return "no floor"
+        if chance.is_beyond(plan):
+            return "works" if chance.least(plan) > 0 else "no gain"
+        own, floor = self.ceiling, self._chance(FLOOR)  # the ceiling keeps to the budget
+        if own is not None and floor is not None and not floor.sd_of(own.effect) >= floor.luck:
+            return "target cannot"
+        return "chance"
+
+    def _chance(self, method: str | None = None) -> _Chance | None:
+        """What random directions do; None where fewer than two were measured. Default: those beside
+        which the plan stands."""
+        method = method or (SAME_NORM if self.over_budget else FLOOR)
+        measured = [r.effect for r in self.rows if r.method == method and r.measured]
+        if len(measured) < 2:
+            return None
+        values = torch.tensor(measured, dtype=torch.float64)
+        side = -1.0 if self.plan.coefficient < 0 else 1.0
+        return _Chance(len(values), float(values.mean()), float(values.std()), side)
+
+    def _said(self) -> str:
+        """The outcome with its numbers."""
+        plan, chance, outcome = self.plan, self._chance(), self.outcome
+        if outcome == "not measured":
+            return f"Nothing is known of this plan: {plan.note}."
+        if chance is None:
+            drawn = [r for r in self.rows if r.method == (SAME_NORM if self.over_budget else FLOOR)]
             return (
-                f"Nothing to tell the plan's {plan.effect:+.2f} nats from chance by: {n_floor} of "
-                f"{len(drawn)} random directions fit the budget at any strength."
-                + explained_at("no-floor")
-            )
-        above = (plan.effect - mean) / sd if sd > 0 else float("inf")
-        if ceiling is not None and ceiling.effect < mean + 2 * sd:
-            return (
-                f"The target cannot express this: its own direction reaches {ceiling.effect:+.2f} "
-                f"nats, no better than random directions ({mean:+.2f} ± {sd:.2f}, {n_floor} "
-                f"seeds); the plan's {plan.effect:+.2f} means nothing."
-                + explained_at("the-target-cannot")
+                f"Nothing to tell the plan's {plan.effect:+.2f} nats from chance by: "
+                f"{sum(r.measured for r in drawn)} of {len(drawn)} random directions fit the "
+                "budget at any strength." + explained_at("no-floor")
             )
         measured = f"{plan.effect:+.2f} nats [{plan.low:+.2f}, {plan.high:+.2f}]"
-        if above < 2 or plan.low <= mean:
+        floor = f"{chance.mean:+.2f} ± {chance.sd:.2f}"
+        away = chance.sd_of(plan.effect)
+        cost = f"neutral NLL {plan.nll_rise:+.2f}"
+        if self.over_budget:
+            cost += (
+                f"; over the budget of {self.budget:g} that everything else keeps "
+                f"({self.provenance[PLAN_COST]:.2f} on the calibration texts), so compared with "
+                "random directions of its norm"
+            )
+        own = None if self.ceiling is None else self.ceiling.effect
+        if outcome == "target cannot":
+            mean, sd = self.floor
             return (
-                f"Not distinguishable from chance: {measured} against {floor} ({above:.1f} sd); "
-                f"{cost}." + explained_at("no-better-than-chance")
+                f"The target cannot express this: its own direction reaches {own:+.2f} nats, no "
+                f"better than random directions ({mean:+.2f} ± {sd:.2f}, {chance.n} seeds); the "
+                f"plan's {plan.effect:+.2f} means nothing." + explained_at("the-target-cannot")
+            )
+        if outcome == "chance":
+            return (
+                f"Not distinguishable from chance: {measured} against random directions {floor} "
+                f"({away:.1f} sd; with {chance.n} seeds {chance.luck:.1f} may be luck); {cost}."
+                + explained_at("no-better-than-chance")
+            )
+        side = "above" if chance.side > 0 else "below"
+        beyond = f"{away:.1f} sd {side} the random floor ({floor}, {chance.n} seeds)"
+        if outcome == "no gain":
+            return (
+                f"Better than chance, but it does not {'raise' if chance.side > 0 else 'lower'} "
+                f"the behaviour: {measured}, {beyond}; {cost}."
+                + explained_at("no-better-than-chance")
             )
         share = ""
-        if ceiling is not None:
-            share = f"; {100 * plan.effect / ceiling.effect:.0f} % of the native ceiling"
-        return (
-            f"Works: {measured}, {above:.1f} sd above the random floor ({mean:+.2f} ± {sd:.2f}, "
-            f"{n_floor} seeds){share}; {cost}."
-        )
+        if own is not None and chance.side * own > 0:
+            share = f"; {100 * plan.effect / own:.0f} % of the native ceiling"
+        return f"Works: {measured}, {beyond}{share}; {cost}."
 
     def to_pandas(self, *, collapse: bool = True) -> pandas.DataFrame:
         """The table; with `collapse`, seeds of one method become one row with `effect` their mean

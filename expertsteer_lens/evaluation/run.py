@@ -3,6 +3,7 @@ budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,10 +24,18 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions
 from expertsteer_lens.steer.plan import SteeringPlan
 
-from .comparisons import Job, Methods, Setting, check_methods, comparisons
+from .comparisons import (
+    COMPARISONS,
+    Job,
+    Methods,
+    Setting,
+    check_methods,
+    check_name,
+    comparisons,
+)
 from .finished import FinishedRows, KeptRows
 from .methods import NotMeasured, with_gradients
-from .result import FLOOR, Evaluation, EvaluationRow, Role
+from .result import FLOOR, PLAN_COST, Evaluation, EvaluationRow, Role
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
@@ -62,8 +71,9 @@ def evaluate(
     progress: bool | None = False,
     finished: FinishedRows | None = None,
 ) -> Evaluation:
-    """Measure a plan and what it must be compared with, each at the largest coefficient the same
-    budget allows.
+    """Measure a plan as it is, and what it must be compared with, each at the largest coefficient
+    that the same budget allows, on the plan's side of zero. A plan over this budget is compared
+    with random directions of its own norm instead, and the verdict says so.
 
     Every method has the same choices: layers by predicted effect on the validation prompts,
     coefficient on the calibration texts. Test prompts and test texts are read here and nowhere
@@ -95,7 +105,7 @@ def evaluate(
             None.
         base: states of the expert's base model on the texts of the fit's contrast pairs, for the
             expert-minus-base baseline; skipped if None.
-        compare: further plans by name, calibrated in the same way.
+        compare: further plans by name, calibrated in the same way; names of other rows are taken.
         n_generate: continue this many test prompts greedily under every method, for repetition,
             length and `text_score`.
         max_new_tokens: length of these continuations.
@@ -108,11 +118,15 @@ def evaluate(
 
     Raises:
         Interrupted: the user stopped it; rows that were finished are kept in `.finished`.
-        DataError: no behaviour or no neutral texts are given and `fit` has none.
+        DataError: no behaviour or no neutral texts are given and `fit` has none, or the unsteered
+            model gives no finite probabilities on them.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
-            `base` without `fit`).
+            `base` without `fit`), or a name in `compare` that another row has.
     """
     _check_arguments(methods, n_random, n_shuffles, n_generate, n_bootstrap)
+    compare = dict(compare or {})
+    for name in compare:
+        check_name(name, "compare")
     if text_score is not None and n_generate == 0:
         raise ArgumentError(
             "text_score is given, but nothing is generated; set n_generate, e.g. to 16."
@@ -139,10 +153,15 @@ def evaluate(
         seed=seed,
     )
     jobs = comparisons(setting, methods)
-    for name, other in (compare or {}).items():
+    for name, other in compare.items():
         jobs.append(Job(name, "compared", 0, partial(_same, other)))
     rows = [run.row("unsteered", "base", 0, None)]
-    kept = KeptRows(plan, run.provenance(plan, []), run.budget, run.generation, finished)
+    facts = run.facts(plan) | {
+        "fit": None if fit is None else [fit.config.to_dict(), fit.seed, fit.data.text_hashes],
+        "n_bootstrap": n_bootstrap,
+        "methods": list(COMPARISONS),
+    }
+    kept = KeptRows({"this plan": plan, **compare}, facts, run.budget, run.generation, finished)
     rows += kept.measured(jobs, run.row_of, progress)
     if prompt_prefix is not None:
         rows.append(run.row("prompting", "baseline", 0, None, prefix=prompt_prefix))
@@ -269,6 +288,12 @@ class _Run:
         self.completions = Completions(host, behaviour)
         self.base_scores = self.completions.scores()
         self.base, self.base_hits = self.base_scores.log_odds(), self.base_scores.correct()
+        if not bool(self.base_scores.total.isfinite().all()):
+            i = int(self.base_scores.owner[~self.base_scores.total.isfinite()][0])
+            raise DataError(
+                f"a completion of prompt {i} has no finite log-probability without any steering; "
+                "load the model in float32 (float16 overflows above 65504)."
+            )
         self.draws = bootstrap_draws(len(behaviour), n_bootstrap, seed)
 
     def row_of(self, job: Job) -> EvaluationRow:
@@ -277,11 +302,11 @@ class _Run:
             plan = job.make()
             if job.calibrate:
                 plan = self.calibrated(plan)
+            return self.row(job.method, job.role, job.seed, plan)
         except NotMeasured as reason:
             return EvaluationRow.unmeasured(
                 job.method, job.role, job.seed, str(reason), n_prompts=len(self.behaviour)
             )
-        return self.row(job.method, job.role, job.seed, plan)
 
     def row(
         self,
@@ -292,6 +317,11 @@ class _Run:
         *,
         prefix: str | None = None,
     ) -> EvaluationRow:
+        """Measure one steering, or prompts behind a prefix.
+
+        Raises:
+            NotMeasured: what the model says at this strength is no number.
+        """
         behaviour, completions = self.behaviour, self.completions
         if prefix is not None:
             behaviour = behaviour.with_prefix(prefix)
@@ -303,6 +333,13 @@ class _Run:
         low, high = mean_interval(change, self.draws)
         low_per_token, high_per_token = mean_interval(per_token, self.draws)
         rise, divergence = (0.0, 0.0) if plan is None else self.neutral.cost(plan)
+        if prefix is not None:  # neutral texts have no prompt that it could stand in front of
+            rise = divergence = math.nan
+        elif not (bool(scores.total.isfinite().all()) and math.isfinite(rise)):
+            raise NotMeasured(
+                "at this strength the model's probabilities are no finite numbers; load it in "
+                "float32 or steer less"
+            )
         vectors = () if plan is None else plan.vectors
         return EvaluationRow(
             method=method,
@@ -319,7 +356,7 @@ class _Run:
             wrong_way=float((change < 0).double().mean()),
             accuracy=float(scores.correct().mean()),
             nll_rise=rise,
-            kl=float(divergence or 0.0),
+            kl=0.0 if divergence is None else float(divergence),
             per_prompt=change,
             correct=scores.correct(),
             **self.generation.figures(self.host, behaviour, plan),
@@ -345,6 +382,15 @@ class _Run:
         return found.apply(plan)
 
     def provenance(self, plan: SteeringPlan, rows: Sequence[EvaluationRow]) -> dict[str, Any]:
+        """What was measured on what, and what the plan costs in the unit of the budget."""
+        rise, divergence = self.calibration.cost(plan, kl=self.unit == "kl")
+        return self.facts(plan) | {
+            PLAN_COST: rise if divergence is None else divergence,
+            "not_measured": {r.method: r.note for r in rows if not r.measured},
+        }
+
+    def facts(self, plan: SteeringPlan) -> dict[str, Any]:
+        """Of the plan, the texts and the seed."""
         return {
             "behaviour_hash": self.behaviour.hash,
             "budget_unit": self.unit,
@@ -356,5 +402,4 @@ class _Run:
             "target": dict(plan.target),
             "plan": dict(plan.provenance),
             "not_held_out": self.not_held_out,
-            "not_measured": {r.method: r.note for r in rows if not r.measured},
         }

@@ -16,12 +16,13 @@ from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import text_hash
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.interventions.edits import find_edit
 from expertsteer_lens.steer.plan import SteeringPlan
 from expertsteer_lens.steer.vector import SteeringVector
 
 from .neutral import NeutralTexts
 from .prepared import Completions
-from .strengths import CURVE, DEFAULT_GRID, around, search, walk
+from .strengths import CURVE, DEFAULT_GRID, around, is_over, search, walk
 
 if TYPE_CHECKING:
     import pandas
@@ -41,8 +42,8 @@ class Calibration:
     """A coefficient with the dose-response curve it was read off."""
 
     coefficient: float
-    """Largest coefficient on the grid up to which the cost stays within the budget; 0 never appears
-    (it raises)."""
+    """Largest coefficient on the grid up to which the cost stays within the budget, with the sign
+    of the plan's own; 0 never appears (it raises)."""
     coefficients: dict[str, float]
     """Per hook name, at that coefficient of the plan."""
     budget: float
@@ -53,7 +54,8 @@ class Calibration:
     """Per coefficient: `coefficient`, `cost` (nats per token), `band`, and, where a behaviour was
     given, `effect` (nats of its metric) with `effect_se`, the standard error over prompts.
 
-    Bands: "broken" where the cost exceeds the budget (and beyond, in the same direction); else "no
+    Bands: "broken" where the cost exceeds the budget or is no number, as where a strength overflows
+    the model's dtype (and beyond, in the same direction); else "no
     effect" where the effect is within two standard errors of zero; else "usable"."""
     texts_hash: str
     n_texts: int
@@ -61,13 +63,14 @@ class Calibration:
     @property
     def sign(self) -> Sign | None:
         """Does the direction point the right way? "as labelled", "reversed", or "unclear" (within
-        two standard errors of zero at the chosen coefficient); None if no behaviour was given."""
+        two standard errors of zero at the chosen coefficient); None if no behaviour was given. A
+        negative coefficient should lower the behaviour."""
         row = next(r for r in self.curve if r["coefficient"] == self.coefficient)
         if "effect" not in row:
             return None
         if abs(row["effect"]) <= 2 * row["effect_se"]:
             return "unclear"
-        return "as labelled" if row["effect"] > 0 else "reversed"
+        return "as labelled" if row["effect"] * self.coefficient > 0 else "reversed"
 
     def apply(self, plan: SteeringPlan) -> SteeringPlan:
         """The plan at the coefficients found, with this calibration in its provenance.
@@ -85,8 +88,8 @@ class Calibration:
             )
         if self.sign == "reversed":
             warnings.warn(
-                "the calibrated direction lowers the behaviour metric on the validation prompts: "
-                "it points the wrong way "
+                "the calibrated direction moves the behaviour metric on the validation prompts "
+                "against its sign: it points the wrong way "
                 "there. Swap positive and negative if the labels are reversed, or steer another "
                 "layer.",
                 stacklevel=2,
@@ -148,9 +151,10 @@ def calibrate(
 ) -> Calibration:
     """Find the largest coefficient within a budget on neutral texts.
 
-    The plan's layers are scaled together: their coefficients keep the ratio they have in the plan
-    or, with `per_layer`, the ratio of the largest coefficients that each layer could afford if it
-    were steered alone.
+    The plan's layers are scaled together: their coefficients keep the ratio and the signs they have
+    in the plan or, with `per_layer`, the ratio of the largest coefficients that each layer could
+    afford if it were steered alone. A plan whose largest coefficient is negative is searched on
+    that side of zero.
 
     The grid is searched from the plan's own coefficient on, where a cost that grows with the square
     of the coefficient would meet the budget: two or three measurements, eight at most. With `curve`
@@ -167,11 +171,13 @@ def calibrate(
         budget: nats per token.
         unit: "nll" (rise of the mean NLL; can be negative) or "kl" (mean KL to the unsteered model;
             never negative).
-        grid: positive coefficients; default: `DEFAULT_GRID`, of which a curve takes about ten.
+        grid: positive coefficients, in the unit of the plan's; default: `DEFAULT_GRID`, of which a
+            curve takes about ten, times the median norm of the neutral texts' tokens where the
+            plan's coefficients are lengths (`relative_to="unit"`).
         behaviour: if given, the effect is recorded at each coefficient; it does not influence the
             choice.
         curve: measure the whole dose-response curve.
-        negative: also walk the negative coefficients (for the curve only).
+        negative: also walk the coefficients of the other sign (for the curve only).
         per_layer: first search the grid for each layer by itself; needs edits whose coefficients
             are comparable.
         batch_size: texts per forward pass.
@@ -179,13 +185,14 @@ def calibrate(
 
     Raises:
         ArgumentError: even the smallest coefficient exceeds the budget.
+        DataError: the unsteered model gives no finite probabilities on the texts.
     """
     check_number("budget", budget, low=0.0, low_open=True)
     check_choice("unit", unit, BUDGET_UNITS)
-    steps = sorted(float(g) for g in (DEFAULT_GRID if grid is None else grid))
-    if not steps or steps[0] <= 0:
+    given = None if grid is None else sorted(float(g) for g in grid)
+    if given is not None and (not given or given[0] <= 0):
         raise ArgumentError(
-            f"grid must hold positive coefficients, got {steps[:5]}; negative=True adds their "
+            f"grid must hold positive coefficients, got {given[:5]}; negative=True adds their "
             "mirror."
         )
     host = as_host(model)
@@ -199,12 +206,15 @@ def calibrate(
             "texts."
         )
     if per_layer and len(plan.vectors) > 1:
-        plan = _balanced(plan, neutral, steps, budget, unit)
+        plan = _balanced(plan, neutral, given, budget, unit)
+    leading = max(plan.vectors, key=lambda v: abs(v.coefficient))
+    side = -1.0 if leading.coefficient < 0 else 1.0
+    steps = _steps(given, leading, neutral)
     completions = None if behaviour is None else Completions(host, behaviour)
     base = None if completions is None else completions.scores().log_odds()
 
     def measure(coefficient: float) -> dict[str, Any]:
-        steered = plan.with_coefficient(coefficient)
+        steered = plan.with_coefficient(side * coefficient)
         row = {"coefficient": coefficient, "cost": _cost(neutral, steered, unit)}
         if completions is not None and base is not None:
             change = completions.scores(steered).log_odds() - base
@@ -227,8 +237,7 @@ def calibrate(
         if each_point:
             rising = walk(measure, steps, budget)
         else:
-            own = max(abs(v.coefficient) for v in plan.vectors)
-            rising = search(measure, steps, budget, own)
+            rising = search(measure, steps, budget, abs(leading.coefficient))
             if curve:
                 found = _within(rising, steps, budget, "the plan")
                 rising = walk(measure, around(steps, found, rising), budget, rising)
@@ -239,17 +248,18 @@ def calibrate(
     origin = {"coefficient": 0.0, "cost": 0.0}
     if behaviour is not None:
         origin |= {"effect": 0.0, "effect_se": 0.0}
-    points = (
-        *_banded(falling, budget)[::-1],
-        *_banded([origin], budget),
-        *_banded(rising, budget),
-    )
+    points = [
+        {**row, "coefficient": side * row["coefficient"] or 0.0}
+        for row in (*_banded(falling, budget), *_banded([origin], budget), *_banded(rising, budget))
+    ]
+    points.sort(key=lambda row: row["coefficient"])
+    best *= side
     return Calibration(
         coefficient=best,
         coefficients={v.hook_name: v.coefficient for v in plan.with_coefficient(best).vectors},
         budget=budget,
         unit=unit,
-        curve=points,
+        curve=tuple(points),
         texts_hash=text_hash(neutral.texts),
         n_texts=len(neutral.texts),
     )
@@ -261,24 +271,37 @@ def _cost(neutral: NeutralTexts, plan: SteeringPlan, unit: BudgetUnit) -> float:
     return rise if divergence is None else divergence
 
 
+def _steps(
+    given: Sequence[float] | None, vector: SteeringVector, neutral: NeutralTexts
+) -> Sequence[float]:
+    """The strengths to search, in the unit of the vector's coefficient."""
+    if given is not None:
+        return given
+    is_length = vector.relative_to == "unit" and find_edit(vector.edit).coefficient == "length"
+    norm = neutral.median_norm(vector.hook_name) if is_length else 1.0
+    return [share * norm for share in DEFAULT_GRID]
+
+
 def _balanced(
     plan: SteeringPlan,
     neutral: NeutralTexts,
-    steps: Sequence[float],
+    given: Sequence[float] | None,
     budget: float,
     unit: BudgetUnit,
 ) -> SteeringPlan:
-    """The plan with the largest coefficient that each of its layers affords alone."""
+    """The plan with the largest coefficient that each of its layers affords alone, of its sign."""
 
     def affords(vector: SteeringVector) -> float:
         alone = replace(plan, vectors=(vector,))
+        side = -1.0 if vector.coefficient < 0 else 1.0
+        steps = _steps(given, vector, neutral)
 
         def measure(coefficient: float) -> dict[str, Any]:
-            cost = _cost(neutral, alone.with_coefficient(coefficient), unit)
+            cost = _cost(neutral, alone.with_coefficient(side * coefficient), unit)
             return {"coefficient": coefficient, "cost": cost}
 
         rows = search(measure, steps, budget, near=abs(vector.coefficient))
-        return _within(rows, steps, budget, vector.hook_name)
+        return side * _within(rows, steps, budget, vector.hook_name)
 
     return replace(plan, vectors=tuple(replace(v, coefficient=affords(v)) for v in plan.vectors))
 
@@ -287,7 +310,7 @@ def _within(
     rows: Sequence[dict[str, Any]], steps: Sequence[float], budget: float, what: str
 ) -> float:
     """The last coefficient before the cost first exceeds the budget."""
-    over = [row["coefficient"] for row in rows if row["cost"] > budget]
+    over = [row["coefficient"] for row in rows if is_over(row["cost"], budget)]
     within = [row["coefficient"] for row in rows if not over or row["coefficient"] < over[0]]
     if not within:
         raise OverBudgetError(
@@ -303,7 +326,7 @@ def _banded(rows: Sequence[dict[str, Any]], budget: float) -> list[dict[str, Any
     out: list[dict[str, Any]] = []
     broken = False
     for row in rows:
-        broken = broken or row["cost"] > budget
+        broken = broken or is_over(row["cost"], budget)
         flat = "effect" in row and abs(row["effect"]) <= 2 * row["effect_se"]
         band: Band = "usable"
         if broken:

@@ -8,6 +8,7 @@ token and as continuation after it, which matters only for plans whose positions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens.data.chat import Text
+from expertsteer_lens.errors import DataError
+from expertsteer_lens.hosts import capture
 
 from .passes import middles, steered, text_batches
 from .stream_cache import StreamCache
@@ -39,6 +42,9 @@ class NeutralTexts:
             are kept as fit in this many bytes; the others are made anew for each plan, from the
             stream at the last layer where the host can.
 
+    Raises:
+        DataError: the unsteered model gives no finite probabilities on them.
+
     The stream below a steered layer is kept too (see `StreamCache`), so a coefficient costs the
     blocks above and the output head.
     """
@@ -61,6 +67,19 @@ class NeutralTexts:
                 self.n_tokens += int(batch.attention_mask[:, 1:].sum())
         self.nll = nll / max(1, self.n_tokens)
         """Mean NLL of the unsteered model, nats per token."""
+        if not math.isfinite(self.nll):
+            raise DataError(
+                f"the mean NLL of the {len(self.texts)} neutral texts is {self.nll} without any "
+                "steering; load the model in float32 (float16 overflows above 65504)."
+            )
+        self._norms: dict[str, float] = {}
+
+    def median_norm(self, hook_name: str) -> float:
+        """Of a token's activation in these texts, as `capture` reads it; measured once."""
+        if hook_name not in self._norms:
+            store = capture(self.host.model, self.texts, [hook_name], positions="all")
+            self._norms[hook_name] = store.median_norm(hook_name)
+        return self._norms[hook_name]
 
     def cost(self, plan: SteeringPlan, *, kl: bool = True) -> tuple[float, float | None]:
         """(rise of the mean NLL, mean KL(unsteered || steered)), nats per token; the second is None

@@ -37,6 +37,11 @@ CURVE = (0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0)
 the grid's nearest points are taken."""
 
 
+def is_over(cost: float, budget: float) -> bool:
+    """Whether a cost exceeds the budget; one that is no number does: the strength overflows."""
+    return not cost <= budget
+
+
 def walk(
     measure: Measure,
     coefficients: Sequence[float],
@@ -49,7 +54,7 @@ def walk(
     for coefficient in coefficients:
         if coefficient not in rows:
             rows[coefficient] = measure(coefficient)
-        if rows[coefficient]["cost"] > 5 * budget:
+        if is_over(rows[coefficient]["cost"], 5 * budget):
             break
     return [rows[c] for c in sorted(rows, key=abs)]
 
@@ -79,7 +84,7 @@ def search(
     while high - low > 1:
         rows[at] = measure(coefficients[at])
         cost = rows[at]["cost"]
-        low, high = (at, high) if cost <= budget else (low, at)
+        low, high = (low, at) if is_over(cost, budget) else (at, high)
         if len(rows) < 4 and cost > 0:
             meets = coefficients[at] * (budget / cost) ** 0.5
             at = sum(c <= meets for c in coefficients) - 1

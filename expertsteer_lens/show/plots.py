@@ -288,9 +288,10 @@ def plot_evaluation(evaluation: Evaluation) -> Any:
     missing = ", ".join(evaluation.not_measured)
     mean, sd = evaluation.floor
     chance = "cost too much" if math.isnan(sd) else f"by {mean:+.2f} ± {sd:.2f}"
+    moved = f"moves the behaviour by {evaluation.plan.effect:+.2f} nats"
     set_style(
         figure,
-        f"The plan moves the behaviour by {evaluation.plan.effect:+.2f} nats, random directions "
+        f"The plan {moved if evaluation.plan.measured else 'was not measured'}, random directions "
         + chance,
         f"held-out prompts; same budget for all: {cost} ≤ {evaluation.budget:g} nats per token on "
         "neutral text" + (f"; not measured: {missing}" if missing else ""),
@@ -323,8 +324,9 @@ def _add_method(figure: Any, row: Any) -> None:
             "color": colour,
             "thickness": 2,
         },
-        hovertemplate=f"{row['method']}: {row['effect']:+.3f} nats, "
-        f"NLL {row['nll_rise']:+.3f}<extra></extra>",
+        hovertemplate=f"{row['method']}: {row['effect']:+.3f} nats"
+        + ("" if math.isnan(row["nll_rise"]) else f", NLL {row['nll_rise']:+.3f}")
+        + "<extra></extra>",
     )
 
 

@@ -199,35 +199,41 @@ def write_report(
 
 def next_step(evaluation: Evaluation, calibration: Calibration | None = None) -> str:
     """What to do about the verdict, in a sentence."""
-    plan, (mean, sd) = evaluation.plan, evaluation.floor
-    if not plan.measured:
-        return "The plan itself was not measured; run evaluate again."
-    if math.isnan(sd):
+    plan, outcome = evaluation.plan, evaluation.outcome
+    if outcome == "not measured":
+        return "The plan itself was not measured: load the model in float32, or steer less."
+    if outcome == "no floor":
         return (
             "Random directions cost more than the budget at any strength, so nothing says what "
             "chance does: raise the budget, steer another layer, or look at the row "
             "random (same norm)."
         )
     reversed_ = calibration is not None and calibration.sign == "reversed"
-    if reversed_ or plan.high < 0:
+    against = plan.high < 0 if plan.coefficient >= 0 else plan.low > 0
+    if reversed_ or against:
         return (
-            "The direction lowers the behaviour: swap positive and negative if the labels are "
+            "The direction moves the behaviour the wrong way: swap positive and negative if the labels are "
             "reversed, or steer another layer pair."
         )
-    if plan.low <= 0 or plan.effect <= mean + 2 * sd:
+    if outcome != "works":
         return (
             "The effect is not told apart from chance: give more or cleaner pairs and anchors, try "
             "other layer pairs (fit.refit(pairing=...)), or test on more prompts before anything "
             "is concluded."
         )
     wrong = plan.wrong_way
+    if wrong is not None and plan.coefficient < 0:
+        wrong = 1 - wrong
     if wrong is not None and wrong > 0.25:
         return (
             f"The mean effect is real, but {wrong:.0%} of the prompts move the wrong way: look at "
             "these prompts, and consider a gate (fit_gate) that steers only where it helps."
         )
     ceiling = evaluation.ceiling
-    if ceiling is not None and ceiling.low > plan.high:
+    more = ceiling is not None and (
+        ceiling.low > plan.high if plan.coefficient >= 0 else ceiling.high < plan.low
+    )
+    if more:
         return (
             "The plan works, but the target's own direction does more under the same budget: if "
             "labels on the target are at hand, use that one; else try more anchors."

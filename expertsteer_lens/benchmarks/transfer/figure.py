@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.show.drawing import BLUE, FLOOR_FILL, GREY, ORANGE, import_plotly, set_style
 
+from .tables import n_shown
+
 if TYPE_CHECKING:
     from .result import TransferBench
 
@@ -28,7 +30,7 @@ def plot_transfer(bench: TransferBench) -> Any:
     from plotly.subplots import make_subplots
 
     summary = bench.summary()
-    counts = sorted(set(summary.n_pairs.astype(int)))
+    counts = sorted(set(summary.n_pairs))
     place = {n: i for i, n in enumerate(counts)}
     titles = [f"{expert} → {target}" for expert, target in bench.transfers]
     figure = make_subplots(rows=1, cols=len(titles), subplot_titles=titles, horizontal_spacing=0.07)
@@ -50,7 +52,7 @@ def plot_transfer(bench: TransferBench) -> Any:
             shift = 0.09 * (i - (len(CURVES) - 1) / 2)  # so that the whiskers stand side by side
             figure.add_trace(
                 go.Scatter(
-                    x=[place[int(n)] + shift for n in part.n_pairs],
+                    x=[place[n] + shift for n in part.n_pairs],
                     y=part.effect,
                     error_y={
                         "type": "data",
@@ -73,7 +75,7 @@ def plot_transfer(bench: TransferBench) -> Any:
     set_style(figure, _title(bench), _subtitle(bench))
     figure.update_xaxes(
         tickvals=list(place.values()),
-        ticktext=[str(n) for n in counts],
+        ticktext=[n_shown(n) for n in counts],
         title="labelled pairs",
         range=[-0.5, len(counts) - 0.5],
     )
@@ -96,7 +98,7 @@ def _title(bench: TransferBench) -> str:
     if not len(won):
         return "The expert's labels are not distinguishable from the target's own"
     where = "; ".join(
-        f"at {int(n)} labelled pairs in {len(part)} of {len(bench.transfers)} pairs of models"
+        f"at {n_shown(n)} labelled pairs in {len(part)} of {len(bench.transfers)} pairs of models"
         for n, part in won.groupby("n_pairs")
     )
     return f"The expert's labels beat the target's own {where}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ CEILING = "native"
 """The method, with all labelled pairs, that the others are given as a share of."""
 FLOOR, SAME_BUDGET = "random", "random, same budget"
 WRONG_BLOCK = "native, far block"
+ALL_PAIRS = math.inf
+"""Number of labelled pairs of rows from all of a task's, where tasks have different numbers."""
 COST_OF_NATIVE = ", cost of native"
 """A direction at the strength that costs what the target's own costs at the strength of all
 others."""
@@ -85,13 +88,18 @@ class TransferBench:
         """Mean over draws: one line per expert, target, method, number of pairs and task.
 
         Of a run that was stopped only the tasks that are complete: those whose rows are there for
-        the target and for every expert of it.
+        the target and for every expert of it. Where tasks have different numbers of labelled pairs,
+        rows from all of them have `n_pairs` infinite (`ALL_PAIRS`), so that they stand together.
         """
         frame = self.to_pandas()
         done = frame.groupby(["target", "task"]).expert.nunique()
         frame = frame.join(done.rename("n_experts"), on=["target", "task"])
         needed = frame.groupby("target").expert.transform("nunique")
         frame = frame[frame.n_experts == needed]
+        ceiling = frame[frame.method == CEILING]
+        all_pairs = frame.task.map(ceiling.groupby("task").n_pairs.max())
+        if all_pairs.nunique() > 1:
+            frame = frame.assign(n_pairs=frame.n_pairs.where(frame.n_pairs < all_pairs, ALL_PAIRS))
         figures = [c for c in FIGURES if c in frame]
         return frame.groupby([*KEYS, "domain", "task"], sort=False)[figures].mean().reset_index()
 

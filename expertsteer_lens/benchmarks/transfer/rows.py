@@ -134,8 +134,10 @@ def control_rows(
     rows = []
     for seed in range(config.n_random):
         direction = random_direction(states.shape[1], seed=config.seed + seed)
-        figures = meter.at(meter.hook, floor["coefficients"][seed]).effect(direction)
-        rows.append(_row(SAME_BUDGET, 0, seed, figures) | {"nll_rise": floor["nll_rise"][seed]})
+        # Costed anew: the strength is in norms of this task's states, the budget was kept in those
+        # of the development tasks.
+        figures = meter.at(meter.hook, floor["coefficients"][seed]).costed(direction)
+        rows.append(_row(SAME_BUDGET, 0, seed, figures))
     there = meter.at(target.far_from(meter.hook), meter.coefficient)
     own = mean_difference(states, target.labels(task))
     coefficient, rise = _within_budget(
@@ -177,7 +179,7 @@ def few_label_rows(
         found = label(labeller, task, pairs, setting["labelling"], form)
         figures = meter.costed(mean_difference(own, found))
         row = _row(f"{'self' if itself else 'expert'} as labeller", n, draw, figures)
-        rows.append(row | {"agreement": _right(found, labels)})
+        rows.append(row | {"agreement": _right(found, labels, pairs)})
     return rows
 
 
@@ -448,8 +450,12 @@ def choose_instructing(
     return _best_labelling(labeller, form, jobs, config, asked=(False,), instructed=True)
 
 
-def _right(found: Tensor, truth: Tensor) -> float:
-    return float((found == truth).double().mean())
+def _right(found: Tensor, truth: Tensor, pairs: Tensor | None = None) -> float:
+    """Share of labels that are right, of texts whose label was not given by these pairs."""
+    own = torch.ones(len(truth), dtype=torch.bool)
+    if pairs is not None:
+        own[rows_of(pairs)] = False
+    return float((found == truth)[own].double().mean())
 
 
 def _best_labelling(
@@ -470,6 +476,7 @@ def _best_labelling(
                 _right(
                     label(labeller, t, pairs, setting, form, instructed=instructed),
                     labeller.labels(t),
+                    pairs,
                 )
                 for t, pairs in jobs
             ]

@@ -56,7 +56,7 @@ SUMMARY = (
 def _summary(frame: pandas.DataFrame) -> str:
     rows = [
         [
-            f"{row.n_pairs:.0f}",
+            n_shown(row.n_pairs),
             row.method + _of_tasks(row.tasks, frame.tasks.max()),
             f"{row.effect:+.3f}{_interval(row.low, row.high)}",
             _form(row.share, ".0%"),
@@ -71,6 +71,11 @@ def _summary(frame: pandas.DataFrame) -> str:
     return markdown_table(SUMMARY, rows)
 
 
+def n_shown(n_pairs: float) -> str:
+    """A number of labelled pairs."""
+    return "all" if math.isinf(n_pairs) else f"{n_pairs:.0f}"
+
+
 def _of_tasks(n: int, n_all: int) -> str:
     """Said where a row is of fewer tasks than others."""
     return "" if n == n_all else f" ({n} of {n_all} tasks)"
@@ -79,7 +84,7 @@ def _of_tasks(n: int, n_all: int) -> str:
 def _differences(frame: pandas.DataFrame) -> str:
     rows = [
         [
-            f"{row.n_pairs:.0f}",
+            n_shown(row.n_pairs),
             row.difference,
             f"{row.effect:+.3f}{_interval(row.low, row.high)}",
             f"{round(row.won * row.tasks)} of {row.tasks}",
