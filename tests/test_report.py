@@ -167,7 +167,7 @@ def test_the_cost_shown_is_the_one_of_the_budget():
 
 @pytest.mark.parametrize(
     ("effect", "said"),
-    [(1.0, "The plan works"), (0.2, "not told apart from chance"), (-1.0, "lowers the behaviour")],
+    [(1.0, "The plan works"), (0.2, "not told apart from chance"), (-1.0, "the wrong way")],
 )
 def test_the_next_step_follows_from_the_verdict(effect, said):
     assert said in next_step(results.evaluation(plan=effect, ceiling=False))
