@@ -29,6 +29,8 @@ SHOWN = ("smollm2", "gemma3")
 FURTHER = ("written_smollm2", "cost_gemma3")
 """Runs with what each direction costs; SmolLM2's at the block that a direction is best written
 to."""
+COLUMNS = ("written_smollm2", *SHOWN)
+"""Runs of the table for README."""
 BOTH_HAVE = (
     ("prompting", 0),
     ("expert as labeller", 0),
@@ -48,8 +50,15 @@ def table(run: str) -> str:
 
 
 def overview_table() -> str:
-    """The runs of all fields in one table."""
-    return overview([TransferBench.read(RESULTS / f"real_fields_{name}") for name in SHOWN], SHORT)
+    """The runs of all fields in one table, each with the block that was written."""
+    runs = [TransferBench.read(RESULTS / f"real_fields_{name}") for name in COLUMNS]
+    blocks = []
+    for run in runs:
+        target = run.transfers[0][1]
+        steering = run.choices[f"steering of {target}"]
+        written = (steering.get("written") or steering["hook"]).split(".")[1]
+        blocks.append(f", block {written}")
+    return overview(runs, SHORT, blocks)
 
 
 def written_table() -> str:

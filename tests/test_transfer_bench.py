@@ -108,7 +108,7 @@ def test_few_labels_are_added_to_a_run_without_them(models, bench, tmp_path):
     before = bench_transfer(**arguments(models, config=none), out=tmp_path)
     told = []
     grown = bench_transfer(**arguments(models), out=tmp_path, on_progress=told.append)
-    assert sum(", a:" in line for line in told) == 2  # from one pair and from two
+    assert sum(", a: " in line for line in told) == 4  # two models, from one pair and from two
     assert grown.rows[: len(before.rows)] == TransferBench.read(tmp_path).rows[: len(before.rows)]
     key = ["expert", "method", "n_pairs", "draw"]
     one, other = (b.to_pandas().set_index(key).sort_index() for b in (grown, bench[0]))

@@ -8,7 +8,9 @@ and settings are chosen on development tasks; the test questions of the other ta
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,65 +222,74 @@ class _Target:
         return found
 
     def measure(self, tasks: Sequence[TransferTask]) -> None:
-        """Every task whose rows are not there yet."""
+        """Every part of every task whose rows are not there yet."""
         name, steering = self.side.name, self.steering
         for task in tasks:
-            of = {e: CEILING if e == name else "expert, mapped" for e in self.maps}
-            missing = [e for e in of if not self.kept.has(e, name, task.name, of[e])]
-            at_cost = {
-                e: f"{'self' if e == name else 'expert'}, mapped{COST_OF_NATIVE}" for e in self.maps
-            }
-            at_cost = {e: m for e, m in at_cost.items() if not self.kept.has(e, name, task.name, m)}
-            controls = not self.kept.has(name, name, task.name, SAME_BUDGET)
-            instructed = {
-                e: f"{'self' if e == name else 'expert'} as labeller{INSTRUCTED}"
-                for e in self.maps
-                if task.instruction and self.settings[e]["instructing"]
-            }
-            instructed = {
-                e: m for e, m in instructed.items() if not self.kept.has(e, name, task.name, m)
-            }
-            few = {n: self._without(task, n) for n in self.config.n_pairs}
-            if not (missing or at_cost or controls or instructed or any(few.values())):
-                continue
-            written, coefficient = steering["written"], steering["coefficient"]
-            meter = Meter(self.side, task, written, coefficient, self.neutral)
-            for e in missing:
-                measured = target_rows if e == name else expert_rows
-                rows = measured(meter, self.maps[e], self.settings[e], task, self.config)
-                self.kept.add(e, name, task, rows)
-                self.say(f"{e} → {name}, {task.name}: {len(rows)} rows")
-            for e, method in at_cost.items():
-                hook = self.settings[e]["hook"]
-                rows = mapped_at_cost(meter, self.maps[e], hook, task, method)
-                self.kept.add(e, name, task, rows)
-                self.say(f"{e} → {name}, {task.name}: the row at the cost of native")
-            if controls:
-                rows = control_rows(meter, self.floor, steering["hook"], task, self.config)
-                self.kept.add(name, name, task, rows)
-                self.say(f"{name}, {task.name}: {len(rows)} rows of controls")
-            for e, method in instructed.items():
-                rows = instructed_row(meter, self.maps[e], self.settings[e], task, method)
-                self.kept.add(e, name, task, rows)
-                self.say(f"{e} → {name}, {task.name}: labelled by the instruction")
-            for n, without in few.items():
-                if not without:
+            meter = None
+            for part in self._parts(task):
+                if self.kept.has(part.expert, name, task.name, part.method, part.n_pairs):
                     continue
-                of_all = {
-                    e: few_label_rows(meter, self.maps[e], self.settings[e], task, n, self.config)
-                    for e in without
-                }
-                self.kept.add_of_all(name, task, of_all)
-                n_rows = sum(map(len, of_all.values()))
-                self.say(f"{name}, {task.name}: {n_rows} rows, {n} labelled pairs each")
+                if meter is None:
+                    written, coefficient = steering["written"], steering["coefficient"]
+                    meter = Meter(self.side, task, written, coefficient, self.neutral)
+                rows = part.measure(meter)
+                self.kept.add(part.expert, name, task, rows)
+                self.say(f"{part.expert} → {name}, {task.name}: {part.said}, {len(rows)} rows")
 
-    def _without(self, task: TransferTask, n: int) -> list[str]:
-        """The experts, the target as its own among them, whose rows from so few labelled pairs are
-        missing."""
-        name = self.side.name
-        method = {e: f"{'self' if e == name else 'expert'} as labeller" for e in self.maps}
-        has = {e: self.kept.has(e, name, task.name, method[e], n) for e in self.maps}
-        return [e for e in self.maps if n < len(task.pairs) and not has[e]]
+    def _parts(self, task: TransferTask) -> Iterator[_Part]:
+        """What is measured of a task, in order."""
+        name, config = self.side.name, self.config
+        who = {e: "self" if e == name else "expert" for e in self.maps}
+        for e, maps in self.maps.items():
+            method, rows = (CEILING, target_rows) if e == name else ("expert, mapped", expert_rows)
+            measured = partial(rows, maps=maps, setting=self.settings[e], task=task, config=config)
+            yield _Part(e, method, None, measured, "all pairs and none")
+        for e, maps in self.maps.items():
+            method = f"{who[e]}, mapped{COST_OF_NATIVE}"
+            at_cost = partial(
+                mapped_at_cost, maps=maps, hook=self.settings[e]["hook"], task=task, method=method
+            )
+            yield _Part(e, method, None, at_cost, "at the cost of native")
+        controls = partial(
+            control_rows,
+            floor=self.floor,
+            learnt_at=self.steering["hook"],
+            task=task,
+            config=config,
+        )
+        yield _Part(name, SAME_BUDGET, None, controls, "controls")
+        for e, maps in self.maps.items():
+            if task.instruction and self.settings[e]["instructing"]:
+                method = f"{who[e]} as labeller{INSTRUCTED}"
+                told = partial(
+                    instructed_row, maps=maps, setting=self.settings[e], task=task, method=method
+                )
+                yield _Part(e, method, None, told, "labelled by the instruction")
+        for n in config.n_pairs:
+            for e, maps in self.maps.items():
+                few = partial(
+                    few_label_rows,
+                    maps=maps,
+                    setting=self.settings[e],
+                    task=task,
+                    n=n,
+                    config=config,
+                )
+                if n < len(task.pairs):
+                    yield _Part(e, f"{who[e]} as labeller", n, few, f"{n} labelled pairs")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one task that are measured, and kept, together."""
+
+    expert: str
+    method: str
+    """One of theirs: where it is there, all are."""
+    n_pairs: int | None
+    """Labelled pairs of that one; None: whatever number."""
+    measure: Callable[[Meter], list[Row]]
+    said: str
 
 
 class _Kept:
@@ -340,15 +351,8 @@ class _Kept:
 
     def add(self, expert: str, target: str, task: TransferTask, rows: Sequence[Row]) -> None:
         """Keep the rows of one task, and write them."""
-        self.add_of_all(target, task, {expert: rows})
-
-    def add_of_all(
-        self, target: str, task: TransferTask, rows: Mapping[str, Sequence[Row]]
-    ) -> None:
-        """The same, of several experts in one writing: no run is stopped between them."""
-        for expert, some in rows.items():
-            where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
-            self.rows += [where | row for row in some]
+        where = {"expert": expert, "target": target, "task": task.name, "domain": task.domain}
+        self.rows += [where | row for row in rows]
         self._write()
 
     def result(self) -> TransferBench:

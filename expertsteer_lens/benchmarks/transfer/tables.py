@@ -126,19 +126,27 @@ OVERVIEW = (
 """Rows of the overview: method, and number of labelled pairs (None: all)."""
 
 
-def overview(benches: Sequence[TransferBench], names: Mapping[str, str]) -> str:
+def overview(
+    benches: Sequence[TransferBench], names: Mapping[str, str], said: Sequence[str] = ()
+) -> str:
     """One row a method, one column a transfer: mean effect and its interval over tasks.
 
     Args:
         benches: runs on the same tasks.
         names: what models are called in the table.
+        said: what is said of each run in the heads of its columns; default: nothing.
     """
-    columns = [(bench, *pair) for bench in benches for pair in bench.transfers]
-    heads = [f"{names.get(e, e)} → {names.get(t, t)}" for _, e, t in columns]
+    of_run = list(said) or [""] * len(benches)
+    columns = [
+        (bench, *pair, of)
+        for bench, of in zip(benches, of_run, strict=True)
+        for pair in bench.transfers
+    ]
+    heads = [f"{names.get(e, e)} → {names.get(t, t)}{of}" for _, e, t, of in columns]
     rows = []
     for method, n in OVERVIEW:
         cells = []
-        for bench, expert, target in columns:
+        for bench, expert, target, _ in columns:
             frame = bench.summary()
             frame = frame[(frame.target == target) & frame.expert.isin([expert, target])]
             n_tasks = frame.tasks.max()
