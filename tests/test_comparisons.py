@@ -273,7 +273,7 @@ class TestComparedPlans:
         "name", ["random (same budget)", "this plan", "native RFM", "prompting"]
     )
     def test_the_name_of_another_row_is_refused(self, fit, zoo, name):
-        with pytest.raises(ArgumentError, match="is the name of another method"):
+        with pytest.raises(ArgumentError, match="is the name of another row"):
             self.evaluated(fit, zoo, compare={name: fit.plan(coefficient=0.1)})
 
     def test_a_plan_that_steers_away_stays_one(self, fit, zoo):

@@ -141,7 +141,7 @@ def label(
     ] = None,
     out: Out = Path("labelled-texts"),
 ) -> None:
-    """Have a model label texts, from a few pairs, an instruction or a question.
+    """Label texts by a few pairs, an instruction or a question.
 
     OUT/pairs.jsonl is for `fit --pairs`, OUT/scores.csv holds every text with its score."""
     from expertsteer_lens.data.contrast import ContrastPairs

@@ -154,7 +154,11 @@ def register_control(
         'control'
         >>> _ = COMPARISONS.pop("backwards")
     """
-    check_name(name, "name")
+    if name in COMPARISONS or name in ("this plan", "unsteered", "prompting"):
+        raise ArgumentError(
+            f"name={name!r} is the name of another method; choose a new one, or take the old one "
+            "out with COMPARISONS.pop(name)."
+        )
     if role in RESERVED_ROLES:
         raise ArgumentError(
             f"role={role!r} belongs to rows that evaluate makes itself; take 'control', 'ceiling', "
@@ -168,15 +172,6 @@ def register_control(
         calibrate=calibrate,
         seeds=lambda setting: range(setting.seed, setting.seed + n_seeds),
     )
-
-
-def check_name(name: str, argument: str) -> None:
-    """Raise `ArgumentError` if another row has this name."""
-    if name in COMPARISONS or name in ("this plan", "unsteered", "prompting"):
-        raise ArgumentError(
-            f"{argument}={name!r} is the name of another method; choose a new one, or take the old "
-            "one out with COMPARISONS.pop(name)."
-        )
 
 
 def check_methods(methods: str) -> None:

@@ -25,6 +25,8 @@ FLOOR, SAME_NORM = "random (same budget)", "random (same norm)"
 "floor"), and at the strength of the plan."""
 PLAN_COST = "plan_cost"
 """In the provenance: what the plan costs on the calibration texts, in the unit of the budget."""
+NEAR_CHANCE = 2.0
+"""A ceiling within so many standard deviations of random directions says that the target cannot."""
 SLACK = 1.05
 """By so much a plan may exceed the budget: it was calibrated elsewhere, or batched otherwise."""
 
@@ -243,8 +245,10 @@ class Evaluation:
             return "no floor"
         if chance.is_beyond(plan):
             return "works" if chance.least(plan) > 0 else "no gain"
-        own, floor = self.ceiling, self._chance(FLOOR)  # the ceiling keeps to the budget
-        if own is not None and floor is not None and not floor.sd_of(own.effect) >= floor.luck:
+        # The ceiling keeps to the budget. That it is too near to chance to be told apart from luck
+        # is no finding where few seeds were drawn.
+        own, floor = self.ceiling, self._chance(FLOOR)
+        if own is not None and floor is not None and floor.sd_of(own.effect) < NEAR_CHANCE:
             return "target cannot"
         return "chance"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ from .comparisons import (
     Methods,
     Setting,
     check_methods,
-    check_name,
     comparisons,
 )
 from .finished import FinishedRows, KeptRows
@@ -125,14 +124,21 @@ def evaluate(
     """
     _check_arguments(methods, n_random, n_shuffles, n_generate, n_bootstrap)
     compare = dict(compare or {})
-    for name in compare:
-        check_name(name, "compare")
     if text_score is not None and n_generate == 0:
         raise ArgumentError(
             "text_score is given, but nothing is generated; set n_generate, e.g. to 16."
         )
     if fit is None and (methods == "all" or base is not None):
         raise ArgumentError("methods='all' and base need fit=, the fit that the plan came from.")
+    setting = Setting(
+        plan=plan, fit=fit, base=base, n_random=n_random, n_shuffles=n_shuffles, seed=seed
+    )
+    taken = {"unsteered", "prompting", *(job.method for job in comparisons(setting, methods))}
+    if taken & set(compare):
+        raise ArgumentError(
+            f"compare={sorted(taken & set(compare))[0]!r} is the name of another row of this "
+            "evaluation; choose a new one."
+        )
     run = _Run(
         as_host(model),
         fit,
@@ -144,14 +150,8 @@ def evaluate(
         seed,
         Generation(n_generate, max_new_tokens, text_score),
     )
-    setting = Setting(
-        plan=plan,
-        fit=None if fit is None else with_gradients(fit),
-        base=base,
-        n_random=n_random,
-        n_shuffles=n_shuffles,
-        seed=seed,
-    )
+    if fit is not None:
+        setting = replace(setting, fit=with_gradients(fit))
     jobs = comparisons(setting, methods)
     for name, other in compare.items():
         jobs.append(Job(name, "compared", 0, partial(_same, other)))
