@@ -122,13 +122,28 @@ def test_few_labels_are_added_to_a_run_without_them(models, bench, tmp_path):
             bench_transfer(**arguments(models, config=changed), out=tmp_path)
 
 
+def test_the_control_of_labels_from_an_instruction_is_instructions_of_other_tasks(models):
+    dev = [
+        dataclasses.replace(task("dev", 12), instruction="You write about boats."),
+        dataclasses.replace(task("dev 2", 24), instruction="You write about rain."),
+    ]
+    config = dataclasses.replace(SMALL, n_pairs=())
+    frame = bench_transfer(**arguments(models, development=dev, config=config)).to_pandas()
+    rows = frame[frame.method == "self as labeller, another instruction"]
+    assert rows.draw.tolist() == [0, 1]
+    target = Side("target", models["target"], SMALL.batch_size)
+    scores = [target.instructed(task("a", 0), other.instruction) for other in dev]
+    assert not torch.equal(*scores)
+    assert not frame.method.eq("expert as labeller, another instruction").any()
+
+
 def test_a_task_without_an_instruction_has_no_labels_from_one(models):
     bare = [
         dataclasses.replace(task(name, i), instruction="") for name, i in (("a", 0), ("dev", 12))
     ]
     config = dataclasses.replace(SMALL, n_pairs=())
     found = bench_transfer(**arguments(models, tasks=bare[:1], development=bare[1:], config=config))
-    assert not found.to_pandas().method.str.contains("instructed").any()
+    assert not found.to_pandas().method.str.contains("instruct").any()
     assert found.choices["instructing by expert"]["setting"] is None
 
 
@@ -268,6 +283,7 @@ def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     new = ("random, same budget", "native, far block")
     new += ("self, mapped, cost of native", "expert, mapped, cost of native")
     new += ("self as labeller, instructed", "expert as labeller, instructed")
+    new += ("self as labeller, another instruction",)
     assert set(new) <= set(first.to_pandas().method)
     old = TransferBench(
         [row for row in first.rows if row["method"] not in new],

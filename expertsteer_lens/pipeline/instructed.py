@@ -66,23 +66,29 @@ def likelier_under(
     Example:
         >>> from expertsteer_lens import zoo
         >>> _, target = zoo.load_pair()
-        >>> told = likelier_under(target, "She was sad.", ["He felt sad.", "He felt happy."])
-        >>> bool(told[0] > told[1])
+        >>> sad, happy = likelier_under(target, "She was sad.", ["He felt sad.", "He felt happy."])
+        >>> bool(sad > happy)
         True
     """
     given = check_texts("texts", texts)
     check_number("batch_size", batch_size, low=1, integer=True)
-    for name, said in (("instruction", instruction), ("against", against)):
-        if said is not None and (not isinstance(said, str) or not said.strip()):
-            raise ArgumentError(f"{name} must be a text that says something, got {said!r}.")
+    for name, given_text in (("instruction", instruction), ("against", against)):
+        optional = name == "against" and given_text is None
+        if not optional and (not isinstance(given_text, str) or not given_text.strip()):
+            raise ArgumentError(f"{name} must be a text that says something, got {given_text!r}.")
     host = as_host(model)
     host.check_ready()
     of = [answer_span(text) for text in given] if spans is None else check_spans(spans, given)
-    told, plain = (
-        _log_probs(host, *_told(host, said, given, of), batch_size=batch_size, progress=progress)
-        for said in (instruction, against)
+    with_it, without = (
+        _log_probs(
+            host,
+            *_instructed(host, words, given, of),
+            batch_size=batch_size,
+            progress=progress,
+        )
+        for words in (instruction, against)
     )
-    scores = told - plain
+    scores = with_it - without
     if not bool(scores.isfinite().all()):
         i = int((~scores.isfinite()).nonzero()[0])
         raise DataError(
@@ -91,38 +97,40 @@ def likelier_under(
     return scores.float()
 
 
-def _told(
-    host: Host, said: str | None, texts: Sequence[Text], spans: Sequence[Span]
+def _instructed(
+    host: Host, instruction: str | None, texts: Sequence[Text], spans: Sequence[Span]
 ) -> tuple[list[Text], list[Span]]:
-    """The texts after what is said to the model, and where the spans are then."""
-    if said is None:
+    """The texts behind the instruction, and where the spans are then."""
+    if instruction is None:
         return list(texts), list(spans)
     out: list[Text] = []
     moved: list[Span] = []
     for text, (start, end) in zip(texts, spans, strict=True):
-        shown, n = _shown(host, said, text)
+        shown, n = _one_instructed(host, instruction, text)
         out.append(shown)
         moved.append((start + n, end + n))
     return out, moved
 
 
-def _shown(host: Host, said: str, text: Text) -> tuple[Text, int]:
-    """One text after what is said, and how many characters of content that puts in front."""
+def _one_instructed(host: Host, instruction: str, text: Text) -> tuple[Text, int]:
+    """One text behind the instruction, and how many characters of content that puts in front."""
     if isinstance(text, str):
-        return f"{said}\n{text}", len(said) + 1
+        return f"{instruction}\n{text}", len(instruction) + 1
     role, content = text.messages[0]
-    front = f"{said}\n\n" if role == "system" else said
-    rest = text.messages[1:] if role == "system" else text.messages
-    system = Chat((("system", front + (content if role == "system" else "")), *rest), text.template)
-    if _shows(host, system, said):
-        return system, len(front)
-    return f"{said}\n" + text, len(said) + 1
+    front, rest = instruction, text.messages
+    if role == "system":
+        front, rest = f"{instruction}\n\n", text.messages[1:]
+    system = front + (content if role == "system" else "")
+    chat = Chat((("system", system), *rest), text.template)
+    if _shows(host, chat, instruction):
+        return chat, len(front)
+    return f"{instruction}\n" + text, len(instruction) + 1
 
 
-def _shows(host: Host, chat: Chat, said: str) -> bool:
+def _shows(host: Host, chat: Chat, instruction: str) -> bool:
     """Whether the model's template shows the system message: some refuse it, some leave it out."""
     try:
-        return said.strip() in chat.render(host.tokenizer)
+        return instruction.strip() in chat.render(host.tokenizer)
     except DataError:
         return False
 

@@ -163,10 +163,9 @@ def label_texts(
             have less to gain from it.
         flatten: how many leading principal axes of the texts are shrunk to the variance of the
             last of them, >= 1; 1 shrinks none. Default 1, and 6 where there is an instruction or a
-            question. Where
-            something else than what is meant divides the texts most (topic, length), self-training
-            drifts to it; 3 to 8 prevent that. Where texts and pairs are of different kinds, leave
-            it at 1.
+            question. Where something else than what is meant divides the texts most (topic,
+            length), self-training drifts to it; 3 to 8 prevent that. Where texts and pairs are of
+            different kinds, leave it at 1.
         config: `reading` and `batch_size` are used; default: those of `ExpertSteerConfig()`.
         progress: show progress bars; default: where standard error is a terminal.
 
@@ -192,8 +191,8 @@ def label_texts(
         `label_texts(expert, None, texts, instruction="You are an expert in chess.")`.
     """
     n_rounds = (4 if question is None else 1) if n_rounds is None else n_rounds
-    told_or_asked = instruction is not None or question is not None
-    flatten = (6 if told_or_asked else 1) if flatten is None else flatten
+    without_pairs = instruction is not None or question is not None
+    flatten = (6 if without_pairs else 1) if flatten is None else flatten
     check_number("n_rounds", n_rounds, low=0, integer=True)
     check_number("flatten", flatten, low=1, integer=True)
     config = ExpertSteerConfig() if config is None else config
@@ -202,7 +201,7 @@ def label_texts(
             f"config must be an ExpertSteerConfig, got {config!r}; ExpertSteerConfig.from_dict "
             "makes one of a dict."
         )
-    if pairs is None and not told_or_asked:
+    if pairs is None and not without_pairs:
         raise ArgumentError(
             "give pairs, an instruction or a question; nothing says what is positive."
         )

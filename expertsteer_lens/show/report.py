@@ -212,8 +212,8 @@ def next_step(evaluation: Evaluation, calibration: Calibration | None = None) ->
     against = plan.high < 0 if plan.coefficient >= 0 else plan.low > 0
     if reversed_ or against:
         return (
-            "The direction moves the behaviour the wrong way: swap positive and negative if the labels are "
-            "reversed, or steer another layer pair."
+            "The direction moves the behaviour the wrong way: swap positive and negative if the "
+            "labels are reversed, or steer another layer pair."
         )
     if outcome != "works":
         return (

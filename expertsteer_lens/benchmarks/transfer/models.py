@@ -46,7 +46,7 @@ class Side:
         self._states: dict[tuple[str, Form], ActivationStore] = {}
         self._layers: dict[tuple[str, Form, int], list[Tensor]] = {}
         self._asked: dict[str, Tensor] = {}
-        self._instructed: dict[str, Tensor] = {}
+        self._instructed: dict[tuple[str, str], Tensor] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -106,24 +106,25 @@ class Side:
             )
         return self._asked.get(task.name)
 
-    def instructed(self, task: TransferTask) -> Tensor:
-        """How much likelier the task's instruction makes each answer, nats per token; in the form
-        that the model is best shown texts in."""
-        if task.name not in self._instructed:
+    def instructed(self, task: TransferTask, instruction: str) -> Tensor:
+        """How much likelier an instruction makes each answer of the task, nats per token; in the
+        form that the model is best shown texts in."""
+        key = task.name, instruction
+        if key not in self._instructed:
             pairs = task.contrast_pairs(self.form)
             spans = None  # of a chat the answer
             if self.form == "plain":
                 answers = zip(pairs.texts, task.answers, strict=True)
                 spans = [(len(str(text)) - len(answer), len(str(text))) for text, answer in answers]
-            self._instructed[task.name] = likelier_under(
+            self._instructed[key] = likelier_under(
                 self.model,
-                task.instruction,
+                instruction,
                 pairs.texts,
                 spans=spans,
                 batch_size=self.batch_size,
                 progress=False,
             )
-        return self._instructed[task.name]
+        return self._instructed[key]
 
 
 class Meter:

@@ -15,7 +15,7 @@ from expertsteer_lens.learn.directions import mean_difference, random_direction
 from expertsteer_lens.learn.rfm import fit_rfm
 from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions
-from expertsteer_lens.measure.strengths import search
+from expertsteer_lens.measure.strengths import is_over, search
 from expertsteer_lens.pipeline.labelling import best_cut, score_states
 
 from .config import TransferConfig
@@ -54,14 +54,14 @@ def label(
     setting: Sequence[int],
     form: Form,
     *,
-    instructed: bool = False,
+    instruction: str | None = None,
 ) -> Tensor:
     """Labels of all texts from those of a few pairs, which keep their own, or from none: from the
-    question, or from the instruction."""
+    question, or from an instruction."""
     flatten, n_rounds, is_asked = setting
     start = labeller.asked(task) if is_asked else None
-    if instructed:
-        start = labeller.instructed(task)
+    if instruction is not None:
+        start = labeller.instructed(task, instruction)
     layers, labels = labeller.layers(task, flatten, form), labeller.labels(task)
     rows = None if pairs is None else rows_of(pairs)
     scores = score_states(
@@ -279,17 +279,26 @@ def _asked(
     return [row | {"agreement": _right(found, truth)}]
 
 
-def instructed_row(
-    meter: Meter, maps: Maps, setting: dict[str, Any], task: TransferTask, method: str
+def instructed_rows(
+    meter: Meter,
+    maps: Maps,
+    setting: dict[str, Any],
+    task: TransferTask,
+    method: str,
+    instructions: Sequence[str],
 ) -> list[Row]:
     """The target's own mean difference on the labels that the expert of these maps gives by how
-    much likelier the task's instruction makes each text, without a labelled pair."""
+    much likelier an instruction makes each text, without a labelled pair: a row an instruction."""
     target, labeller = meter.target, maps.expert
     form = target.form if labeller is target else maps.form
-    found = label(labeller, task, None, setting["instructing"], form, instructed=True)
-    direction = mean_difference(target.states(task)[maps.hook], found)
-    row = _row(method, 0, 0, meter.costed(direction))
-    return [row | {"agreement": _right(found, target.labels(task))}]
+    rows = []
+    for i, instruction in enumerate(instructions):
+        how = setting["instructing"]
+        found = label(labeller, task, None, how, form, instruction=instruction)
+        direction = mean_difference(target.states(task)[maps.hook], found)
+        row = _row(method, 0, i, meter.costed(direction))
+        rows.append(row | {"agreement": _right(found, target.labels(task))})
+    return rows
 
 
 def _prompting(meter: Meter, task: TransferTask) -> Row:
@@ -339,7 +348,7 @@ def choose_steering(
                     f"{target.name}: learnt at {hook}, written to {written}, strength "
                     f"{coefficient:g}: {effect:+.2f} nats a token, neutral NLL {rise:+.3f}"
                 )
-                if rise > config.budget:  # a larger one costs more
+                if is_over(rise, config.budget):  # a larger one costs more
                     break
         within = [row for row in tried if row["nll_rise"] <= config.budget]
         return max(within, key=lambda row: row["effect"]) if within else None
@@ -447,7 +456,7 @@ def choose_instructing(
 ) -> dict[str, Any]:
     """The same from the tasks' instructions."""
     jobs = [(task, None) for task in tasks] if all(task.instruction for task in tasks) else []
-    return _best_labelling(labeller, form, jobs, config, asked=(False,), instructed=True)
+    return _best_labelling(labeller, form, jobs, config, asked=(False,), by_instruction=True)
 
 
 def _right(found: Tensor, truth: Tensor, pairs: Tensor | None = None) -> float:
@@ -464,7 +473,7 @@ def _best_labelling(
     jobs: Sequence[tuple[TransferTask, Tensor | None]],
     config: TransferConfig,
     asked: tuple[bool, ...],
-    instructed: bool = False,
+    by_instruction: bool = False,
 ) -> dict[str, Any]:
     tried: dict[Setting, float] = {}
     for flatten, n_rounds in config.labelling if jobs else ():
@@ -474,7 +483,14 @@ def _best_labelling(
             setting = (flatten, n_rounds, is_asked)
             right = [
                 _right(
-                    label(labeller, t, pairs, setting, form, instructed=instructed),
+                    label(
+                        labeller,
+                        t,
+                        pairs,
+                        setting,
+                        form,
+                        instruction=t.instruction if by_instruction else None,
+                    ),
                     labeller.labels(t),
                     pairs,
                 )

@@ -23,7 +23,15 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
-from .result import CEILING, COST_OF_NATIVE, INSTRUCTED, RUN_FILE, SAME_BUDGET, TransferBench
+from .result import (
+    ANOTHER_INSTRUCTION,
+    CEILING,
+    COST_OF_NATIVE,
+    INSTRUCTED,
+    RUN_FILE,
+    SAME_BUDGET,
+    TransferBench,
+)
 from .rows import (
     choose_asking,
     choose_expert,
@@ -34,7 +42,7 @@ from .rows import (
     control_rows,
     expert_rows,
     few_label_rows,
-    instructed_row,
+    instructed_rows,
     mapped_at_cost,
     target_rows,
 )
@@ -258,13 +266,25 @@ class _Target:
             config=config,
         )
         yield _Part(name, SAME_BUDGET, None, controls, "controls")
-        for e, maps in self.maps.items():
-            if task.instruction and self.settings[e]["instructing"]:
-                method = f"{who[e]} as labeller{INSTRUCTED}"
-                told = partial(
-                    instructed_row, maps=maps, setting=self.settings[e], task=task, method=method
+        by = INSTRUCTED, [task.instruction], "labelled by the instruction"
+        others = [other.instruction for other in self.development if other.instruction]
+        control = ANOTHER_INSTRUCTION, others, "labelled by instructions of other tasks"
+        for method, instructions, said in (by, control):
+            for e, maps in self.maps.items():
+                # Of the control one model is enough: the one for which labels are easy to come by.
+                is_left_out = e != name and method == ANOTHER_INSTRUCTION
+                if is_left_out or not all(instructions) or not self.settings[e]["instructing"]:
+                    continue
+                called = f"{who[e]} as labeller{method}"
+                rows = partial(
+                    instructed_rows,
+                    maps=maps,
+                    setting=self.settings[e],
+                    task=task,
+                    method=called,
+                    instructions=instructions,
                 )
-                yield _Part(e, method, None, told, "labelled by the instruction")
+                yield _Part(e, called, None, rows, said)
         for n in config.n_pairs:
             for e, maps in self.maps.items():
                 few = partial(

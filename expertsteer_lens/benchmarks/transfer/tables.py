@@ -110,6 +110,7 @@ OVERVIEW = (
     ("prompting", 0),
     ("self as labeller", 0),
     ("expert as labeller", 0),
+    ("self as labeller, another instruction", 0),
     ("self as labeller, instructed", 0),
     ("expert as labeller, instructed", 0),
     ("native", 1),
