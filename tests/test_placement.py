@@ -73,8 +73,10 @@ def test_the_best_block_is_kept_if_it_is_clearly_better(fit, placed):
     assert placed.plan.vectors[0].coefficient == rows[placed.hook_name]["coefficient"]
 
 
-def test_a_block_that_is_far_better_is_taken(models, fit):
-    """A direction that was learnt where it does nothing: written at its own block it is itself."""
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_block_that_is_far_better_is_taken(models, fit, side):
+    """A direction that was learnt where it does nothing: written at its own block it is itself. A
+    plan that steers away is written where it lowers the behaviour most."""
     name = "blocks.3.hook_resid_post"
     own = mean_difference(fit.target_pairs[name], fit.target_pairs.labels)
     (vector,) = fit.plan(coefficient=0.1).vectors
@@ -83,10 +85,12 @@ def test_a_block_that_is_far_better_is_taken(models, fit):
         fit.plan(coefficient=0.1),
         vectors=(dataclasses.replace(vector, direction=own, provenance=facts),),
     )
-    found = fit.place(plan, progress=False)
+    found = fit.place(plan.with_coefficient(side * 0.1), progress=False)
     rows = {row["hook_name"]: row for row in found.rows}
     assert found.learnt_at == "blocks.0.hook_resid_post"
-    assert found.hook_name == max(rows.values(), key=lambda row: row["effect"])["hook_name"]
+    best = max(rows.values(), key=lambda row: side * row["effect"])
+    assert found.hook_name == best["hook_name"]
+    assert side * found.plan.vectors[0].coefficient > 0
     assert found.hook_name != found.learnt_at
     assert found.plan.vectors[0].provenance["learnt_at"] == found.learnt_at
 

@@ -55,8 +55,8 @@ class Calibration:
     given, `effect` (nats of its metric) with `effect_se`, the standard error over prompts.
 
     Bands: "broken" where the cost exceeds the budget or is no number, as where a strength overflows
-    the model's dtype (and beyond, in the same direction); else "no
-    effect" where the effect is within two standard errors of zero; else "usable"."""
+    the model's dtype (and beyond, in the same direction); else "no effect" where the effect is
+    within two standard errors of zero; else "usable"."""
     texts_hash: str
     n_texts: int
 
@@ -68,7 +68,7 @@ class Calibration:
         row = next(r for r in self.curve if r["coefficient"] == self.coefficient)
         if "effect" not in row:
             return None
-        if abs(row["effect"]) <= 2 * row["effect_se"]:
+        if not abs(row["effect"]) > 2 * row["effect_se"]:
             return "unclear"
         return "as labelled" if row["effect"] * self.coefficient > 0 else "reversed"
 
@@ -89,9 +89,8 @@ class Calibration:
         if self.sign == "reversed":
             warnings.warn(
                 "the calibrated direction moves the behaviour metric on the validation prompts "
-                "against its sign: it points the wrong way "
-                "there. Swap positive and negative if the labels are reversed, or steer another "
-                "layer.",
+                "against its sign: it points the wrong way there. Swap positive and negative if "
+                "the labels are reversed, or steer another layer.",
                 stacklevel=2,
             )
         vectors = tuple(

@@ -62,8 +62,9 @@ class Placement:
 
     @property
     def hook_name(self) -> str:
-        """The block chosen: the one with the largest effect, if it beats the block that the
-        direction was learnt at by more than two standard errors over prompts, else that one."""
+        """The block chosen: the one with the largest effect (of a negative coefficient the lowest),
+        if it beats the block that the direction was learnt at by more than two standard errors over
+        prompts, else that one."""
         return self.plan.vectors[0].hook_name
 
     def to_dict(self) -> dict[str, Any]:
@@ -210,8 +211,9 @@ def place(
         rows[name] |= {"effect": float(change.mean()), "effect_se": _se(change)}
         if kept is not None:
             rows[name] |= {"gain": float((change - kept).mean()), "gain_se": _se(change - kept)}
-    best = max(changes, key=lambda name: rows[name]["effect"])
-    if kept is not None and not rows[best]["gain"] > 2 * rows[best]["gain_se"]:
+    side = -1.0 if vector.coefficient < 0 else 1.0  # a plan that steers away: lower is better
+    best = max(changes, key=lambda name: side * rows[name]["effect"])
+    if kept is not None and not side * rows[best]["gain"] > 2 * rows[best]["gain_se"]:
         best = own
     result = Placement(
         plan=plans[best],
