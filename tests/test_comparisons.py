@@ -281,6 +281,7 @@ class TestComparedPlans:
         row = self.evaluated(fit, zoo, compare={"away": away}).row("away")
         assert row.coefficient < 0
         assert row.effect < 0
+        assert row.wrong_way == float((row.per_prompt > 0).double().mean()) < 0.5
 
     def test_a_stopped_evaluation_goes_on_with_the_same_plans_only(self, fit, zoo, monkeypatch):
         from expertsteer_lens.errors import Interrupted
@@ -364,6 +365,9 @@ def test_what_is_no_number_is_a_row_that_says_so(fit, zoo, monkeypatch):
     assert result.outcome == "not measured"
     assert "probabilities are no finite numbers" in result.verdict
     assert "Works" not in result.verdict
+    unknown = replace(result, provenance={**result.provenance, "plan_cost": math.nan})
+    assert unknown.over_budget
+    json.dumps(unknown.to_dict(), allow_nan=False)
     assert "was not measured" in plot_evaluation(result).layout.title.text
     assert "float32" in next_step(result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from expertsteer_lens.show.report import (
     table_for_people,
     write_report,
 )
+from expertsteer_lens.show.step_plots import plot_prompts
 from expertsteer_lens.show.tokens import TokenView
 
 pytest.importorskip("plotly")
@@ -177,6 +179,19 @@ def test_prompts_that_move_the_wrong_way_are_counted():
     result = results.evaluation()
     result.plan.per_prompt[:3] = torch.tensor([-1.0, -0.1, 0.0])
     assert "2 of 4 test prompts (50%)" in prompts_in_words(result)
+
+
+def test_prompts_of_a_plan_that_steers_away_are_counted_from_the_other_side():
+    result = results.evaluation()
+    rows = [
+        dataclasses.replace(row, coefficient=-0.1, per_prompt=torch.tensor([-1.0, -0.1, 0.2, -2.0]))
+        if row.role == "plan"
+        else row
+        for row in result.rows
+    ]
+    result = dataclasses.replace(result, rows=tuple(rows))
+    assert "1 of 4 test prompts (25%)" in prompts_in_words(result)
+    assert plot_prompts(result).layout.title.text.startswith("1 of 4 prompts")
 
 
 HOSTILE = "<script>document.title='hit'</script>\x00\x1b</td></table>" + "long" * 2000

@@ -27,6 +27,7 @@ from expertsteer_lens.benchmarks.transfer.tables import overview
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.learn.directions import random_direction
 from expertsteer_lens.measure.neutral import NeutralTexts, neutral_nll
+from expertsteer_lens.pipeline import likelier_under
 
 SMALL = TransferConfig(
     n_pairs=(1, 2),
@@ -134,6 +135,15 @@ def test_the_control_of_labels_from_an_instruction_is_instructions_of_other_task
     target = Side("target", models["target"], SMALL.batch_size)
     scores = [target.instructed(task("a", 0), other.instruction) for other in dev]
     assert not torch.equal(*scores)
+    # Of plain texts the answer behind "Answer:" is scored, and nothing of the question.
+    texts = [f"{pair.question}" for pair in task("a", 0).pairs]
+    shown = [
+        f"Question: {q}\nAnswer: {a}"
+        for q, a in zip((t for t in texts for _ in range(2)), task("a", 0).answers, strict=True)
+    ]
+    spans = [(len(s) - len(a), len(s)) for s, a in zip(shown, task("a", 0).answers, strict=True)]
+    expected = likelier_under(models["target"], "You write about boats.", shown, spans=spans)
+    torch.testing.assert_close(scores[0].float(), expected, atol=1e-5, rtol=1e-5)
     assert not frame.method.eq("expert as labeller, another instruction").any()
 
 

@@ -68,7 +68,7 @@ class EvaluationRow:
     high_per_token: float | None = None
     """Bounds of the bootstrap interval of `effect_per_token` over prompts (95 %)."""
     wrong_way: float | None = None
-    """Share of test prompts whose m fell."""
+    """Share of test prompts whose m moved against the sign of the coefficient."""
     repetition: float | None = None
     """Share of repeated word trigrams in greedy continuations; None if nothing was generated."""
     length: float | None = None
@@ -77,6 +77,11 @@ class EvaluationRow:
     """Mean of the user's score of the continuations."""
     note: str | None = None
     """Why this could not be measured; all numbers are NaN then. None: it was."""
+
+    @property
+    def side(self) -> float:
+        """-1 of a negative coefficient, which steers away: lower is better there; else 1."""
+        return -1.0 if self.coefficient < 0 else 1.0
 
     @property
     def measured(self) -> bool:
@@ -134,7 +139,7 @@ class _Chance:
     mean: float
     sd: float
     side: float
-    """-1 of a plan with a negative coefficient, which steers away: lower is better there."""
+    """That of the plan's coefficient."""
 
     @property
     def luck(self) -> float:
@@ -200,8 +205,7 @@ class Evaluation:
         """The better of the target's own RFM and mean difference (the one that lowers the behaviour
         most, for a plan with a negative coefficient); None if they were not measured."""
         ceilings = [r for r in self.rows if r.role == "ceiling" and r.measured]
-        side = -1.0 if self.plan.coefficient < 0 else 1.0
-        return max(ceilings, key=lambda r: side * r.effect) if ceilings else None
+        return max(ceilings, key=lambda r: self.plan.side * r.effect) if ceilings else None
 
     @property
     def not_measured(self) -> dict[str, str]:
@@ -260,8 +264,7 @@ class Evaluation:
         if len(measured) < 2:
             return None
         values = torch.tensor(measured, dtype=torch.float64)
-        side = -1.0 if self.plan.coefficient < 0 else 1.0
-        return _Chance(len(values), float(values.mean()), float(values.std()), side)
+        return _Chance(len(values), float(values.mean()), float(values.std()), self.plan.side)
 
     def _said(self) -> str:
         """The outcome with its numbers."""
@@ -392,7 +395,7 @@ class Evaluation:
             "base_accuracy": self.base_accuracy,
             "budget": self.budget,
             "rows": rows,
-            "provenance": self.provenance,
+            "provenance": {name: _or_none(value) for name, value in self.provenance.items()},
         }
 
     def plot(self) -> Any:

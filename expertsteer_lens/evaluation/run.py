@@ -341,19 +341,20 @@ class _Run:
                 "float32 or steer less"
             )
         vectors = () if plan is None else plan.vectors
+        coefficient = max((v.coefficient for v in vectors), key=abs, default=0.0)
         return EvaluationRow(
             method=method,
             role=role,
             seed=seed,
             hook_names=tuple(v.hook_name for v in vectors),
-            coefficient=max((v.coefficient for v in vectors), key=abs, default=0.0),
+            coefficient=coefficient,
             effect=float(change.mean()),
             low=low,
             high=high,
             effect_per_token=float(per_token.mean()),
             low_per_token=low_per_token,
             high_per_token=high_per_token,
-            wrong_way=float((change < 0).double().mean()),
+            wrong_way=float(((change > 0) if coefficient < 0 else (change < 0)).double().mean()),
             accuracy=float(scores.correct().mean()),
             nll_rise=rise,
             kl=0.0 if divergence is None else float(divergence),

@@ -70,31 +70,42 @@ def likelier_under(
         >>> bool(sad > happy)
         True
     """
+    for name, given in (("instruction", instruction), ("against", against)):
+        optional = name == "against" and given is None
+        if not optional and (not isinstance(given, str) or not given.strip()):
+            raise ArgumentError(f"{name} must be a text that says something, got {given!r}.")
+    with_it, without = (
+        log_probs_under(model, words, texts, spans=spans, batch_size=batch_size, progress=progress)
+        for words in (instruction, against)
+    )
+    return (with_it - without).float()
+
+
+@torch.no_grad()
+def log_probs_under(
+    model: object,
+    instruction: str | None,
+    texts: Sequence[Text],
+    *,
+    spans: Sequence[Span] | None = None,
+    batch_size: int = 16,
+    progress: bool | None = None,
+) -> Float[Tensor, " n"]:
+    """Log-probability of each text behind an instruction, nats per token, float64; None: behind
+    none. Arguments and errors are those of `likelier_under`, which is the difference of two."""
     given = check_texts("texts", texts)
     check_number("batch_size", batch_size, low=1, integer=True)
-    for name, given_text in (("instruction", instruction), ("against", against)):
-        optional = name == "against" and given_text is None
-        if not optional and (not isinstance(given_text, str) or not given_text.strip()):
-            raise ArgumentError(f"{name} must be a text that says something, got {given_text!r}.")
     host = as_host(model)
     host.check_ready()
     of = [answer_span(text) for text in given] if spans is None else check_spans(spans, given)
-    with_it, without = (
-        _log_probs(
-            host,
-            *_instructed(host, words, given, of),
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for words in (instruction, against)
-    )
-    scores = with_it - without
+    shown = _instructed(host, instruction, given, of)
+    scores = _log_probs(host, *shown, batch_size=batch_size, progress=progress)
     if not bool(scores.isfinite().all()):
         i = int((~scores.isfinite()).nonzero()[0])
         raise DataError(
             f"the log-probability of texts[{i}] is not finite; load the model in float32."
         )
-    return scores.float()
+    return scores
 
 
 def _instructed(

@@ -209,7 +209,7 @@ def next_step(evaluation: Evaluation, calibration: Calibration | None = None) ->
             "random (same norm)."
         )
     reversed_ = calibration is not None and calibration.sign == "reversed"
-    against = plan.high < 0 if plan.coefficient >= 0 else plan.low > 0
+    against = plan.high < 0 if plan.side > 0 else plan.low > 0
     if reversed_ or against:
         return (
             "The direction moves the behaviour the wrong way: swap positive and negative if the "
@@ -222,8 +222,6 @@ def next_step(evaluation: Evaluation, calibration: Calibration | None = None) ->
             "is concluded."
         )
     wrong = plan.wrong_way
-    if wrong is not None and plan.coefficient < 0:
-        wrong = 1 - wrong
     if wrong is not None and wrong > 0.25:
         return (
             f"The mean effect is real, but {wrong:.0%} of the prompts move the wrong way: look at "
@@ -231,7 +229,7 @@ def next_step(evaluation: Evaluation, calibration: Calibration | None = None) ->
         )
     ceiling = evaluation.ceiling
     more = ceiling is not None and (
-        ceiling.low > plan.high if plan.coefficient >= 0 else ceiling.high < plan.low
+        ceiling.low > plan.high if plan.side > 0 else ceiling.high < plan.low
     )
     if more:
         return (
@@ -272,7 +270,7 @@ def cost_in_words(calibration: Calibration) -> str:
 
 def prompts_in_words(evaluation: Evaluation) -> str:
     """How many prompts the plan moves the wrong way."""
-    change = evaluation.plan.per_prompt
+    change = evaluation.plan.side * evaluation.plan.per_prompt
     wrong = int((change < 0).sum())
     return (
         f"{wrong} of {len(change)} test prompts ({wrong / max(1, len(change)):.0%}) move the wrong "

@@ -270,17 +270,17 @@ def plot_prompts(evaluation: Evaluation) -> Any:
     """Effect of the plan on each test prompt, sorted; orange: the wrong way."""
     figure = import_plotly().Figure()
     change, order = evaluation.plan.per_prompt.sort()
-    values = change.tolist()
+    values, side = change.tolist(), evaluation.plan.side
     figure.add_bar(
         x=list(range(len(values))),
         y=values,
-        marker={"color": [ORANGE if v < 0 else BLUE for v in values]},
+        marker={"color": [ORANGE if side * v < 0 else BLUE for v in values]},
         hovertext=[
             f"prompt {i}: {v:+.2f} nats" for i, v in zip(order.tolist(), values, strict=True)
         ],
         hoverinfo="text",
     )
-    wrong = sum(v < 0 for v in values)
+    wrong = sum(side * v < 0 for v in values)
     set_style(
         figure,
         f"{wrong} of {len(values)} prompts move the wrong way",

@@ -98,7 +98,8 @@ def _title(bench: TransferBench) -> str:
     if not len(won):
         return "The expert's labels are not distinguishable from the target's own"
     where = "; ".join(
-        f"at {n_shown(n)} labelled pairs in {len(part)} of {len(bench.transfers)} pairs of models"
+        f"at {n_shown(n)} labelled pairs{'' if n else ', asked,'} in {len(part)} of "
+        f"{len(bench.transfers)} pairs of models"
         for n, part in won.groupby("n_pairs")
     )
     return f"The expert's labels beat the target's own {where}"

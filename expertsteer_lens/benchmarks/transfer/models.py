@@ -19,7 +19,7 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 from expertsteer_lens.measure.prepared import Completions, CompletionScores
 from expertsteer_lens.pipeline.asking import ask_about
 from expertsteer_lens.pipeline.config import ExpertSteerConfig
-from expertsteer_lens.pipeline.instructed import likelier_under
+from expertsteer_lens.pipeline.instructed import log_probs_under
 from expertsteer_lens.pipeline.labelling import flatten_axes
 from expertsteer_lens.pipeline.token_pairs import TokenPairs
 from expertsteer_lens.steer.plan import SteeringPlan
@@ -46,7 +46,7 @@ class Side:
         self._states: dict[tuple[str, Form], ActivationStore] = {}
         self._layers: dict[tuple[str, Form, int], list[Tensor]] = {}
         self._asked: dict[str, Tensor] = {}
-        self._instructed: dict[tuple[str, str], Tensor] = {}
+        self._log_probs: dict[tuple[str, str | None], Tensor] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -107,16 +107,21 @@ class Side:
         return self._asked.get(task.name)
 
     def instructed(self, task: TransferTask, instruction: str) -> Tensor:
-        """How much likelier an instruction makes each answer of the task, nats per token; in the
-        form that the model is best shown texts in."""
+        """How much likelier an instruction makes each answer of the task, nats per token: what
+        `likelier_under` gives, without reading the answers alone again for each instruction."""
+        return self._behind(task, instruction) - self._behind(task, None)
+
+    def _behind(self, task: TransferTask, instruction: str | None) -> Tensor:
+        """Log-probability of each answer behind an instruction, in the form that the model is best
+        shown texts in."""
         key = task.name, instruction
-        if key not in self._instructed:
+        if key not in self._log_probs:
             pairs = task.contrast_pairs(self.form)
             spans = None  # of a chat the answer
             if self.form == "plain":
                 answers = zip(pairs.texts, task.answers, strict=True)
                 spans = [(len(str(text)) - len(answer), len(str(text))) for text, answer in answers]
-            self._instructed[key] = likelier_under(
+            self._log_probs[key] = log_probs_under(
                 self.model,
                 instruction,
                 pairs.texts,
@@ -124,7 +129,7 @@ class Side:
                 batch_size=self.batch_size,
                 progress=False,
             )
-        return self._instructed[key]
+        return self._log_probs[key]
 
 
 class Meter:
