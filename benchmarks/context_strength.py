@@ -68,7 +68,7 @@ def read_task(task: str, models: pathlib.Path, shared: pathlib.Path) -> Any:
         pairs = [dict(zip(KEYS, (r[n] for n in names), strict=True)) for r in found]
         return task, pairs[:N_PAIRS], pairs[N_PAIRS:cut], pairs[cut : cut + N_TEST]
     if task not in DEVELOPMENT_FIELDS:
-        raise SystemExit(f"--tasks {task}: give 'sentiment' or one of {DEVELOPMENT_FIELDS}.")
+        raise SystemExit(f"--tasks {task}: give 'sentiment' or one of {list(DEVELOPMENT_FIELDS)}.")
     field = read_field(models / "domainsteer", task)
     pairs, tests = (
         [dict(zip(KEYS, (r.question, r.positive[0], r.negative[0]), strict=True)) for r in part]

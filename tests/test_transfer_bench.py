@@ -126,15 +126,17 @@ def test_few_labels_are_added_to_a_run_without_them(models, bench, tmp_path):
 def test_the_control_of_labels_from_an_instruction_is_instructions_of_other_tasks(models):
     dev = [
         dataclasses.replace(task("dev", 12), instruction="You write about boats."),
-        dataclasses.replace(task("dev 2", 24), instruction="You write about rain."),
+        dataclasses.replace(task("dev 2", 24), instruction="You write about rain.", domain="b"),
+        dataclasses.replace(task("dev 3", 20), instruction="You write about snow.", domain="c"),
     ]
     config = dataclasses.replace(SMALL, n_pairs=())
     frame = bench_transfer(**arguments(models, development=dev, config=config)).to_pandas()
-    rows = frame[frame.method == "self as labeller, another instruction"]
-    assert rows.draw.tolist() == [0, 1]
+    for whose, draws in (("a neighbour's", [0]), ("another domain's", [0, 1])):
+        rows = frame[frame.method == f"self as labeller, {whose} instruction"]
+        assert rows.draw.tolist() == draws
     target = Side("target", models["target"], SMALL.batch_size)
     scores = [target.instructed(task("a", 0), other.instruction) for other in dev]
-    assert not torch.equal(*scores)
+    assert not torch.equal(*scores[:2])
     # Of plain texts the answer behind "Answer:" is scored, and nothing of the question.
     texts = [f"{pair.question}" for pair in task("a", 0).pairs]
     shown = [
@@ -144,7 +146,7 @@ def test_the_control_of_labels_from_an_instruction_is_instructions_of_other_task
     spans = [(len(s) - len(a), len(s)) for s, a in zip(shown, task("a", 0).answers, strict=True)]
     expected = likelier_under(models["target"], "You write about boats.", shown, spans=spans)
     torch.testing.assert_close(scores[0].float(), expected, atol=1e-5, rtol=1e-5)
-    assert not frame.method.eq("expert as labeller, another instruction").any()
+    assert not frame.method.str.contains("expert as labeller, a").any()
 
 
 def test_a_task_without_an_instruction_has_no_labels_from_one(models):
@@ -293,7 +295,7 @@ def test_a_run_without_the_controls_gets_them(bench, models, tmp_path):
     new = ("random, same budget", "native, far block")
     new += ("self, mapped, cost of native", "expert, mapped, cost of native")
     new += ("self as labeller, instructed", "expert as labeller, instructed")
-    new += ("self as labeller, another instruction",)
+    new += ("self as labeller, a neighbour's instruction",)
     assert set(new) <= set(first.to_pandas().method)
     old = TransferBench(
         [row for row in first.rows if row["method"] not in new],

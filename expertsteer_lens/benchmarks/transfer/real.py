@@ -94,7 +94,8 @@ def read_real_data(
     return RealData(
         tasks=tasks,
         development=tuple(
-            _made(code, partial(read_field, fields, code)) for code in DEVELOPMENT_FIELDS
+            _made(code, partial(read_field, fields, code, domain))
+            for code, domain in DEVELOPMENT_FIELDS.items()
         ),
         anchors=tuple(str(shown(q, a, "plain")) for q, a in asked if q not in tested),
         neutral=tuple(question for question, _ in worked[N_WORKED:]),

@@ -33,8 +33,10 @@ COST_OF_NATIVE = ", cost of native"
 others."""
 INSTRUCTED = ", instructed"
 """A labeller by how much likelier the task's instruction makes each text."""
-ANOTHER_INSTRUCTION = ", another instruction"
-"""The same by the instructions of development tasks, each a row: what any such sentence does."""
+NEIGHBOUR = ", a neighbour's instruction"
+"""The same by the instructions of development tasks of the task's domain, each a row."""
+ANOTHER = ", another domain's instruction"
+"""The same by those of development tasks of other domains: what any such sentence does."""
 N_BOOTSTRAP = 5000
 KEYS = ("expert", "target", "method", "n_pairs")
 COMPARED = (
@@ -49,7 +51,8 @@ COMPARED = (
     ("expert, mapped RFM", "native RFM"),
     ("expert as labeller", "prompting"),
     (f"expert as labeller{INSTRUCTED}", "prompting"),
-    (f"self as labeller{INSTRUCTED}", f"self as labeller{ANOTHER_INSTRUCTION}"),
+    (f"self as labeller{INSTRUCTED}", f"self as labeller{ANOTHER}"),
+    (f"self as labeller{INSTRUCTED}", f"self as labeller{NEIGHBOUR}"),
     (f"self as labeller{INSTRUCTED}", "prompting"),
     ("expert, mapped", "prompting"),
 )

@@ -24,10 +24,11 @@ from expertsteer_lens.measure.neutral import NeutralTexts
 from .config import TransferConfig
 from .models import Maps, Meter, Row, Side
 from .result import (
-    ANOTHER_INSTRUCTION,
+    ANOTHER,
     CEILING,
     COST_OF_NATIVE,
     INSTRUCTED,
+    NEIGHBOUR,
     RUN_FILE,
     SAME_BUDGET,
     TransferBench,
@@ -266,14 +267,18 @@ class _Target:
             config=config,
         )
         yield _Part(name, SAME_BUDGET, None, controls, "controls")
-        by = INSTRUCTED, [task.instruction], "labelled by the instruction"
-        others = [other.instruction for other in self.development if other.instruction]
-        control = ANOTHER_INSTRUCTION, others, "labelled by instructions of other tasks"
-        for method, instructions, said in (by, control):
+        near = [o.instruction for o in self.development if o.domain == task.domain]
+        far = [o.instruction for o in self.development if o.domain != task.domain]
+        for method, instructions, said in (
+            (INSTRUCTED, [task.instruction], "labelled by the instruction"),
+            (NEIGHBOUR, near, "labelled by a neighbour's instruction"),
+            (ANOTHER, far, "labelled by other domains' instructions"),
+        ):
+            instructions = list(filter(None, instructions))
             for e, maps in self.maps.items():
-                # Of the control one model is enough: the one for which labels are easy to come by.
-                is_left_out = e != name and method == ANOTHER_INSTRUCTION
-                if is_left_out or not all(instructions) or not self.settings[e]["instructing"]:
+                # Of the controls one model is enough: the one for which labels are easy to come by.
+                is_left_out = e != name and method != INSTRUCTED
+                if is_left_out or not instructions or not self.settings[e]["instructing"]:
                     continue
                 called = f"{who[e]} as labeller{method}"
                 rows = partial(

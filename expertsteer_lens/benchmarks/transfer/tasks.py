@@ -155,8 +155,14 @@ FIELDS = {
     "general": ("4303", "5003", "5204"),
 }
 """The test fields of the domain data, by domain."""
-DEVELOPMENT_FIELDS = ("3206", "3505", "4605", "5203")
-"""Fields on which blocks, strengths and settings are chosen; none of them is tested."""
+DEVELOPMENT_FIELDS = {
+    "3206": "medicine",
+    "3505": "finance and economics",
+    "4605": "mathematics and computing",
+    "5203": "general",
+}
+"""Fields on which blocks, strengths and settings are chosen, and their domain; none of them is
+tested."""
 
 
 def read_field(folder: str | Path, code: str, domain: str = "") -> TransferTask:
