@@ -87,23 +87,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """The module that has the names now, so that there is one of each class."""
-        old = spec.name.rpartition(".")[2]
-        new = f"{__package__}.{MODULES[old]}"
-        warnings.warn(f"{spec.name} is now {new}", DeprecationWarning, stacklevel=2)
-        module = importlib.import_module(new)
-        forward = ModuleType(spec.name, module.__doc__)
-        # Copied, not only looked up: nnsight mounts a method `save` on every object, and so on
-        # every module, where it would be found in place of ours.
-        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("_")})
-        forward.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]
-        # Held by the module itself: nnsight mounts a method `save` on every object, so
-        # `__getattr__` alone would never be asked for our `save`.
-        vars(forward).update({k: v for k, v in vars(module).items() if not k.startswith("__")})
-        return forward
+        """An empty module, in whose place `exec_module` puts the one that has the names now."""
+        return ModuleType(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run."""
+        """Put the module that has the names now under the old name: Python's import hands out what
+        stands there in the end, so there is one of each module and of each class."""
+        old = module.__name__.rpartition(".")[2]
+        new = f"{__package__}.{MODULES[old]}"
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
 
 
 def install() -> None:
