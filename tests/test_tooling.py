@@ -3,10 +3,13 @@ contributors."""
 
 from __future__ import annotations
 
+import ast
 import json
 import pathlib
 import re
+import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 import train_domains
@@ -72,7 +75,60 @@ def test_the_source_distribution_holds_what_stands_beside_the_package():
     assert {f"/{name}" for name in expected} <= set(included)
 
 
-def test_the_training_scripts_are_no_part_of_the_package():
+COMES_WITH = {"cloudpickle": "nnsight", "greenlet": "nnsight", "pyarrow": "datasets"}
+"""Packages that are needed only beside another, which requires them."""
+CALLED = {"sklearn": "scikit-learn"}
+
+
+def imported() -> set[str]:
+    """Distributions that the package imports, wherever in a file."""
+    found: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(str(node.module))
+    roots = {name.partition(".")[0] for name in found}
+    third = roots - set(sys.stdlib_module_names) - {"expertsteer_lens"}
+    return {canonical(CALLED.get(name, name)) for name in third}
+
+
+def required(declared: list[str]) -> set[str]:
+    return {canonical(re.match(r"[\w.-]+", d)[0]) for d in declared}
+
+
+def test_whatever_is_imported_is_declared_and_whatever_is_declared_is_imported():
+    extras = PROJECT["project"]["optional-dependencies"]
+    users = [d for extra in ("plot", "cli", "export") for d in extras[extra]]
+    declared = required([*PROJECT["project"]["dependencies"], *users])
+    assert imported() - declared == set(COMES_WITH)
+    assert declared <= imported()
+    for name, giver in COMES_WITH.items():
+        assert name in required(metadata.requires(giver) or [])
+
+
+def readme_of_the_index() -> str:
+    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert [f["path"] for f in hook["fragments"]] == ["README.md"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for change in hook["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    return text
+
+
+def test_the_readme_of_the_package_index_leads_to_nothing_that_is_not_there():
+    text = readme_of_the_index()
+    links = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"(?:src|href)=\"([^\"]*)", text)
+    assert "https://arxiv.org/abs/2505.12313" in links
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert "](docs/" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PROJECT["project"]["urls"]["Paper"] in links
+
+
+def test_the_wheel_is_the_package_and_nothing_beside_it():
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel == {"packages": [PACKAGE.name]}
     assert not list(PACKAGE.rglob("train*.py"))
 
 
