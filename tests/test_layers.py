@@ -23,7 +23,7 @@ BY_NAME = {
     "zoo": "the larger half of it, when it is asked for",
     "files": "its own files, when they are asked for",
     "files.codec": "the homes of classes that files name",
-    "hosts": "one host's file, in the same folder",
+    "hosts.table": "one host's file, in the same folder",
 }
 """Modules that import others by name, and which."""
 
@@ -124,6 +124,39 @@ def test_imports_go_down_but_for_those_listed_with_a_reason():
     found = {a: those for a, those in all_imports().items() if a}
     assert sum(map(len, found.values())) > 200  # the imports were seen
     assert upward(floors(), found) == set()
+
+
+def of_the_package(source: str, package: str) -> set[str]:
+    """Names that a module takes from the package itself, which stands above every floor; "" where
+    it takes the package."""
+    out = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            out |= {"" for alias in node.names if alias.name == "expertsteer_lens"}
+        elif isinstance(node, ast.ImportFrom):
+            depth = len([part for part in package.split(".") if part]) + 1
+            itself = node.module == "expertsteer_lens" if not node.level else node.module is None
+            if itself and node.level in (0, depth):
+                rooms = {room(name) for name in modules()}
+                out |= {alias.name for alias in node.names} - rooms
+    return out
+
+
+def test_nothing_is_taken_from_the_package_itself_but_its_version():
+    taken = {}
+    for name, path in modules().items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        if name:
+            taken[name] = of_the_package(path.read_text(encoding="utf-8"), package)
+    assert {n: t for n, t in taken.items() if t - {"__version__"}} == {}
+    assert {"__version__"} in taken.values()  # they were seen
+    for source in (
+        "from expertsteer_lens import save",
+        "def f():\n    import expertsteer_lens as esl",
+        "def f():\n    from .. import load",
+    ):
+        assert of_the_package(source, "low"), source
+    assert not of_the_package("from expertsteer_lens import pair", "low")
 
 
 def test_no_circle_reaches_beyond_a_folder():

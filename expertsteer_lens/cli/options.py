@@ -91,9 +91,9 @@ class ModelOptions:
                 not there.
         """
         from expertsteer_lens._checks import check_choice
-        from expertsteer_lens.hosts.loading import HOSTS
+        from expertsteer_lens.hosts.loading import LOADABLE
 
-        check_choice("host", self.host, HOSTS)
+        check_choice("host", self.host, LOADABLE)
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or dtype not in _WEIGHT_TYPES:
             raise ArgumentError(

@@ -6,10 +6,7 @@ built on it."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
-
-import torch
 
 from expertsteer_lens.errors import ArgumentError, HostError
 
@@ -19,6 +16,7 @@ from .facts import fingerprints_match
 from .hooked_module import capture_tensors
 from .parts import EditFn, Observer, Registration, TokenBatch
 from .reading import capture, texts_sha256
+from .table import HOSTS
 
 
 def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) -> Host:
@@ -52,31 +50,14 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
     options = {
         name: value for name, value in (("tokenizer", tokenizer), ("remote", remote)) if value
     }
-    for module, cls, claims, reason, accepted in (
-        (
-            ".transformer_lens",
-            "TransformerLensHost",
-            _is_transformer_lens,
-            "it has hook_dict and cfg.d_vocab",
-            (),
-        ),
-        (".nnsight", "NNsightHost", _is_nnsight, "its class is nnsight's", ("tokenizer", "remote")),
-        (
-            ".hooked_module",
-            "HookedModuleHost",
-            _is_hooked_module,
-            "it has hook_dict, and no vocabulary",
-            (),
-        ),
-        (".huggingface", "HuggingFaceHost", _is_huggingface, _HUGGINGFACE, ("tokenizer",)),
-    ):
-        if claims(model):
-            for name in set(options) - set(accepted):
+    for entry in HOSTS.values():
+        if entry.claims(model):
+            for name in set(options) - set(entry.options):
                 raise ArgumentError(
                     f"{name} cannot be given for a {type(model).__name__}; leave it out."
                 )
-            host: Host = getattr(importlib.import_module(module, __name__), cls)(model, **options)
-            host.reason = f"{type(model).__name__}, because {reason}"
+            host: Host = entry.cls()(model, **options)
+            host.reason = f"{type(model).__name__}, because {entry.because}"
             return host
     raise HostError(
         f"cannot steer a {type(model).__module__}.{type(model).__name__}: it is no TransformerLens "
@@ -85,35 +66,6 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
         "get_output_embeddings), and no other network with "
         "hook points (no hook_dict). Pass a TransformerBridge, HookedTransformer, nnsight model or "
         "AutoModelForCausalLM."
-    )
-
-
-_HUGGINGFACE = "it is a torch module with config and get_output_embeddings"
-
-
-def _is_transformer_lens(model: Any) -> bool:
-    cfg = getattr(model, "cfg", None)
-    reads_tokens = (
-        hasattr(cfg, "d_model") and getattr(cfg, "d_vocab", -1) > 0
-    )  # vision and audio bridges do not
-    return not _is_nnsight(model) and hasattr(model, "hook_dict") and reads_tokens
-
-
-def _is_nnsight(model: Any) -> bool:
-    return any(base.__module__.split(".")[0] == "nnsight" for base in type(model).__mro__)
-
-
-def _is_hooked_module(model: Any) -> bool:
-    return isinstance(model, torch.nn.Module) and isinstance(
-        getattr(model, "hook_dict", None), dict
-    )
-
-
-def _is_huggingface(model: Any) -> bool:
-    return (
-        isinstance(model, torch.nn.Module)
-        and hasattr(model, "config")
-        and callable(getattr(model, "get_output_embeddings", None))
     )
 
 

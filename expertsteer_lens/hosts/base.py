@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +34,14 @@ from .scope import Scope
 if TYPE_CHECKING:
     from .resume import KeptStream
 
-HostKind = Literal["transformer_lens", "nnsight", "huggingface", "hooked_module"]
-
 
 class Host:
     """What the rest of the package knows about a model. A subclass supplies the model's own ways,
     up to `place`."""
 
-    kind: ClassVar[HostKind]
-    """ "transformer_lens", "nnsight", "huggingface" or "hooked_module"."""
+    kind: ClassVar[str]
+    """Its name in the table of hosts: "transformer_lens", "nnsight", "huggingface" or
+    "hooked_module"."""
     reason: str = ""
     """What `as_host` saw in the model."""
     reads_norms: bool = True

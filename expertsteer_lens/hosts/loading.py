@@ -3,8 +3,7 @@ notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +15,12 @@ from expertsteer_lens._progress import is_shown
 from expertsteer_lens.errors import ArgumentError, HostError
 
 from .model_copy import no_progress_bar
+from .table import HOSTS, nothing_installed
 
 LoadedAs = Literal["transformer_lens", "nnsight", "huggingface"]
-HOSTS = ("transformer_lens", "nnsight", "huggingface")
+"""The hosts of this package that a model can be loaded into."""
+LOADABLE = {name: host.wrap for name, host in HOSTS.items() if host.wrap is not None}
+"""Every such host by name, and how a Hugging Face model becomes one of its objects."""
 
 
 def load_model(
@@ -48,7 +50,7 @@ def load_model(
             no model.
         HostError: a GGUF file, and the package gguf is not installed.
     """
-    check_choice("host", host, HOSTS)
+    check_choice("host", host, LOADABLE)
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype):
         raise ArgumentError(
@@ -135,52 +137,8 @@ def wrap_model(
     Raises:
         ArgumentError: unknown host.
     """
-    check_choice("host", host, HOSTS)
-    if host == "huggingface":
-        model.tokenizer = tokenizer
-        return model
-    if host == "nnsight":
-        from nnsight import TransformersModel
-
-        return TransformersModel(model, tokenizer=tokenizer)
-    from transformer_lens.model_bridge import TransformerBridge
-
-    from .cache_names import agree_on_cache_name
-
-    if trust_remote_code:
-        # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
-        tokenizer.init_kwargs["trust_remote_code"] = True
-    with nothing_installed():
-        bridge = TransformerBridge.boot_transformers(
-            name,  # only a label, as model and tokenizer are given
-            hf_model=model,
-            tokenizer=tokenizer,
-            device=str(next(model.parameters()).device),
-            trust_remote_code=trust_remote_code,
-        )
-    agree_on_cache_name(bridge, bridge.original_model)  # before anybody generates with it
-    return bridge
+    check_choice("host", host, LOADABLE)
+    return LOADABLE[host](model, tokenizer, name, trust_remote_code)
 
 
-@contextmanager
-def nothing_installed() -> Iterator[None]:
-    """Inside, TransformerLens installs no package.
-
-    Where a multimodal model's processor cannot be loaded it runs `pip install torchvision`, which
-    brings a torch of its own choice in place of the one that is running. Without torchvision the
-    Bridge has no processor, as it has none where the installation fails.
-    """
-    try:
-        from transformer_lens.model_bridge.sources.transformers import helpers
-    except ImportError:  # an older TransformerLens
-        yield
-        return
-    installs = getattr(helpers, "_ensure_torchvision", None)
-    if installs is None:
-        yield
-        return
-    helpers._ensure_torchvision = lambda: find_spec("torchvision") is not None
-    try:
-        yield
-    finally:
-        helpers._ensure_torchvision = installs
+__all__ = ["LOADABLE", "LoadedAs", "load_model", "nothing_installed", "wrap_model"]

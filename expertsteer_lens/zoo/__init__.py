@@ -73,9 +73,9 @@ def load(name: str, host: str = "transformer_lens") -> Any:
 def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -> Any:
     """Load the Hugging Face folder `path` as `load` does; `name` is what TransformerLens calls
     it."""
-    from expertsteer_lens.hosts.loading import HOSTS, wrap_model
+    from expertsteer_lens.hosts.loading import LOADABLE, wrap_model
 
-    check_choice("host", host, HOSTS)
+    check_choice("host", host, LOADABLE)
     hf_model, tokenizer = _load_huggingface(path)
     return wrap_model(hf_model, tokenizer, host=host, name=name)
 
