@@ -12,6 +12,9 @@ from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError, HookNameError, WidthError
 
+Scalar = bool | int | float | str
+"""What an option of a registered variant may be."""
+
 
 def check_matrix(
     name: str, value: Tensor, *, width: int | None = None, min_rows: int = 1
@@ -196,3 +199,42 @@ def explained_at(heading: str) -> str:
         heading: anchor of a heading of the page `why_nothing_happens`.
     """
     return f" Explained in {WHY_NOTHING_HAPPENS}#{heading}."
+
+
+def complete_options(
+    given: object, known: Mapping[str, Scalar], owner: str
+) -> tuple[tuple[str, Scalar], ...]:
+    """Options of a registered variant, its defaults (`known`) included, as sorted pairs.
+
+    Raises:
+        ArgumentError: they are no dict, the variant (`owner`, e.g. "kind='ridge'") has none of that
+            name, or a value is no number, text or bool.
+
+    >>> complete_options({"width": 2.0}, {"width": 0.3, "two_ways": True}, "kind='near'")
+    (('two_ways', True), ('width', 2.0))
+    """
+    try:
+        options = dict(given)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"options must be a dict of settings by name, got {given!r}.") from None
+    for name, value in options.items():
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise ArgumentError(f"options: {name!r} is no option of {owner}, which has: {listed}.")
+        if not isinstance(value, bool | int | float | str):
+            raise ArgumentError(
+                f"options[{name!r}] must be a number, a text or a bool, got {value!r}."
+            )
+    return tuple(sorted({**known, **options}.items()))
+
+
+def find_option(options: object, name: str, owner: str) -> Any:
+    """The value of an option that `complete_options` completed.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    values = dict(options)  # type: ignore[call-overload]
+    if name not in values:
+        raise ArgumentError(f"{owner} has no option {name!r}; it has {list(values)}.")
+    return values[name]

@@ -14,6 +14,13 @@ import pytest
 
 from expertsteer_lens._upward import UPWARD
 from expertsteer_lens._upward import upward as find_upward
+from expertsteer_lens.align.kinds import KINDS
+from expertsteer_lens.evaluation import COMPARISONS
+from expertsteer_lens.files.export import FORMATS
+from expertsteer_lens.hosts.table import HOSTS
+from expertsteer_lens.interventions.edits import EDITS
+from expertsteer_lens.learn.learners import LEARNERS
+from expertsteer_lens.pair import ESTIMATORS, RULES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "expertsteer_lens"
@@ -157,6 +164,28 @@ def test_nothing_is_taken_from_the_package_itself_but_its_version():
     ):
         assert of_the_package(source, "low"), source
     assert not of_the_package("from expertsteer_lens import pair", "low")
+
+
+NAMES_COMPARED = {
+    ("hosts.loading", "gguf"): "the package of that name",
+    ("hosts.table", "nnsight"): "how its objects are known",
+    ("linalg.kernels", "gaussian"): "a kernel, no estimator",
+    ("steer.bake", "huggingface"): "only its weights can be saved as a checkpoint",
+    ("steer.nnsight_edit", "nnsight"): "an edit of nnsight's own kind",
+}
+"""Where a module compares a name that stands in a table of variants, and why it may."""
+
+
+def test_what_a_variant_needs_stands_in_its_table_and_not_elsewhere():
+    tables = (KINDS, ESTIMATORS, RULES, EDITS, FORMATS, COMPARISONS, LEARNERS, HOSTS)
+    names = {name for table in tables for name in table}
+    found = set()
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                words = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+                found |= {(module, word) for word in words & names}
+    assert found == set(NAMES_COMPARED)
 
 
 def test_no_circle_reaches_beyond_a_folder():

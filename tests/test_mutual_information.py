@@ -799,9 +799,11 @@ def test_an_estimator_of_ones_own_is_one_entry_in_the_table() -> None:
     class Own(Estimator):
         unit, quantity = "share", "common_sign"
         defaults = {"n_folds": 4}  # noqa: RUF012
+        options = {"sign": 1}  # noqa: RUF012
 
         def __init__(self, expert: Any, target: Any, config: MIConfig, folds: Any) -> None:
             self.x, self.y, self.folds = columns(expert).sign(), columns(target).sign(), folds
+            self.x = self.x * config.option("sign")
 
         def observed(self) -> Tensor:
             return (self.x @ self.y.T) / self.x.shape[1]
@@ -820,6 +822,20 @@ def test_an_estimator_of_ones_own_is_one_entry_in_the_table() -> None:
         assert got.matrix.flatten().tolist() == [1.0, -1.0]
         assert (got.unit, got.n_components) == ("share", None)
         assert "common_sign" in got.to_pandas()
+        other = MIConfig(estimator="own", n_permutations=9, options={"sign": -1})
+        assert layer_pair_mi([x, -x], [x], other).matrix.flatten().tolist() == [-1.0, 1.0]
+        assert MIConfig(**json.loads(json.dumps(other.to_dict()))) == other != config
+        assert hash(other) != hash(config)
+        assert dict(config.options) == {"sign": 1}
+        for wrong, message in (
+            ({"width": 1}, r"'width' is no option of estimator='own', which has: sign"),
+            ({"sign": [1]}, r"options\['sign'\] must be a number"),
+            ("sign", "options must be a dict"),
+        ):
+            with pytest.raises(ArgumentError, match=message):
+                MIConfig(estimator="own", options=wrong)
+        with pytest.raises(ArgumentError, match="which has: none"):
+            MIConfig(options={"sign": 1})
         with pytest.raises(ArgumentError, match=r"'own' is registered already \(Own\)"):
             register_estimator("own")(Own)
         with pytest.raises(ArgumentError, match=r"n_neighbors=7 .* applies to ksg"):

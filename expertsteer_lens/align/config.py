@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._checks import (
+    Scalar,
+    check_choice,
+    check_number,
+    complete_options,
+    find_option,
+)
 from expertsteer_lens.errors import ArgumentError
 
 from .autoencoder import SOLVERS, SolverName
-from .kind import Kind, Scalar
+from .kind import Kind
 from .kinds import KINDS, AlignerKind
 
 
@@ -80,7 +86,8 @@ class AlignerConfig:
         for name, default in kind.resolve(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        object.__setattr__(self, "options", self._complete_options(kind))
+        options = complete_options(self.options, kind.options, f"kind={self.kind!r}")
+        object.__setattr__(self, "options", options)
 
     def _refuse_idle_fields(self, kind: Kind) -> None:
         for field in fields(self):
@@ -94,37 +101,13 @@ class AlignerConfig:
                     f"{', '.join(takers)}); leave it at {field.default!r}."
                 )
 
-    def _complete_options(self, kind: Kind) -> tuple[tuple[str, Scalar], ...]:
-        try:
-            given = dict(self.options)
-        except (TypeError, ValueError):
-            raise ArgumentError(
-                f"options must be a dict of settings by name, got {self.options!r}."
-            ) from None
-        for name, value in given.items():
-            if name not in kind.options:
-                known = ", ".join(kind.options) or "none"
-                raise ArgumentError(
-                    f"options: {name!r} is no option of kind={self.kind!r}, which has: {known}."
-                )
-            if not isinstance(value, bool | int | float | str):
-                raise ArgumentError(
-                    f"options[{name!r}] must be a number, a text or a bool, got {value!r}."
-                )
-        return tuple(sorted({**kind.options, **given}.items()))
-
     def option(self, name: str) -> Any:
         """The value of one of the kind's own options.
 
         Raises:
             ArgumentError: the kind has no such option.
         """
-        values = dict(self.options)
-        if name not in values:
-            raise ArgumentError(
-                f"kind={self.kind!r} has no option {name!r}; it has {list(values)}."
-            )
-        return values[name]
+        return find_option(self.options, name, f"kind={self.kind!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from expertsteer_lens._checks import check_matrix
+from expertsteer_lens._checks import Scalar, check_matrix
 from expertsteer_lens.errors import DataError
 
 if TYPE_CHECKING:
     from .aligner import Aligner
     from .config import AlignerConfig
-
-Scalar = bool | int | float | str
 
 
 def resolve_nothing(config: AlignerConfig) -> Mapping[str, Any]:

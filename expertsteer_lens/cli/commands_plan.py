@@ -263,9 +263,9 @@ def export(
     from expertsteer_lens.files.export import FORMATS, export_plan
 
     chosen = FORMATS[check_choice("--format", format, FORMATS)]
-    if format == "merged" and target is None:
+    if "model" in chosen.required and target is None:
         raise ArgumentError(
-            "--format merged needs --target, the model whose weights take the plan."
+            f"--format {format} needs --target, the model whose weights take the plan."
         )
     given = {
         "blocks": blocks,

@@ -300,6 +300,8 @@ class ExportFormat:
     matter."""
     options: tuple[str, ...] = ()
     """Keywords that `write` takes."""
+    required: tuple[str, ...] = ()
+    """Those that must be given."""
 
 
 FORMATS: dict[str, ExportFormat] = {
@@ -310,6 +312,7 @@ FORMATS: dict[str, ExportFormat] = {
         write=to_merged,
         check=lambda plan: constant_additions(plan, can="baked", they="weights"),
         options=("model", "allow_mismatch"),
+        required=("model",),
     ),
 }
 """Every format by name; add to it with `register_format`."""
@@ -361,10 +364,14 @@ def export_plan(
             `to_merged`.
 
     Raises:
-        ArgumentError: unknown format or option, or a plan that the format cannot hold.
+        ArgumentError: unknown format or option, one that the format needs is missing, or a plan
+            that the format cannot hold.
     """
     chosen = FORMATS[check_choice("format", format, FORMATS)]
     for name in options:
         check_choice(f"option of {format!r}", name, chosen.options)
     chosen.check(plan)
+    for name in chosen.required:
+        if options.get(name) is None:
+            raise ArgumentError(f"format={format!r} needs {name}=, which was not given.")
     return chosen.write(plan, path, **options)

@@ -289,6 +289,8 @@ class Edit:
     parameters: Mapping[str, Literal["d", ""]] = field(default_factory=dict, hash=False)
     """Names of what each vector must bring besides its direction, with their axes: "d" for a
     tensor `[d]`, "" for a number. `SteeringVector.parameters` holds them, files too."""
+    remedy: str = ""
+    """Where such parameters come from: the end of the error that says they are missing."""
     without_parameters: str | None = None
     """The edit that takes its place where the parameters of a vector mean nothing: along another
     direction, or at another hook point."""
@@ -351,6 +353,7 @@ EDITS: dict[str, Edit] = {
     "add_contextual": Edit(
         _add_contextual_edit,
         parameters={"weights": "d", "bias": ""},
+        remedy="or learn them: fit.context_strength(plan)",
         without_parameters="add",
         adds_along=True,
     ),

@@ -31,15 +31,12 @@ def checked_parameters(edit: str, given: Mapping[str, Any], *, d: int) -> dict[s
         >>> checked_parameters("add_contextual", given, d=2)["bias"]
         tensor(1.)
     """
-    wanted = find_edit(edit).parameters
+    kind = find_edit(edit)
+    wanted = kind.parameters
     if not isinstance(given, Mapping) or set(given) != set(wanted):
         got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
-        remedy = (
-            "leave them out"
-            if not wanted
-            else "pass SteeringVector(parameters={...})"
-            + (", or learn them: fit.context_strength(plan)" if edit == "add_contextual" else "")
-        )
+        passed = "pass SteeringVector(parameters={...})"
+        remedy = ", ".join(filter(None, (passed, kind.remedy))) if wanted else "leave them out"
         raise ArgumentError(
             f"edit={edit!r} takes the parameters {sorted(wanted)}, got {got}; {remedy}."
         )
@@ -47,9 +44,9 @@ def checked_parameters(edit: str, given: Mapping[str, Any], *, d: int) -> dict[s
     for name, axes in wanted.items():
         value = torch.as_tensor(given[name]).detach().to(torch.float32).clone().contiguous()
         if not bool(torch.isfinite(value).all()) or value.ndim != len(axes):
-            kind = "a finite vector [d]" if axes else "a finite number"
+            what = "a finite vector [d]" if axes else "a finite number"
             raise DataError(
-                f"parameters[{name!r}] of edit={edit!r} must be {kind}, got shape "
+                f"parameters[{name!r}] of edit={edit!r} must be {what}, got shape "
                 f"{tuple(value.shape)} with {int((~torch.isfinite(value)).sum())} values that are "
                 "NaN or Inf."
             )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
+from expertsteer_lens._checks import Scalar
+
 from .preparation import PreparedLayer
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ class Estimator(Protocol):
     """Settings of `MIConfig` that mean something here, with their defaults: "n_components",
     "n_folds", "shrinkage", "n_neighbors". With "n_components" the layers arrive as that many
     whitened principal components, without it as standardised rows of full width."""
+    options: ClassVar[Mapping[str, Scalar]] = {}
+    """Settings of its own, beside those of `MIConfig`, with their defaults; read in `__init__` with
+    `config.option(name)`."""
     lowest: ClassVar[float | None] = None
     """Smallest value that the estimate can take, where there is one: intervals end there."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from expertsteer_lens._checks import check_number
+from expertsteer_lens._checks import Scalar, check_number, complete_options, find_option
 from expertsteer_lens.errors import ArgumentError
 
 from .estimators import ESTIMATORS, EstimatorName, find_estimator
@@ -65,9 +66,15 @@ applies to cca); leave it at None.
     """"ksg": neighbours, >= 1. Default 5."""
     confidence: float = 0.95
     """Of the interval, in (0, 1)."""
+    options: Mapping[str, Scalar] | tuple[tuple[str, Scalar], ...] = ()
+    """Settings of a registered estimator, given as a dict of numbers, texts and booleans. Kept as
+    sorted pairs, the estimator's defaults included; read them with `option`."""
 
     def __post_init__(self) -> None:
-        defaults = find_estimator(self.estimator).defaults
+        estimator = find_estimator(self.estimator)
+        defaults = estimator.defaults
+        options = complete_options(self.options, estimator.options, f"estimator={self.estimator!r}")
+        object.__setattr__(self, "options", options)
         check_number("n_permutations", self.n_permutations, low=0, integer=True)
         check_number("n_bootstrap", self.n_bootstrap, low=2, integer=True)
         check_number("confidence", self.confidence, low=0.0, high=1.0 - 1e-9, low_open=True)
@@ -98,6 +105,14 @@ applies to cca); leave it at None.
                 f"{', '.join(users)}); leave it at None."
             )
         object.__setattr__(self, name, None)
+
+    def option(self, name: str) -> Any:
+        """The value of one of the estimator's own options.
+
+        Raises:
+            ArgumentError: the estimator has no such option.
+        """
+        return find_option(self.options, name, f"estimator={self.estimator!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
