@@ -15,6 +15,8 @@ import types
 
 import pytest
 
+import expertsteer_lens as esl
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)\s*(\w*)")
@@ -146,3 +148,10 @@ def test_the_cost_of_a_fit_is_fitted_to_small_sizes_and_tried_on_others(
     page = (ROOT / "docs/speed.md").read_text()
     assert f"none of the {len(tried)} is off by more than {worst[0]:.0%} in seconds" in page
     assert f"in seconds or {worst[1]:.0%} in memory" in page
+
+
+def test_every_public_class_and_function_has_an_example():
+    things = {name: getattr(esl, name) for name in esl.__all__}
+    things = {name: thing for name, thing in things.items() if callable(thing)}
+    assert len(things) > 15
+    assert [name for name, thing in things.items() if ">>>" not in (thing.__doc__ or "")] == []

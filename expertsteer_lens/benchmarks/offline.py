@@ -30,6 +30,7 @@ from .bench_result import Bench, BenchRow, Study, StudyRow
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.behaviour import Behaviour
+    from expertsteer_lens.hosts.loading import LoadedAs
     from expertsteer_lens.pipeline.fitted import ExpertSteering
     from expertsteer_lens.steer.plan import SteeringPlan
 
@@ -53,7 +54,7 @@ def run_bench(
     n_shuffles: int = 3,
     studies: bool = True,
     seed: int = 0,
-    host: str = "huggingface",
+    host: LoadedAs = "huggingface",
     n_jobs: int = -1,
     on_progress: Callable[[str], None] | None = None,
 ) -> Bench:
@@ -156,7 +157,7 @@ def _without_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _main_part(
-    config: ExpertSteerConfig, domain: str, seed: int, host: str, controls: dict[str, Any]
+    config: ExpertSteerConfig, domain: str, seed: int, host: LoadedAs, controls: dict[str, Any]
 ) -> tuple[str, Evaluation, StudyRow]:
     """All methods on one domain."""
     torch.set_num_threads(1)  # tiny models gain nothing from more, and domains run side by side
@@ -182,7 +183,7 @@ def _main_part(
 
 
 def _study_part(
-    config: ExpertSteerConfig, study: Study, expert: str, domain: str, seed: int, host: str
+    config: ExpertSteerConfig, study: Study, expert: str, domain: str, seed: int, host: LoadedAs
 ) -> StudyRow:
     """One expert on one domain."""
     torch.set_num_threads(1)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens.errors import ArgumentError, DataError
 
+ReadName = Literal["last", "mean", "all", "answer", "attention"]
+ReadPositions = ReadName | int
+"""What may be read of a text: see `capture`."""
 OF_THE_ANSWER = ("answer", "attention")
 """Ways of reading that look at the tokens of the answer alone, where a text says which they are."""
 MEANS = ("mean", *OF_THE_ANSWER)

@@ -121,6 +121,22 @@ def evaluate(
             model gives no finite probabilities on them.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
             `base` without `fit`), or a name in `compare` that another row has.
+
+    Example:
+        >>> import expertsteer_lens as esl
+        >>> from expertsteer_lens import directions, zoo
+        >>> target, pairs = zoo.load("target", host="huggingface"), zoo.contrast_pairs(30)
+        >>> hook = "blocks.2.hook_resid_post"
+        >>> states = esl.capture(target, pairs.texts, [hook], labels=pairs.labels)
+        >>> vectors = {hook: directions.mean_difference(states[hook], states.labels)}
+        >>> plan = esl.SteeringPlan.from_vectors(vectors, coefficient=0.3, median_norms=states)
+        >>> texts = zoo.neutral_texts(20)
+        >>> result = esl.evaluate(
+        ...     plan, target, behaviour=zoo.behaviour(8),
+        ...     neutral=texts[:10], calibration_texts=texts[10:],
+        ... )
+        >>> result.outcome, result.plan.effect > 1.0, result.plan.nll_rise < 0.1
+        ('works', True, True)
     """
     _check_arguments(methods, n_random, n_shuffles, n_generate, n_bootstrap)
     compare = dict(compare or {})

@@ -112,6 +112,16 @@ def load(
         ArtifactError: a file is missing, damaged or changed, a field is unknown, the format is
             newer than this package, or `target` is another model.
         ArgumentError: `target` for something that is no fit.
+
+    Example:
+        >>> import tempfile
+        >>> import expertsteer_lens as esl
+        >>> vectors = {"blocks.1.hook_resid_post": torch.tensor([3.0, 4.0])}
+        >>> plan = esl.SteeringPlan.from_vectors(vectors, coefficient=5.0, relative_to="unit")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = esl.save(plan, f"{folder}/mine")
+        ...     esl.load(f"{folder}/mine").vectors
+        (blocks.1.hook_resid_post: add +5, d=2,)
     """
     for attempt in range(20):
         found = readable(Path(path))
@@ -212,6 +222,10 @@ def push_to_hub(
         ArgumentError: it cannot be saved, the name is none a repository can have, or `evaluation`
             for something that is no plan.
         ArtifactError: the hub refused.
+
+    Example:
+        >>> url = push_to_hub(plan, "me/happier", evaluation=result)  # doctest: +SKIP
+        >>> plan = expertsteer_lens.load("me/happier")  # doctest: +SKIP
     """
     kind = kind_of(thing)
     if evaluation is not None and kind.name != "SteeringPlan":

@@ -38,6 +38,12 @@ def as_host(model: Any, *, tokenizer: Any = None, remote: bool | str = False) ->
     Raises:
         HostError: the object is none of these; the message says what was looked for.
         ArgumentError: `tokenizer` or `remote` on a host that cannot use it.
+
+    Example:
+        >>> from expertsteer_lens import zoo
+        >>> host = as_host(zoo.load("target", host="huggingface"))
+        >>> host.kind, host.n_layers, host.d_model
+        ('huggingface', 5, 96)
     """
     if isinstance(model, Host):
         return model

@@ -49,6 +49,17 @@ def load_model(
         ArgumentError: an unknown host or dtype, or a folder or GGUF file that is not there or holds
             no model.
         HostError: a GGUF file, and the package gguf is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from expertsteer_lens import zoo
+        >>> small = zoo.load("target", host="huggingface")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     small.save_pretrained(folder)
+        ...     _ = small.tokenizer.save_pretrained(folder)
+        ...     model = load_model(folder, host="huggingface", dtype="bfloat16")
+        >>> next(model.parameters()).dtype
+        torch.bfloat16
     """
     check_choice("host", host, LOADABLE)
     torch_dtype = getattr(torch, dtype, None)

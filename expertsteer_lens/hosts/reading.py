@@ -15,7 +15,7 @@ from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore, medians_of
 from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
 from expertsteer_lens.data.chat import Chat, Text, check_texts
-from expertsteer_lens.data.read_positions import MEANS, OF_THE_ANSWER
+from expertsteer_lens.data.read_positions import MEANS, OF_THE_ANSWER, ReadPositions
 from expertsteer_lens.data.spans import Span, answer_span, check_spans, content
 from expertsteer_lens.data.states import CheckedStates
 from expertsteer_lens.data.states_shards import shard_folder, shard_of
@@ -39,7 +39,7 @@ def capture(
     prompts: Sequence[Text],
     hook_names: Sequence[str] | None = None,
     *,
-    positions: str | int = "last",
+    positions: ReadPositions = "last",
     spans: Sequence[Span] | None = None,
     labels: Tensor | Sequence[int] | None = None,
     batch_size: int | None = None,
@@ -104,6 +104,13 @@ def capture(
         DataError: unusable prompts or labels, or NaN/Inf in an activation (naming hook and prompt).
         ModelStateError: the model is in training mode.
         InterventionError: a hook point did not fire.
+
+    Example:
+        >>> from expertsteer_lens import zoo
+        >>> target, hook = zoo.load("target", host="huggingface"), "blocks.2.hook_resid_post"
+        >>> states = capture(target, ["The cat sat.", "A dog ran away."], [hook], positions="mean")
+        >>> states[hook].shape
+        torch.Size([2, 96])
     """
     from . import as_host
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +12,8 @@ from torch import Tensor
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.errors import ArgumentError, WidthError
 
+Basis = Literal["raw", "centred"]
+"""Coordinates of the residual stream: as they are, or without their mean (see `centre`)."""
 Mask = Bool[Tensor, "batch pos"] | None
 """Tokens to edit; None edits every token."""
 

@@ -185,6 +185,18 @@ def calibrate(
     Raises:
         ArgumentError: even the smallest coefficient exceeds the budget.
         DataError: the unsteered model gives no finite probabilities on the texts.
+
+    Example:
+        >>> import expertsteer_lens as esl
+        >>> from expertsteer_lens import directions, zoo
+        >>> target, pairs = zoo.load("target", host="huggingface"), zoo.contrast_pairs(30)
+        >>> hook = "blocks.2.hook_resid_post"
+        >>> states = esl.capture(target, pairs.texts, [hook], labels=pairs.labels)
+        >>> vectors = {hook: directions.mean_difference(states[hook], states.labels)}
+        >>> plan = esl.SteeringPlan.from_vectors(vectors, coefficient=0.3, median_norms=states)
+        >>> found = calibrate(plan, target, zoo.neutral_texts(8), budget=0.05, curve=False)
+        >>> 0.1 < found.coefficient < 1.0
+        True
     """
     check_number("budget", budget, low=0.0, low_open=True)
     check_choice("unit", unit, BUDGET_UNITS)

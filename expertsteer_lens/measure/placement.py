@@ -156,6 +156,21 @@ def place(
         ArgumentError: several vectors, a single prompt, a strength that is no share of a norm, a
             hook point that is not the residual stream, a norm that is missing, or every block is
             over budget.
+
+    Example:
+        >>> import expertsteer_lens as esl
+        >>> from expertsteer_lens import directions, zoo
+        >>> target, pairs = zoo.load("target", host="huggingface"), zoo.contrast_pairs(30)
+        >>> hook = "blocks.2.hook_resid_post"
+        >>> states = esl.capture(target, pairs.texts, [hook], labels=pairs.labels)
+        >>> vectors = {hook: directions.mean_difference(states[hook], states.labels)}
+        >>> plan = esl.SteeringPlan.from_vectors(vectors, coefficient=0.3, median_norms=states)
+        >>> found = place(
+        ...     plan, target, zoo.behaviour(8), zoo.neutral_texts(8),
+        ...     median_norms={hook: 17.0, "blocks.0.hook_resid_post": 10.0},
+        ... )
+        >>> found.hook_name in found.plan.vectors[0].hook_name, len(found.rows)
+        (True, 2)
     """
     (vector,) = _one_vector(plan)
     if len(behaviour) < 2:

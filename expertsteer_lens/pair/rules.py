@@ -135,7 +135,11 @@ def score_at_random(scores: Tensor | None, shape: tuple[int, int], seed: int) ->
 
 @dataclass(frozen=True, kw_only=True)
 class PairingConfig:
-    """How layer pairs are chosen."""
+    """How layer pairs are chosen.
+
+    >>> PairingConfig(rule="max_mi", n_pairs=2).rule
+    'max_mi'
+    """
 
     rule: RuleName | str = "attribution"
     """"attribution": largest predicted effect on the behaviour (ours). "min_mi": lowest mutual

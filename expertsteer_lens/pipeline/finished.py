@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from expertsteer_lens.data.read_positions import ReadPositions
 from expertsteer_lens.errors import Interrupted
 
 from .experts import Experts
@@ -39,7 +40,7 @@ def check_finished(
     experts: Experts,
     target: Host,
     texts: FitTexts,
-    reading: str | int,
+    reading: ReadPositions,
     expert_hook_names: Sequence[str],
     target_hook_names: Sequence[str],
 ) -> None:

@@ -18,6 +18,7 @@ from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs, text_hash
 from expertsteer_lens.data.parts import check_disjoint, groups_of, halves, hashes_of, rows_of
+from expertsteer_lens.data.read_positions import ReadPositions
 from expertsteer_lens.data.spans import Span, answer_span
 from expertsteer_lens.errors import ArgumentError, DataError
 from expertsteer_lens.hosts.token_ends import gives_offsets
@@ -292,7 +293,7 @@ def _spans_of(texts: Sequence[Text], pairs: ContrastPairs) -> list[Span]:
     return [known[text] for text in texts]
 
 
-def reading_of(config: ExpertSteerConfig, *models: Any) -> str | int:
+def reading_of(config: ExpertSteerConfig, *models: Any) -> ReadPositions:
     """What state represents a text in all of these models: `config.reading`, but "mean" in place of
     "answer" where a tokenizer does not say which characters its tokens cover."""
     tokenizers = [m.tokenizer for m in models if not isinstance(m, ActivationStore)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -17,7 +17,8 @@ from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.errors import ArgumentError, DataError, ModelStateError
-from expertsteer_lens.interventions.edits import find_edit
+from expertsteer_lens.interventions.edits import EditName, find_edit
+from expertsteer_lens.interventions.positions import Positions
 from expertsteer_lens.learn.rfm import RFM
 from expertsteer_lens.measure.calibration import Calibration, calibrate
 from expertsteer_lens.measure.context_strength import ContextStrength, fit_context_strength
@@ -205,9 +206,9 @@ class ExpertSteering:
         self,
         *,
         layer_pairs: Sequence[PairKey] | None = None,
-        coefficient: float | str = "auto",
-        positions: Any = "all",
-        edit: str = "add",
+        coefficient: float | Literal["auto"] = "auto",
+        positions: Positions = "all",
+        edit: EditName | str = "add",
     ) -> SteeringPlan:
         """A plan that writes the fitted directions into the target.
 
@@ -346,8 +347,8 @@ class ExpertSteering:
         self,
         directions: dict[PairKey, Tensor],
         coefficient: float,
-        positions: Any = "all",
-        edit: str = "add",
+        positions: Positions = "all",
+        edit: EditName | str = "add",
     ) -> SteeringPlan:
         # A fraction has no length; every other coefficient is in units of the layer's norm.
         is_length = find_edit(edit).coefficient == "length"

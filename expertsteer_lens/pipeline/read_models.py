@@ -15,7 +15,7 @@ from torch import Tensor
 
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.parts import groups_of, hashes_of
-from expertsteer_lens.data.read_positions import OF_THE_ANSWER
+from expertsteer_lens.data.read_positions import OF_THE_ANSWER, ReadPositions
 from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import DataError
@@ -60,7 +60,7 @@ class Models:
     target: Host
     expert_hook_names: list[str]
     target_hook_names: list[str]
-    reading: str | int
+    reading: ReadPositions
     config: ExpertSteerConfig
     progress: bool | None
     readings: Readings
@@ -290,7 +290,7 @@ def _of(reading: str, label: str) -> str:
 
 
 def _rows_of_states(
-    states: ActivationStore, names: Sequence[str], texts: FitTexts, positions: str | int
+    states: ActivationStore, names: Sequence[str], texts: FitTexts, positions: ReadPositions
 ) -> tuple[ActivationStore, ActivationStore]:
     """The anchors' and the pairs' rows of states captured before.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.read_positions import ReadPositions
 from expertsteer_lens.data.texts import are_states_of
 from expertsteer_lens.errors import ArgumentError, Interrupted
 from expertsteer_lens.hosts import capture
@@ -42,7 +43,7 @@ class Readings:
     def __init__(
         self,
         *,
-        reading: str | int,
+        reading: ReadPositions,
         batch_size: int,
         progress: bool | None,
         finished: FinishedReadings | None,

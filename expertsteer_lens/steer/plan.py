@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from expertsteer_lens._upward import upward
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
-from expertsteer_lens.interventions.arithmetic import centre
+from expertsteer_lens.interventions.arithmetic import Basis, centre
 from expertsteer_lens.interventions.edits import EDITS as EDITS
 from expertsteer_lens.interventions.edits import EditName
 from expertsteer_lens.interventions.gates import Gate
@@ -56,7 +56,7 @@ class SteeringPlan:
     vectors: tuple[SteeringVector, ...]
     positions: Positions = "all"
     """Absolute token positions, see `expertsteer_lens.interventions.positions`."""
-    basis: str | None = None
+    basis: Basis | None = None
     """Coordinates of the directions and norms: "centred", "raw", or None: whatever the model's is
     found to be."""
     target: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class SteeringPlan:
                 "vectors must hold at least one SteeringVector; SteeringPlan.from_vectors takes "
                 "tensors."
             )
-        if self.basis not in (None, "raw", "centred"):
+        if self.basis not in (None, *get_args(Basis)):
             raise ArgumentError(f"basis must be 'raw', 'centred' or None, got {self.basis!r}.")
         object.__setattr__(self, "vectors", vectors)
         object.__setattr__(self, "positions", check_positions(self.positions))
@@ -91,7 +91,7 @@ class SteeringPlan:
         edit: EditName | str = "add",
         preserve_norm: bool = False,
         gate: Gate | None = None,
-        basis: str | None = None,
+        basis: Basis | None = None,
         parameters: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> SteeringPlan:
         """A plan from one tensor `[d]` per hook name, of any length: only its direction is used.

@@ -22,6 +22,7 @@ from expertsteer_lens._checks import check_choice, check_number
 if TYPE_CHECKING:
     from expertsteer_lens.data.behaviour import Behaviour
     from expertsteer_lens.data.contrast import ContrastPairs
+    from expertsteer_lens.hosts.loading import LoadedAs
 
 __all__ = [
     "anchors",
@@ -53,7 +54,7 @@ def model_path(name: str) -> pathlib.Path:
     return _MODELS_DIR / check_choice("name", name, names())
 
 
-def load(name: str, host: str = "transformer_lens") -> Any:
+def load(name: str, host: LoadedAs = "transformer_lens") -> Any:
     """Load one model in float32, in eval mode, on CPU.
 
     Args:
@@ -70,7 +71,7 @@ def load(name: str, host: str = "transformer_lens") -> Any:
     return load_folder(model_path(name), f"zoo-{name}", host)
 
 
-def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -> Any:
+def load_folder(path: pathlib.Path, name: str, host: LoadedAs = "transformer_lens") -> Any:
     """Load the Hugging Face folder `path` as `load` does; `name` is what TransformerLens calls
     it."""
     from expertsteer_lens.hosts.loading import LOADABLE, wrap_model
@@ -80,7 +81,7 @@ def load_folder(path: pathlib.Path, name: str, host: str = "transformer_lens") -
     return wrap_model(hf_model, tokenizer, host=host, name=name)
 
 
-def load_pair(host: str = "transformer_lens") -> tuple[Any, Any]:
+def load_pair(host: LoadedAs = "transformer_lens") -> tuple[Any, Any]:
     """`(expert, target)`, both as `load` gives them."""
     return load("expert", host), load("target", host)
 

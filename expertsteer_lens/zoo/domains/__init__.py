@@ -16,13 +16,16 @@ import functools
 import pathlib
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.contrast import ContrastPairs
 
 from . import lexicon, world
+
+if TYPE_CHECKING:
+    from expertsteer_lens.hosts.loading import LoadedAs
 
 __all__ = [
     "DOMAINS",
@@ -173,7 +176,7 @@ def model_path(name: str) -> pathlib.Path:
     return _MODELS_DIR / check_choice("name", name, _NAMES)
 
 
-def load(name: str, host: str = "transformer_lens") -> Any:
+def load(name: str, host: LoadedAs = "transformer_lens") -> Any:
     """Load one model in float32, in eval mode, on CPU; `host` as for `zoo.load`.
 
     Raises:
