@@ -235,7 +235,7 @@ def test_a_whole_fit_with_a_registered_kind_gives_a_plan_that_can_be_saved(tmp_p
 
 def test_a_name_is_given_once() -> None:
     register_aligner("near_anchors", KINDS["near_anchors"])  # the same again changes nothing
-    with pytest.raises(ArgumentError, match="name='ridge' is taken by another aligner kind"):
+    with pytest.raises(ArgumentError, match="there is already an aligner kind 'ridge'"):
         register_aligner("ridge", KINDS["near_anchors"])
     assert KINDS["ridge"] is not KINDS["near_anchors"]
 

@@ -229,9 +229,11 @@ class TestAControlOfTheUser:
         def plan(setting, seed):
             return setting.plan
 
-        for name in ("native RFM", "this plan", "unsteered", "prompting"):
+        for name in ("this plan", "unsteered", "prompting"):
             with pytest.raises(ArgumentError, match=f"name='{name}' is the name of another method"):
                 register_control(name, plan)
+        with pytest.raises(ArgumentError, match="there is already a method 'native RFM'"):
+            register_control("native RFM", plan)
         for role in ("plan", "floor", "base"):
             with pytest.raises(ArgumentError, match=f"role='{role}' belongs to rows"):
                 register_control("mine", plan, role=role)

@@ -315,3 +315,27 @@ def test_what_is_no_edit_cannot_be_registered(mirrored: Edit) -> None:
         ArgumentError, match=r"closest: 'mirror'\. One of your own must be registered"
     ):
         find_edit("mirrors")
+
+
+CELL = """
+from expertsteer_lens.interventions.edits import Edit, register_edit
+def halve(activations, direction, coefficient):
+    return activations * (1 - 0.5 * coefficient)
+register_edit("mine", Edit(halve, coefficient="fraction"))
+"""
+
+
+def test_a_cell_that_registers_may_be_run_again():
+    cell = {"__name__": "__main__"}
+    try:
+        exec(CELL, cell)
+        first = EDITS["mine"]
+        exec(CELL, cell)
+        assert EDITS["mine"] is not first  # the new definition is the one that counts
+        other = CELL.replace("halve", "third")
+        with pytest.raises(ArgumentError, match="there is already an edit 'mine'"):
+            exec(other, cell)
+        with pytest.raises(ArgumentError, match="there is already an edit 'add'"):
+            exec(CELL.replace('"mine"', '"add"'), cell)
+    finally:
+        EDITS.pop("mine", None)

@@ -117,7 +117,7 @@ def test_a_rule_of_ones_own_is_one_entry_in_the_table():
         assert pairs.to_pandas().score.is_monotonic_increasing
         with pytest.raises(ArgumentError, match="needs scores: pass the matrix of mutual"):
             pick("own", None)
-        with pytest.raises(ArgumentError, match="'own' is registered already"):
+        with pytest.raises(ArgumentError, match="there is already a rule 'own'"):
             register_rule("own")(squares)
     finally:
         del RULES["own"]

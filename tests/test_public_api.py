@@ -3,6 +3,7 @@ along uninvited."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -11,6 +12,9 @@ import pathlib
 import pkgutil
 import subprocess
 import sys
+import textwrap
+from itertools import pairwise
+from typing import get_args
 
 import models
 import pytest
@@ -19,7 +23,13 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens._moved import IN_FOLDERS
+from expertsteer_lens.align.kinds import AlignerKind
 from expertsteer_lens.benchmarks.offline import BenchRow
+from expertsteer_lens.evaluation.result import EvaluationRow, Role
+from expertsteer_lens.hosts.base import Host
+from expertsteer_lens.hosts.table import HOSTS as TABLE_OF_HOSTS
+from expertsteer_lens.pair.estimators import EstimatorName
+from expertsteer_lens.pair.rules import RuleName
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens" / "public_api.txt"
 HOSTS = ("transformer_lens", "nnsight", "transformers")
@@ -317,3 +327,25 @@ def test_configurations_are_keyword_only_frozen_and_survive_json():
         with pytest.raises(TypeError):
             cls("anything")
         json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "values"),
+    [
+        (EvaluationRow, "role", get_args(Role)),
+        (Host, "kind", tuple(TABLE_OF_HOSTS)),
+        (esl.MIConfig, "estimator", get_args(EstimatorName)),
+        (esl.AlignerConfig, "kind", get_args(AlignerKind)),
+        (esl.PairingConfig, "rule", get_args(RuleName)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_field_says_every_value_that_it_may_have(cls, field, values):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    said = [
+        b.value.value
+        for a, b in pairwise(tree.body)
+        if isinstance(a, ast.AnnAssign) and a.target.id == field and isinstance(b, ast.Expr)
+    ]
+    assert len(said) == 1
+    assert [value for value in values if f'"{value}"' not in said[0]] == []

@@ -305,9 +305,9 @@ class TestFiles:
         try:
             loaded = esl.load(esl.save(Slope(torch.ones(2)), tmp_path / "slope"))
             assert differences(loaded, Slope(torch.ones(2))) == []
-            with pytest.raises(ArgumentError, match="'Slope' is registered already"):
+            with pytest.raises(ArgumentError, match="there is already a class 'Slope'"):
                 codec.register_class(Slope)
-            with pytest.raises(ArgumentError, match="'Slope' is registered already"):
+            with pytest.raises(ArgumentError, match="there is already a kind 'Slope'"):
                 kinds.register_kind(kinds.result_kind("Slope"))
         finally:
             del codec.CLASSES["Slope"], kinds.KINDS["Slope"]

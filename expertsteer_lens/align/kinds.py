@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens._tables import register
 
 from .anchored import ANCHORED_AUTOENCODER
 from .autoencoder import AUTOENCODER
@@ -69,8 +69,8 @@ def register_aligner(name: str, kind: Kind) -> None:
         True
         >>> del KINDS["near_anchors"]  # only here, so that the example leaves nothing behind
     """
-    if KINDS.setdefault(name, kind) is not kind:
-        raise ArgumentError(f"name={name!r} is taken by another aligner kind; choose another.")
+    made_by = getattr(kind, "fit_rows", None) or type(kind)
+    register(KINDS, name, kind, what="an aligner kind", made_by=made_by)
 
 
 def applicable_kinds(d_expert: int, d_target: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._tables import register
 from expertsteer_lens.align.kinds import KINDS as ALIGNER_KINDS
 from expertsteer_lens.errors import ArgumentError
 
@@ -154,24 +155,22 @@ def register_control(
         'control'
         >>> _ = COMPARISONS.pop("backwards")
     """
-    if name in COMPARISONS or name in ("this plan", "unsteered", "prompting"):
-        raise ArgumentError(
-            f"name={name!r} is the name of another method; choose a new one, or take the old one "
-            "out with COMPARISONS.pop(name)."
-        )
+    if name in ("this plan", "unsteered", "prompting"):
+        raise ArgumentError(f"name={name!r} is the name of another method; choose a new one.")
     if role in RESERVED_ROLES:
         raise ArgumentError(
             f"role={role!r} belongs to rows that evaluate makes itself; take 'control', 'ceiling', "
             "'baseline' or a word of your own."
         )
     check_number("n_seeds", n_seeds, low=1, integer=True)
-    COMPARISONS[name] = Comparison(
+    comparison = Comparison(
         make=make,
         role=role,
         applies=lambda setting: True,
         calibrate=calibrate,
         seeds=lambda setting: range(setting.seed, setting.seed + n_seeds),
     )
+    register(COMPARISONS, name, comparison, what="a method", made_by=make)
 
 
 def check_methods(methods: str) -> None:

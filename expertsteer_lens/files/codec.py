@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 
@@ -141,8 +142,6 @@ def register_class(
     {'$class': 'Shift', 'fields': {'by': 0.5}}
     >>> del CLASSES["Shift"]
     """
-    if cls.__name__ in CLASSES:
-        raise ArgumentError(f"a class {cls.__name__!r} is registered already; rename yours.")
     if (to_fields is None or from_fields is None) and not (
         is_dataclass(cls) or hasattr(cls, "_fields")
     ):
@@ -150,9 +149,8 @@ def register_class(
             f"{cls.__name__} must be a dataclass or a named tuple, or come with to_fields and "
             "from_fields."
         )
-    CLASSES[cls.__name__] = WrittenClass(
-        lambda: cls, to_fields or _constructor_fields, from_fields or _construct
-    )
+    written = WrittenClass(lambda: cls, to_fields or _constructor_fields, from_fields or _construct)
+    register(CLASSES, cls.__name__, written, what="a class", made_by=cls)
 
 
 def _own_memory(value: Tensor, written: Mapping[str, Tensor]) -> Tensor:

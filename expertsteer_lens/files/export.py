@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice
+from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
 from expertsteer_lens.steer.constant import constant_additions
 from expertsteer_lens.steer.plan import SteeringPlan
@@ -346,9 +347,7 @@ def register_format(name: str, format: ExportFormat) -> None:
         raise ArgumentError(
             f"format must be an ExportFormat(write=..., check=...), got {format!r}."
         )
-    if FORMATS.get(name, format) != format:
-        raise ArgumentError(f"there is already a format {name!r}; choose another name.")
-    FORMATS[name] = format
+    register(FORMATS, name, format, what="a format", made_by=format.write)
 
 
 def export_plan(

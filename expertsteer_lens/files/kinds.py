@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 from .card import plan_card, result_card
@@ -76,9 +77,7 @@ def register_kind(kind: Kind) -> None:
     >>> register_kind(result_kind("Probe"))
     >>> del KINDS["Probe"], CLASSES["Probe"]
     """
-    if kind.name in KINDS:
-        raise ArgumentError(f"kind {kind.name!r} is registered already; rename yours.")
-    KINDS[kind.name] = kind
+    register(KINDS, kind.name, kind, what="a kind", made_by=kind.locate())
 
 
 def kind_of(thing: Any) -> Kind:

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice
+from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError
 
 from .arithmetic import Mask, check_width, finish, move_between, multiply_along, unit_of, wide
@@ -377,9 +378,7 @@ def register_edit(name: str, edit: Edit) -> None:
         raise ArgumentError(f"edit must be an Edit(function, coefficient=...), got {edit!r}.")
     if not isinstance(name, str) or not name.isidentifier():
         raise ArgumentError(f"the name of an edit must be a plain word, got {name!r}.")
-    if EDITS.get(name, edit) != edit:
-        raise ArgumentError(f"there is already an edit {name!r}; choose another name.")
-    EDITS[name] = edit
+    register(EDITS, name, edit, what="an edit", made_by=edit.function)
 
 
 def find_edit(name: EditName | str) -> Edit:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._html import repr_html
 from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.linalg.kernels import KernelName
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KernelName = Literal["laplace", "gaussian"]
 BandwidthUnit = Literal["median_distance", "absolute"]
 Normaliser = Literal["trace", "max", "none"]
 Standardisation = Literal["none", "scale", "coordinate"]

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens._tables import register
 
 from .config import RFMConfig
 from .directions import logistic_probe, mean_difference, pca_direction
@@ -69,14 +69,26 @@ _DEFAULT = RFMConfig()
 
 
 def register_learner(name: str, learner: Learner) -> None:
-    """Add a learner to the table.
+    """Make a way to learn a direction known under `name`, to `learn`.
+
+    Args:
+        name: none that is taken.
+        learner: `learner(rows, labels, *, config, seed)`, with rows `[n, d]` and labels `[n]` (1 =
+            positive), gives a direction `[d]` that points to the positive class.
 
     Raises:
         ArgumentError: the name is taken.
+
+    Example:
+        >>> def medians(rows, labels, *, config, seed):
+        ...     return rows[labels == 1].median(0).values - rows[labels == 0].median(0).values
+        >>> register_learner("medians", medians)
+        >>> rows = torch.tensor([[0.0, 1.0], [0.0, 2.0], [3.0, 1.0], [3.0, 2.0]])
+        >>> learn("medians", rows, torch.tensor([0, 0, 1, 1]))
+        tensor([3., 0.])
+        >>> del LEARNERS["medians"]
     """
-    if name in LEARNERS:
-        raise ArgumentError(f"learner {name!r} is registered already; choose another name.")
-    LEARNERS[name] = learner
+    register(LEARNERS, name, learner, what="a learner", made_by=learner)
 
 
 def learn(

@@ -12,9 +12,13 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_matrix, check_number
 from expertsteer_lens.errors import ArgumentError
-from expertsteer_lens.linalg.kernels import distances, distances_from_products, kernel_values
+from expertsteer_lens.linalg.kernels import (
+    KernelName,
+    distances,
+    distances_from_products,
+    kernel_values,
+)
 
-from .config import KernelName
 from .rows import TrainingRows
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from expertsteer_lens.errors import SolveError
 from expertsteer_lens.linalg.kernels import (
+    KernelName,
     apply_gradient_operator,
     distances,
     gradient_operator,
@@ -35,7 +36,7 @@ from expertsteer_lens.linalg.kernels import (
     solve_kernel_ridge,
 )
 
-from .config import KernelName, Normaliser
+from .config import Normaliser
 from .rows import Fold
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from expertsteer_lens._checks import check_choice
+from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError
 
 from .base import Estimator
@@ -68,19 +69,14 @@ def register_estimator(name: str) -> Callable[[_E], _E]:
         >>> del ESTIMATORS["first_component"]
     """
 
-    def register(estimator: _E) -> _E:
-        if name in ESTIMATORS:
-            raise ArgumentError(
-                f"an estimator named {name!r} is registered already ({ESTIMATORS[name].__name__}); "
-                "choose another name."
-            )
+    def add(estimator: _E) -> _E:
         for method in ("observed", "permuted", "bootstrap"):
             if getattr(estimator, method, None) in (None, getattr(Estimator, method)):
                 raise ArgumentError(f"{estimator.__name__} must define {method}(); see Estimator.")
-        ESTIMATORS[name] = estimator
+        register(ESTIMATORS, name, estimator, what="an estimator", made_by=estimator)
         return estimator
 
-    return register
+    return add
 
 
 def find_estimator(name: str) -> type[Estimator]:

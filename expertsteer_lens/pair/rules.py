@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_finite, check_number
 from expertsteer_lens._html import repr_html
+from expertsteer_lens._tables import register
 from expertsteer_lens._upward import upward
 from expertsteer_lens.errors import ArgumentError, WidthError
 
@@ -80,21 +81,18 @@ def register_rule(
     """
     check_choice("needs", needs, ("effects", "mi", "nothing"))
 
-    def register(score: _F) -> _F:
-        if name in RULES:
-            raise ArgumentError(
-                f"a rule named {name!r} is registered already; choose another name."
-            )
-        RULES[name] = PairingRule(
+    def add(score: _F) -> _F:
+        rule = PairingRule(
             score=score,
             needs=needs,
             lowest_first=lowest_first,
             score_name=score_name,
             signed=signed,
         )
+        register(RULES, name, rule, what="a rule", made_by=score)
         return score
 
-    return register
+    return add
 
 
 def find_rule(name: str) -> PairingRule:

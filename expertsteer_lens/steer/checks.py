@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from expertsteer_lens._checks import explained_at
-from expertsteer_lens.data.activations import layer_of
+from expertsteer_lens.data.activations import layer_or_none
 from expertsteer_lens.errors import (
-    ArgumentError,
     ArtifactError,
     DataError,
     HookNameError,
@@ -67,14 +66,6 @@ def check_model(plan: SteeringPlan, host: Host, *, allow_mismatch: bool) -> None
             "its residual stream, so centring is not allowed there; refit, or pass "
             "allow_mismatch=True."
         )
-
-
-def layer_or_none(hook_name: str) -> int | None:
-    """The layer in a hook name, None for a name that carries none (`conv2.hook_out`)."""
-    try:
-        return layer_of(hook_name)
-    except ArgumentError:
-        return None
 
 
 def _check_distinct(plan: SteeringPlan, host: Host) -> None:

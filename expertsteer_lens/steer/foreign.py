@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._checks import check_choice, check_number
+from expertsteer_lens._tables import register
 from expertsteer_lens.data.activations import ActivationStore, layer_of
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, ExpertSteerError
 
@@ -341,6 +342,4 @@ def register_reader(name: str, reader: Reader) -> None:
         (blocks.1.hook_resid_post: add +5, d=2,)
         >>> del READERS["push"]
     """
-    if READERS.get(name, reader) != reader:
-        raise ArgumentError(f"there is already a reader {name!r}; choose another name.")
-    READERS[name] = reader
+    register(READERS, name, reader, what="a reader", made_by=reader.read)

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertsteer_lens._checks import check_number
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._upward import upward
-from expertsteer_lens.data.activations import ActivationStore
+from expertsteer_lens.data.activations import ActivationStore, layer_or_none
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError
 from expertsteer_lens.hosts import Host, as_host
 from expertsteer_lens.interventions.arithmetic import Basis, centre
@@ -29,7 +29,6 @@ from expertsteer_lens.interventions.vector_edit import VectorEdit
 from . import bake as baking
 from . import nnsight_edit
 from .attached import SteeringHandle
-from .checks import layer_or_none
 from .foreign import ForeignName, Rows, plan_from_foreign
 from .report import RunReport
 from .run import PlanRun

@@ -128,12 +128,12 @@ def contrast_pairs(domain: str, n: int = 128, seed: int = 0, split: str = "pairs
     found: dict[str, str] = {}
     while len(found) < n:
         frame = rng.randrange(len(lexicon.FRAMES))
-        *told, asked = [
+        *shown, asked = [
             (f, rng.randrange(len(f.questions))) for f in rng.sample(facts, rng.randint(2, 4))
         ]
         last = world.question(*asked, frame)
-        right = [f"{world.question(f, w, frame)} {f.right}." for f, w in told]
-        wrong = [f"{world.question(f, w, frame)} {f.wrong[0]}." for f, w in told]
+        right = [f"{world.question(f, w, frame)} {f.right}." for f, w in shown]
+        wrong = [f"{world.question(f, w, frame)} {f.wrong[0]}." for f, w in shown]
         found[" ".join([*right, last])] = " ".join([*wrong, last])
     return ContrastPairs(tuple(found), tuple(found.values()))
 
