@@ -80,6 +80,7 @@ def register_learner(name: str, learner: Learner) -> None:
         ArgumentError: the name is taken.
 
     Example:
+        >>> import torch
         >>> def medians(rows, labels, *, config, seed):
         ...     return rows[labels == 1].median(0).values - rows[labels == 0].median(0).values
         >>> register_learner("medians", medians)
