@@ -350,7 +350,7 @@ class TestOneModelAtATime:
         assert folder in {pathlib.Path(name).name for name in names}
         assert hook.startswith("blocks.")
         card = (tmp_path / "out" / "plan" / "README.md").read_text()
-        assert f'--expert "{names[0]}" --expert "{names[1]}"' in card
+        assert f"--expert {names[0]} --expert {names[1]}" in card
 
     def test_what_was_saved_is_shown(self, states, found):
         assert "ActivationStore(" in run("show", states).output
@@ -647,6 +647,47 @@ class TestBadInput:
             with pytest.raises(DataError, match=message):
                 inputs.read_texts(path)
 
+    def test_texts_may_be_json_lines_of_any_name_or_a_json_list(self, tmp_path):
+        asked = [{"role": "user", "content": "Why?"}]
+        texts = ["a text\nof two lines", esl.Chat.ask("Why?")]
+        for name in ("t.JSONL", "t.ndjson", "t.Ndjson"):
+            (tmp_path / name).write_text(json.dumps(texts[0]) + "\n" + json.dumps(asked))
+            assert inputs.read_texts(tmp_path / name) == texts
+        for name in ("t.json", "t.JSON"):
+            (tmp_path / name).write_text(json.dumps([texts[0], asked], indent=2))
+            assert inputs.read_texts(tmp_path / name) == texts
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("t.json", '{"texts": ["a"]}', "must hold a JSON list of texts, got dict"),
+            ("t.json", '"a"\n"b"', "is not JSON .*JSON lines ends in .jsonl"),
+            ("t.json", "[1]", "give a list of texts"),
+            ("t.json", "[]", "give a list of texts"),
+            ("t.csv", "text\na dog", r"is a table, .*\.txt"),
+            ("t.TSV", "text\na dog", "is a table"),
+            ("t.parquet", "PAR1", "is a table"),
+            (
+                "t.txt",
+                '{"text": "a"}\n{"text": "b"}',
+                "line 1: this is JSON, .*name the file .jsonl",
+            ),
+            ("t.txt", '[\n "a",\n "b"\n]', "this is JSON"),
+            ("t", '[{"role": "user", "content": "Why?"}]', "this is JSON, but in a plain file"),
+        ],
+    )
+    def test_data_of_another_kind_is_not_read_as_lines_of_text(
+        self, tmp_path, name, content, message
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=f"{name}.*{message}"):
+            inputs.read_texts(tmp_path / name)
+
+    def test_text_with_brackets_is_text(self, tmp_path):
+        for line in ("[applause] Thank you.", "{a", '"Quite so."'):
+            (tmp_path / "t.txt").write_text(f"{line}\nmore")
+            assert inputs.read_texts(tmp_path / "t.txt") == [line, "more"]
+
     def test_behaviour_files_are_checked(self, tmp_path):
         path = tmp_path / "b.json"
         for content, message in (
@@ -687,6 +728,67 @@ class TestBadInput:
         assert "not both" in refused(capsys, *self.fit(files, benchmark="medqa"))
         assert "go with --benchmark" in refused(capsys, *self.fit(files, limit=5))
         assert "go with --benchmark" in refused(capsys, *self.fit(files), "--chat")
+
+    def test_an_expert_given_twice_is_refused(self, capsys, files, found, monkeypatch):
+        monkeypatch.setattr(esl.hosts.loading, "load_model", None)
+        again = str(pathlib.Path(EXPERT).parent / "." / "target" / ".." / "expert")
+        assert f"--expert {again!r} is given twice" in refused(
+            capsys, *self.fit(files), "--expert", again
+        )
+        assert "--expert 'u/x' is given twice" in refused(
+            capsys, *self.fit(files, expert="u/x"), "--expert", "u/x"
+        )
+        assert "is given twice" in refused(
+            capsys, "reproduce", found, *self.fit(files)[1:], "--expert", EXPERT
+        )
+
+    def test_what_cannot_be_used_is_refused_before_a_model_is_loaded(
+        self, capsys, files, found, tmp_path, monkeypatch
+    ):
+        def loaded(*_, **__):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr(esl.hosts.loading, "load_model", loaded)
+        evaluated = ("evaluate", found / "plan", "--target", TARGET)
+        assert "holds a saved SteeringPlan, but a saved ExpertSteering" in refused(
+            capsys, *evaluated, "--fit", found / "plan"
+        )
+        assert "there is no folder" in refused(capsys, *evaluated, "--fit", tmp_path / "none")
+        assert "anchors are not those of the fit" in refused(
+            capsys, "reproduce", found, *self.fit(files, anchors=files / "neutral.txt")[1:]
+        )
+        assert "the fit was given anchors" in refused(
+            capsys, "reproduce", found, *self.fit(files)[1:]
+        )
+        merged = ("export", found / "plan", "--format", "merged", "--target", TARGET, "--out")
+        (tmp_path / "file").write_text("mine")
+        for place in (tmp_path, tmp_path / "file"):
+            assert "exists and is not an empty folder" in refused(capsys, *merged, place)
+        line = refused(
+            capsys,
+            *("capture", "--model", EXPERT, "--pairs", files / "pairs.jsonl"),
+            *("--tokens", "--reading", "last"),
+        )
+        assert "--tokens keeps every token; leave one" in line
+
+    def test_an_export_is_not_written_under_the_ending_of_another_format(
+        self, capsys, found, tmp_path
+    ):
+        for format, name, ending in (
+            ("gguf", "x.pt", ".gguf"),
+            ("gguf", "x", ".gguf"),
+            ("lm_eval", "x.gguf", ".pt or .pth"),
+            ("hotwire", "x.pth", ".pt"),
+        ):
+            line = refused(
+                capsys, "export", found / "plan", "--format", format, "--out", tmp_path / name
+            )
+            assert f"--out must end in {ending} for --format {format}" in line
+        (tmp_path / "x.gguf").mkdir()
+        assert "is a folder; give a file" in refused(
+            capsys, "export", found / "plan", "--format", "gguf", "--out", tmp_path / "x.gguf"
+        )
+        assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
     def test_unknown_names_get_the_closest(self, capsys, files):
         assert "closest: 'anchored'" in refused(capsys, *self.fit(files, preset="anchord"))

@@ -282,11 +282,10 @@ class TestCards:
         provenance = {"expert": {"name": name}, "config": {}, "seed": "0; touch /tmp/owned"}
         card = plan_card(self.plan(target={"name": name}, provenance=provenance))
         command = card.split("```bash\n")[1].split("```")[0]
-        options = ["--pairs", "pairs.jsonl", "--config", "fit.json"]
-        assert shlex.split(command.replace("\\\n", "")) == (
-            ["expertsteer-lens", "fit", "--expert", name, "--target", name]
-            + [*options, "--seed", "0; touch /tmp/owned"]
-        )
+        assert shlex.split(command.replace("\\\n", "")) == [
+            *("expertsteer-lens", "fit", "--expert", name, "--target", name),
+            *("--pairs", "pairs.jsonl", "--config", "fit.json", "--seed", "0; touch /tmp/owned"),
+        ]
 
     def test_other_results_have_one_too(self):
         card = result_card(esl.ActivationStore({"blocks.0.hook_resid_post": torch.eye(2)}))

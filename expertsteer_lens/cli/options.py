@@ -188,7 +188,7 @@ class TextOptions:
         Path | None,
         typer.Option(
             help="unlabelled texts that both models read, one a line (.jsonl: texts or lists of "
-            "messages)"
+            "messages; .json: a list of them)"
         ),
     ] = None
 
