@@ -771,6 +771,52 @@ class TestBadInput:
         )
         assert "--tokens keeps every token; leave one" in line
 
+    def test_a_place_without_a_name_is_an_error_in_one_line(self, capsys, files):
+        assert "ArtifactError: / is not a saved plan" in refused(capsys, "show", "/")
+        assert "ArtifactError: / is not a saved plan" in refused(
+            capsys, "reproduce", "/", *self.fit(files)[1:]
+        )
+        for place in ("/", ""):
+            assert "has no name of its own" in refused(capsys, "merge", place)
+        assert "--target holds a null byte" in refused(
+            capsys, "steer", "x", "--target", "a\0b", "--prompt", "a"
+        )
+        assert "there is no folder 'xxx" in refused(capsys, "show", "x" * 5000)
+
+    @pytest.mark.parametrize("depth", [300, 500, 700, 900, 2000])
+    def test_a_config_that_is_nested_too_deeply(self, capsys, files, tmp_path, depth):
+        for content in ('{"reading": %s}', '{"rfm": {"bandwidth": %s}}'):
+            (tmp_path / "c.json").write_text(content % ("[" * depth + "]" * depth))
+            line = refused(capsys, *self.fit(files, config=tmp_path / "c.json"))
+            assert "c.json" in line
+            assert len(line) < 1000
+
+    def test_an_option_is_not_taken_for_the_path_of_another(self, capsys):
+        line = refused(capsys, "bench", "--real", "--help")
+        assert line.startswith("ArgumentError: --real must be a path, got '--help'")
+        assert "--help without --real explains the options" in line
+
+    def test_a_package_that_is_missing_is_named_and_a_fault_of_ours_is_not_hidden(
+        self, capsys, monkeypatch
+    ):
+        def fails_with(error):
+            def fails(*_, **__):
+                raise error
+
+            monkeypatch.setattr("expertsteer_lens.files.io.load", fails)
+
+        fails_with(ModuleNotFoundError("No module named 'plotly'", name="plotly"))
+        assert refused(capsys, "show", "x").startswith("ImportError: No module named 'plotly';")
+        for error in (
+            ModuleNotFoundError("no", name="expertsteer_lens.gone"),
+            TypeError("ours"),
+            ValueError("ours"),
+            RecursionError("ours"),
+        ):
+            fails_with(error)
+            with pytest.raises(type(error)):
+                cli.main(["show", "x"])
+
     def test_an_export_is_not_written_under_the_ending_of_another_format(
         self, capsys, found, tmp_path
     ):
@@ -851,6 +897,8 @@ class TestBadInput:
         [
             ("device", "foo", "--device 'foo' cannot be used"),
             ("device", "cuda:9", "--device 'cuda:9' cannot be used"),
+            ("device", "hpu", "--device 'hpu' cannot be used"),
+            ("device", "privateuseone", "--device 'privateuseone' cannot be used"),
             ("dtype", "int8", "dtype must name a torch dtype that weights can have"),
             ("dtype", "float8_e4m3fn", "dtype must name a torch dtype that weights can have"),
             ("dtype", "float33", "dtype must name a torch dtype that weights can have"),

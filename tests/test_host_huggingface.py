@@ -337,6 +337,22 @@ def test_a_missing_tokenizer_and_options_of_other_hosts_are_named() -> None:
         as_host(model, remote=True)
 
 
+@pytest.mark.parametrize("kind", ["huggingface", "transformer_lens", "nnsight"])
+def test_a_token_added_beyond_the_embeddings_is_named(kind) -> None:
+    from expertsteer_lens import zoo
+
+    model = zoo.load("target", host=kind)
+    tokenizer = as_host(model).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    capture(model, ["sun"])  # nothing is padded
+    for texts in (["a", "a dog and a cat"], ["[PAD]"]):
+        with pytest.raises(DataError, match=r"token 640 \('\[PAD\]'\).*resize_token_embeddings"):
+            capture(model, texts)
+    if kind == "huggingface":
+        model.resize_token_embeddings(len(tokenizer))
+        assert capture(model, ["a", "a dog and a cat"]).n == 2
+
+
 def test_code_in_the_folder_of_a_model_is_not_run_unasked(tmp_path, monkeypatch) -> None:
     import transformers
 
