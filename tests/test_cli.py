@@ -4,6 +4,7 @@ run by `.ci/run`."""
 from __future__ import annotations
 
 import ast
+import csv
 import inspect
 import json
 import pathlib
@@ -1236,6 +1237,18 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "expertsteer_lens", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"expertsteer-lens {esl.__version__}\n"
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_written_as_text(tmp_path):
+    from expertsteer_lens.cli.results import write_table
+
+    cells = ['=HYPERLINK("http://x")', "+1", "-1", "@x", "\tx", "\rx", "a=b", "", "'q'", None]
+    frame = pandas.DataFrame({"text": cells, "number": [-1.5] * len(cells)})
+    write_table(tmp_path / "t.csv", frame)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        back = pandas.DataFrame(csv.DictReader(file))
+    assert list(back["text"]) == [*(f"'{cell}" for cell in cells[:6]), "a=b", "", "'q'", ""]
+    assert set(back["number"]) == {"-1.5"}
 
 
 def test_a_model_labels_a_file_of_texts(tmp_path):
