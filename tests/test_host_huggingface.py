@@ -40,7 +40,7 @@ from expertsteer_lens.errors import (
     InterventionError,
 )
 from expertsteer_lens.hosts import as_host, capture
-from expertsteer_lens.hosts.loading import load_model
+from expertsteer_lens.hosts.loading import load_model, wrap_model
 from expertsteer_lens.steer.plan import SteeringPlan
 from expertsteer_lens.steer.run import PlanRun
 from expertsteer_lens.steer.vector import SteeringVector
@@ -376,6 +376,32 @@ def test_code_in_the_folder_of_a_model_is_not_run_unasked(tmp_path, monkeypatch)
 
     load_model(str(folder), host="huggingface", device="cpu", trust_remote_code=True)
     assert ran.exists()
+
+
+def test_a_tokenizer_that_is_loaded_again_for_a_bridge_runs_no_code_unasked(
+    tmp_path, monkeypatch
+) -> None:
+    import transformers
+
+    from expertsteer_lens import zoo
+
+    folder = tmp_path / "model"
+    shutil.copytree(zoo.model_path("target"), folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()"
+    )
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    bridge = wrap_model(model, tokenizer, host="transformer_lens", name="target")
+    assert capture(bridge, TEXTS).n == 3
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code" not in tokenizer.init_kwargs
 
 
 def test_masks_that_hide_the_padding_and_padding_without_a_mask_are_refused() -> None:
