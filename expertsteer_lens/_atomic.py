@@ -134,19 +134,27 @@ def write_figure(path: Path, figure: Any) -> None:
 
 def readable(path: Path) -> Path | None:
     """Where the complete folder lies: at `path`, or beside it if a writer is between its two
-    renames or died there; None if there is nothing."""
-    real = Path(os.path.realpath(path))
-    old = _beside(real, "old")
-    for _ in range(20):  # while one place is looked at, a writer may come to use the other
-        if not _absent(real):
-            return path
-        if old.is_dir():
-            return old
-    return path if path.exists() else None
+    renames or died there; None if there is nothing, or cannot be (a name that no file can have)."""
+    try:
+        real = Path(os.path.realpath(path))
+        old = _beside(real, "old")
+        for _ in range(20):  # while one place is looked at, a writer may come to use the other
+            if not _absent(real):
+                return path
+            if old.is_dir():
+                return old
+        return path if path.exists() else None
+    except ValueError:  # a null byte in the name
+        return None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return None
 
 
 def _beside(real: Path, what: str) -> Path:
-    return real.with_name(f".{real.name}.expertsteer-{what}")
+    # Not `with_name`, which the root of a file system does not take.
+    return real.parent / f".{real.name}.expertsteer-{what}"
 
 
 def _absent(real: Path) -> bool:

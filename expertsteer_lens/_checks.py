@@ -16,6 +16,24 @@ Scalar = bool | int | float | str
 """What an option of a registered variant may be."""
 
 
+def shown(value: object, width: int = 200) -> str:
+    """The `repr` of a value for a message, its middle left out where it is long.
+
+    >>> shown("a")
+    "'a'"
+    >>> shown("a" * 1000, 20)
+    "'aaaaaaaa…aaaaaaaa'"
+    """
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; an int of too many digits
+        return f"one {type(value).__name__} too large to show"
+    if len(text) <= width:
+        return text
+    half = (width - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
 def check_matrix(
     name: str, value: Tensor, *, width: int | None = None, min_rows: int = 1
 ) -> Tensor:
@@ -143,9 +161,9 @@ def check_list(name: str, value: Iterable[Any], of: str = "texts") -> list[Any]:
 def check_choice(name: str, value: str, choices: Collection[str]) -> str:
     """Return `value` if it is one of `choices`, else raise `ArgumentError` with the closest."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), list(choices), n=1)
+        near = difflib.get_close_matches(str(value)[:200], list(choices), n=1)
         hint = f"; closest: {near[0]!r}" if near else ""
-        raise ArgumentError(f"{name} must be one of {sorted(choices)}, got {value!r}{hint}.")
+        raise ArgumentError(f"{name} must be one of {sorted(choices)}, got {shown(value)}{hint}.")
     return value
 
 
@@ -166,7 +184,7 @@ def check_number(
         left = "(" if low_open else "["
         raise ArgumentError(
             f"{name} must be {'an integer' if integer else 'a number'} in {left}{low}, {high}], "
-            f"got {value!r}."
+            f"got {shown(value)}."
         )
 
 
@@ -184,9 +202,9 @@ def check_paired(
 def unknown_hook(hook_name: str, known: Collection[str], model: str) -> HookNameError:
     """Build (not raise) the error for a hook name that is not on `model`, naming the closest that
     is."""
-    near = difflib.get_close_matches(str(hook_name), list(known), n=1, cutoff=0.3)
+    near = difflib.get_close_matches(str(hook_name)[:200], list(known), n=1, cutoff=0.3)
     hint = f"; closest: {near[0]!r}" if near else ""
-    return HookNameError(f"hook {hook_name!r} is not on this model ({model}){hint}.")
+    return HookNameError(f"hook {shown(hook_name)} is not on this model ({model}){hint}.")
 
 
 WHY_NOTHING_HAPPENS = "docs/why_nothing_happens.md"
@@ -216,14 +234,18 @@ def complete_options(
     try:
         options = dict(given)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        raise ArgumentError(f"options must be a dict of settings by name, got {given!r}.") from None
+        raise ArgumentError(
+            f"options must be a dict of settings by name, got {shown(given)}."
+        ) from None
     for name, value in options.items():
         if name not in known:
             listed = ", ".join(known) or "none"
-            raise ArgumentError(f"options: {name!r} is no option of {owner}, which has: {listed}.")
+            raise ArgumentError(
+                f"options: {shown(name)} is no option of {owner}, which has: {listed}."
+            )
         if not isinstance(value, bool | int | float | str):
             raise ArgumentError(
-                f"options[{name!r}] must be a number, a text or a bool, got {value!r}."
+                f"options[{name!r}] must be a number, a text or a bool, got {shown(value)}."
             )
     return tuple(sorted({**known, **options}.items()))
 

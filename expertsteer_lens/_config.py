@@ -14,6 +14,7 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from expertsteer_lens._checks import shown
 from expertsteer_lens.errors import ArgumentError
 
 C = TypeVar("C")
@@ -50,11 +51,17 @@ def config_from_dict(cls: type[C], data: Any, where: str = "config") -> C:
     """
     if not isinstance(data, Mapping):
         raise ArgumentError(
-            f"{where} must be a dict of the fields of {cls.__name__}, got {data!r}; known fields "
-            f"are {sorted(_fields(cls))}."
+            f"{where} must be a dict of the fields of {cls.__name__}, got {shown(data)}; known "
+            f"fields are {sorted(_fields(cls))}."
         )
     check_known_fields(cls, data, where)
-    values = {name: _fitting(cls, name, value, f"{where}.{name}") for name, value in data.items()}
+    try:
+        values = {n: _fitting(cls, n, value, f"{where}.{n}") for n, value in data.items()}
+    except RecursionError:
+        raise ArgumentError(
+            f"{where} is nested too deeply; a field holds a number, a text, a list or the fields "
+            "of a step."
+        ) from None
     try:
         return cls(**values)
     except ArgumentError as error:
@@ -70,10 +77,10 @@ def check_known_fields(cls: type, names: Collection[str], where: str) -> None:
     known = sorted(_fields(cls))
     unknown = sorted(str(name) for name in names if name not in known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=1)
+        near = difflib.get_close_matches(unknown[0][:200], known, n=1)
         hint = f"; closest: {near[0]!r}" if near else ""
         raise ArgumentError(
-            f"{where} has unknown field {unknown[0]!r}{hint}; known fields are {known}."
+            f"{where} has unknown field {shown(unknown[0])}{hint}; known fields are {known}."
         )
 
 
@@ -118,7 +125,7 @@ def _fitting(cls: type, name: str, value: Any, where: str) -> Any:
     if _matches(value, annotation):
         return value
     raise ArgumentError(
-        f"{where} must be {_words(annotation)}, got {value!r}; {_default_words(field)}."
+        f"{where} must be {_words(annotation)}, got {shown(value)}; {_default_words(field)}."
     )
 
 

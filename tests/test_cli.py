@@ -4,6 +4,7 @@ run by `.ci/run`."""
 from __future__ import annotations
 
 import ast
+import csv
 import inspect
 import json
 import pathlib
@@ -350,7 +351,7 @@ class TestOneModelAtATime:
         assert folder in {pathlib.Path(name).name for name in names}
         assert hook.startswith("blocks.")
         card = (tmp_path / "out" / "plan" / "README.md").read_text()
-        assert f'--expert "{names[0]}" --expert "{names[1]}"' in card
+        assert f"--expert {names[0]} --expert {names[1]}" in card
 
     def test_what_was_saved_is_shown(self, states, found):
         assert "ActivationStore(" in run("show", states).output
@@ -647,6 +648,47 @@ class TestBadInput:
             with pytest.raises(DataError, match=message):
                 inputs.read_texts(path)
 
+    def test_texts_may_be_json_lines_of_any_name_or_a_json_list(self, tmp_path):
+        asked = [{"role": "user", "content": "Why?"}]
+        texts = ["a text\nof two lines", esl.Chat.ask("Why?")]
+        for name in ("t.JSONL", "t.ndjson", "t.Ndjson"):
+            (tmp_path / name).write_text(json.dumps(texts[0]) + "\n" + json.dumps(asked))
+            assert inputs.read_texts(tmp_path / name) == texts
+        for name in ("t.json", "t.JSON"):
+            (tmp_path / name).write_text(json.dumps([texts[0], asked], indent=2))
+            assert inputs.read_texts(tmp_path / name) == texts
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("t.json", '{"texts": ["a"]}', "must hold a JSON list of texts, got dict"),
+            ("t.json", '"a"\n"b"', "is not JSON .*JSON lines ends in .jsonl"),
+            ("t.json", "[1]", "give a list of texts"),
+            ("t.json", "[]", "give a list of texts"),
+            ("t.csv", "text\na dog", r"is a table, .*\.txt"),
+            ("t.TSV", "text\na dog", "is a table"),
+            ("t.parquet", "PAR1", "is a table"),
+            (
+                "t.txt",
+                '{"text": "a"}\n{"text": "b"}',
+                "line 1: this is JSON, .*name the file .jsonl",
+            ),
+            ("t.txt", '[\n "a",\n "b"\n]', "this is JSON"),
+            ("t", '[{"role": "user", "content": "Why?"}]', "this is JSON, but in a plain file"),
+        ],
+    )
+    def test_data_of_another_kind_is_not_read_as_lines_of_text(
+        self, tmp_path, name, content, message
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=f"{name}.*{message}"):
+            inputs.read_texts(tmp_path / name)
+
+    def test_text_with_brackets_is_text(self, tmp_path):
+        for line in ("[applause] Thank you.", "{a", '"Quite so."'):
+            (tmp_path / "t.txt").write_text(f"{line}\nmore")
+            assert inputs.read_texts(tmp_path / "t.txt") == [line, "more"]
+
     def test_behaviour_files_are_checked(self, tmp_path):
         path = tmp_path / "b.json"
         for content, message in (
@@ -687,6 +729,113 @@ class TestBadInput:
         assert "not both" in refused(capsys, *self.fit(files, benchmark="medqa"))
         assert "go with --benchmark" in refused(capsys, *self.fit(files, limit=5))
         assert "go with --benchmark" in refused(capsys, *self.fit(files), "--chat")
+
+    def test_an_expert_given_twice_is_refused(self, capsys, files, found, monkeypatch):
+        monkeypatch.setattr(esl.hosts.loading, "load_model", None)
+        again = str(pathlib.Path(EXPERT).parent / "." / "target" / ".." / "expert")
+        assert f"--expert {again!r} is given twice" in refused(
+            capsys, *self.fit(files), "--expert", again
+        )
+        assert "--expert 'u/x' is given twice" in refused(
+            capsys, *self.fit(files, expert="u/x"), "--expert", "u/x"
+        )
+        assert "is given twice" in refused(
+            capsys, "reproduce", found, *self.fit(files)[1:], "--expert", EXPERT
+        )
+
+    def test_what_cannot_be_used_is_refused_before_a_model_is_loaded(
+        self, capsys, files, found, tmp_path, monkeypatch
+    ):
+        def loaded(*_, **__):
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr(esl.hosts.loading, "load_model", loaded)
+        evaluated = ("evaluate", found / "plan", "--target", TARGET)
+        assert "holds a saved SteeringPlan, but a saved ExpertSteering" in refused(
+            capsys, *evaluated, "--fit", found / "plan"
+        )
+        assert "there is no folder" in refused(capsys, *evaluated, "--fit", tmp_path / "none")
+        assert "anchors are not those of the fit" in refused(
+            capsys, "reproduce", found, *self.fit(files, anchors=files / "neutral.txt")[1:]
+        )
+        assert "the fit was given anchors" in refused(
+            capsys, "reproduce", found, *self.fit(files)[1:]
+        )
+        merged = ("export", found / "plan", "--format", "merged", "--target", TARGET, "--out")
+        (tmp_path / "file").write_text("mine")
+        for place in (tmp_path, tmp_path / "file"):
+            assert "exists and is not an empty folder" in refused(capsys, *merged, place)
+        line = refused(
+            capsys,
+            *("capture", "--model", EXPERT, "--pairs", files / "pairs.jsonl"),
+            *("--tokens", "--reading", "last"),
+        )
+        assert "--tokens keeps every token; leave one" in line
+
+    def test_a_place_without_a_name_is_an_error_in_one_line(self, capsys, files):
+        assert "ArtifactError: / is not a saved plan" in refused(capsys, "show", "/")
+        assert "ArtifactError: / is not a saved plan" in refused(
+            capsys, "reproduce", "/", *self.fit(files)[1:]
+        )
+        for place in ("/", ""):
+            assert "has no name of its own" in refused(capsys, "merge", place)
+        assert "--target holds a null byte" in refused(
+            capsys, "steer", "x", "--target", "a\0b", "--prompt", "a"
+        )
+        assert "there is no folder 'xxx" in refused(capsys, "show", "x" * 5000)
+
+    @pytest.mark.parametrize("depth", [300, 500, 700, 900, 2000])
+    def test_a_config_that_is_nested_too_deeply(self, capsys, files, tmp_path, depth):
+        for content in ('{"reading": %s}', '{"rfm": {"bandwidth": %s}}'):
+            (tmp_path / "c.json").write_text(content % ("[" * depth + "]" * depth))
+            line = refused(capsys, *self.fit(files, config=tmp_path / "c.json"))
+            assert "c.json" in line
+            assert len(line) < 1000
+
+    def test_an_option_is_not_taken_for_the_path_of_another(self, capsys):
+        line = refused(capsys, "bench", "--real", "--help")
+        assert line.startswith("ArgumentError: --real must be a path, got '--help'")
+        assert "--help without --real explains the options" in line
+
+    def test_a_package_that_is_missing_is_named_and_a_fault_of_ours_is_not_hidden(
+        self, capsys, monkeypatch
+    ):
+        def fails_with(error):
+            def fails(*_, **__):
+                raise error
+
+            monkeypatch.setattr("expertsteer_lens.files.io.load", fails)
+
+        fails_with(ModuleNotFoundError("No module named 'plotly'", name="plotly"))
+        assert refused(capsys, "show", "x").startswith("ImportError: No module named 'plotly';")
+        for error in (
+            ModuleNotFoundError("no", name="expertsteer_lens.gone"),
+            TypeError("ours"),
+            ValueError("ours"),
+            RecursionError("ours"),
+        ):
+            fails_with(error)
+            with pytest.raises(type(error)):
+                cli.main(["show", "x"])
+
+    def test_an_export_is_not_written_under_the_ending_of_another_format(
+        self, capsys, found, tmp_path
+    ):
+        for format, name, ending in (
+            ("gguf", "x.pt", ".gguf"),
+            ("gguf", "x", ".gguf"),
+            ("lm_eval", "x.gguf", ".pt or .pth"),
+            ("hotwire", "x.pth", ".pt"),
+        ):
+            line = refused(
+                capsys, "export", found / "plan", "--format", format, "--out", tmp_path / name
+            )
+            assert f"--out must end in {ending} for --format {format}" in line
+        (tmp_path / "x.gguf").mkdir()
+        assert "is a folder; give a file" in refused(
+            capsys, "export", found / "plan", "--format", "gguf", "--out", tmp_path / "x.gguf"
+        )
+        assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
     def test_unknown_names_get_the_closest(self, capsys, files):
         assert "closest: 'anchored'" in refused(capsys, *self.fit(files, preset="anchord"))
@@ -749,6 +898,8 @@ class TestBadInput:
         [
             ("device", "foo", "--device 'foo' cannot be used"),
             ("device", "cuda:9", "--device 'cuda:9' cannot be used"),
+            ("device", "hpu", "--device 'hpu' cannot be used"),
+            ("device", "privateuseone", "--device 'privateuseone' cannot be used"),
             ("dtype", "int8", "dtype must name a torch dtype that weights can have"),
             ("dtype", "float8_e4m3fn", "dtype must name a torch dtype that weights can have"),
             ("dtype", "float33", "dtype must name a torch dtype that weights can have"),
@@ -1086,6 +1237,18 @@ def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "expertsteer_lens", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == f"expertsteer-lens {esl.__version__}\n"
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_written_as_text(tmp_path):
+    from expertsteer_lens.cli.results import write_table
+
+    cells = ['=HYPERLINK("http://x")', "+1", "-1", "@x", "\tx", "\rx", "a=b", "", "'q'", None]
+    frame = pandas.DataFrame({"text": cells, "number": [-1.5] * len(cells)})
+    write_table(tmp_path / "t.csv", frame)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        back = pandas.DataFrame(csv.DictReader(file))
+    assert list(back["text"]) == [*(f"'{cell}" for cell in cells[:6]), "a=b", "", "'q'", ""]
+    assert set(back["number"]) == {"-1.5"}
 
 
 def test_a_model_labels_a_file_of_texts(tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 import expertsteer_lens as esl
 from expertsteer_lens._config import check_field_types, config_from_dict
-from expertsteer_lens.errors import ArgumentError, DataError
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError
 
 CONFIGS = [esl.AlignerConfig, esl.MIConfig, esl.PairingConfig, esl.RFMConfig, esl.ExpertSteerConfig]
 
@@ -156,3 +156,27 @@ def test_settings_that_cannot_work_are_refused_before_a_model_is_run(changes, gi
     rehearse(esl.ExpertSteerConfig(), 0, **sizes)
     with pytest.raises((ArgumentError, DataError), match=message):
         rehearse(esl.ExpertSteerConfig().changed(changes), 0, **sizes | given)
+
+
+@pytest.mark.parametrize("depth", [500, 100_000])
+def test_a_value_that_is_nested_too_deeply_or_long_is_refused_in_few_words(depth):
+    nested: list = []
+    for _ in range(depth):
+        nested = [nested]
+    for value in (nested, "x" * depth * 10):
+        for data in ({"reading": value}, {"rfm": {"bandwidth": value}}):
+            with pytest.raises(ArgumentError, match=r"nested too deeply|must be|one of") as stop:
+                esl.ExpertSteerConfig.from_dict(data)
+            assert len(str(stop.value)) < 1000
+
+
+@pytest.mark.parametrize("which", ["expert_hook_names", "target_hook_names"])
+def test_hook_names_of_a_fit_are_a_list(which):
+    expert, target = esl.zoo.load_pair(host="huggingface")
+    steer, pairs = esl.ExpertSteer(), esl.zoo.contrast_pairs(20)
+    for given, error, message in (
+        ("blocks.0.hook_resid_post", HookNameError, r"write \['blocks\.0\.hook_resid_post'\]"),
+        ([], ArgumentError, "is empty; give at least one name"),
+    ):
+        with pytest.raises(error, match=f"{which} .*{message}"):
+            steer.fit(expert, target, pairs, anchors=esl.zoo.anchors(30), **{which: given})

@@ -6,8 +6,10 @@ The families, rules and paddings of the golden matrix are in `test_host_parity`.
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +40,7 @@ from expertsteer_lens.errors import (
     InterventionError,
 )
 from expertsteer_lens.hosts import as_host, capture
+from expertsteer_lens.hosts.loading import load_model, wrap_model
 from expertsteer_lens.steer.plan import SteeringPlan
 from expertsteer_lens.steer.run import PlanRun
 from expertsteer_lens.steer.vector import SteeringVector
@@ -332,6 +335,73 @@ def test_a_missing_tokenizer_and_options_of_other_hosts_are_named() -> None:
         ArgumentError, match="remote cannot be given for a LlamaForCausalLM; leave it out"
     ):
         as_host(model, remote=True)
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "transformer_lens", "nnsight"])
+def test_a_token_added_beyond_the_embeddings_is_named(kind) -> None:
+    from expertsteer_lens import zoo
+
+    model = zoo.load("target", host=kind)
+    tokenizer = as_host(model).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    capture(model, ["sun"])  # nothing is padded
+    for texts in (["a", "a dog and a cat"], ["[PAD]"]):
+        with pytest.raises(DataError, match=r"token 640 \('\[PAD\]'\).*resize_token_embeddings"):
+            capture(model, texts)
+    if kind == "huggingface":
+        model.resize_token_embeddings(len(tokenizer))
+        assert capture(model, ["a", "a dog and a cat"]).n == 2
+
+
+def test_code_in_the_folder_of_a_model_is_not_run_unasked(tmp_path, monkeypatch) -> None:
+    import transformers
+
+    from expertsteer_lens import zoo
+
+    shutil.copytree(zoo.model_path("target"), tmp_path / "model")
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what a pipe might say
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder))
+    with suppress(HostError):  # some versions read such a folder without its code
+        capture(model.eval(), TEXTS)
+    assert not ran.exists()
+
+    load_model(str(folder), host="huggingface", device="cpu", trust_remote_code=True)
+    assert ran.exists()
+
+
+def test_a_tokenizer_that_is_loaded_again_for_a_bridge_runs_no_code_unasked(
+    tmp_path, monkeypatch
+) -> None:
+    import transformers
+
+    from expertsteer_lens import zoo
+
+    folder = tmp_path / "model"
+    shutil.copytree(zoo.model_path("target"), folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()"
+    )
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    bridge = wrap_model(model, tokenizer, host="transformer_lens", name="target")
+    assert capture(bridge, TEXTS).n == 3
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+    assert "trust_remote_code" not in tokenizer.init_kwargs
 
 
 def test_masks_that_hide_the_padding_and_padding_without_a_mask_are_refused() -> None:

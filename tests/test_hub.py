@@ -215,7 +215,7 @@ class TestCards:
         )
         vector = dataclasses.replace(plan.vectors[0], provenance=facts)
         card = plan_card(dataclasses.replace(plan, vectors=(vector,)))
-        assert 'expertsteer-lens fit --expert "a" --target "b"' in card
+        assert "expertsteer-lens fit --expert a --target b" in card
         assert "--pairs pairs.jsonl --config fit.json --seed 3" in card
         assert (
             "| `blocks.2.hook_resid_post` | `blocks.1.hook_resid_post` | 0.123 | 0.5 | 0.875 |"
@@ -274,6 +274,18 @@ class TestCards:
         assert "<script>" not in card
         assert "\nlicense" not in card
         assert card.count("\n---\n") == 1  # the end of the front matter
+
+    def test_names_of_strangers_are_one_word_of_the_command_each(self):
+        import shlex
+
+        name = 'x"; touch /tmp/owned; echo "$(id)\' \\'
+        provenance = {"expert": {"name": name}, "config": {}, "seed": "0; touch /tmp/owned"}
+        card = plan_card(self.plan(target={"name": name}, provenance=provenance))
+        command = card.split("```bash\n")[1].split("```")[0]
+        assert shlex.split(command.replace("\\\n", "")) == [
+            *("expertsteer-lens", "fit", "--expert", name, "--target", name),
+            *("--pairs", "pairs.jsonl", "--config", "fit.json", "--seed", "0; touch /tmp/owned"),
+        ]
 
     def test_other_results_have_one_too(self):
         card = result_card(esl.ActivationStore({"blocks.0.hook_resid_post": torch.eye(2)}))

@@ -249,6 +249,30 @@ def test_missing_fields_files_and_bad_vectors_are_named(plan, tmp_path):
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
     with pytest.raises(ArtifactError, match="neither a folder nor a hub id"):
         esl.load(tmp_path / "nothing")
+    for name in ("x" * 5000, "a/" + "x" * 5000, "x" * 5000 + "/a", "x" * 250, "a\0b"):
+        with pytest.raises(ArtifactError, match="neither a folder nor a hub id") as stop:
+            esl.load(name)
+        assert len(str(stop.value)) < 400
+    with pytest.raises(ArtifactError, match=r"/ is not a saved plan"):
+        esl.load("/")
+
+
+@pytest.mark.parametrize("key", ["format_version", "kind"])
+def test_a_message_shows_the_ends_of_a_long_value(plan, tmp_path, key):
+    folder = esl.save(plan, tmp_path / "plan")
+    declare_edit(folder, **{key: "x" * 200_000})
+    with pytest.raises(ArtifactError, match="x" * 50) as stop:
+        esl.load(folder)
+    assert len(str(stop.value)) < 1000
+
+
+def test_no_message_is_longer_than_its_longest_length():
+    from expertsteer_lens.errors import ArgumentError
+
+    said = str(ArgumentError("begins " + "x" * 200_000 + " ends"))
+    assert len(said) < 4100
+    assert said.startswith("begins x")
+    assert said.endswith("x ends")
 
 
 def test_the_folder_above_what_was_saved_says_where_it_is(plan, tmp_path):

@@ -170,6 +170,12 @@ def test_a_bad_vector_is_refused(
             "basis must be 'raw', 'centred' or None, got 'centered'",
         ),
         ({"vectors": (vector(),), "positions": "lastprompt"}, "closest: 'last_prompt'"),
+        ({"vectors": (vector(),), "positions": 10**30}, "is beyond the end of every text"),
+        ({"vectors": (vector(),), "positions": [0, -(2**63)]}, "is beyond the end of every text"),
+        (
+            {"vectors": (vector(),), "positions": slice(0, 10**5000)},
+            "holds one int too large to show, which is beyond",
+        ),
     ],
 )
 def test_a_bad_plan_is_refused(fields: dict[str, Any], words: str) -> None:
@@ -224,6 +230,12 @@ def test_from_vectors_takes_norms_basis_and_target_from_captured_activations() -
             {"relative_to": "unit"},
             DataError,
             "must be a finite tensor",
+        ),
+        (
+            {HOOK: "abc"},
+            {"relative_to": "unit"},
+            DataError,
+            r"a tensor \[d\] of numbers, got 'abc'",
         ),
         ({HOOK: direction()}, {}, ArgumentError, "needs median_norms: a number per hook name"),
         (

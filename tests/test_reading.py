@@ -13,7 +13,7 @@ import torch
 import expertsteer_lens as esl
 from expertsteer_lens.data.parts import hashes_of
 from expertsteer_lens.data.spans import answer_span
-from expertsteer_lens.errors import ArgumentError, DataError, HostError
+from expertsteer_lens.errors import ArgumentError, DataError, HookNameError, HostError
 from expertsteer_lens.hosts import as_host
 from expertsteer_lens.hosts.side_by_side import TokenSample, capture_side_by_side
 from expertsteer_lens.hosts.token_ends import NO_END, token_ends
@@ -125,6 +125,17 @@ class TestSpans:
         )
         parts = [t[s:e].strip() for t, (s, e) in zip(pairs.texts, pairs.answer_spans, strict=True)]
         assert parts == ["warm", "cold", "laughed.", "cried."]
+
+
+@pytest.mark.parametrize("positions", [10**30, -(10**30), 2**63, -(2**63)])
+def test_an_index_beyond_every_text_is_refused(host, positions):
+    with pytest.raises(DataError, match=r"positions=-?\d+ is outside prompts\[0\]"):
+        esl.capture(host.model, ["the cat saw a dog"], positions=positions)
+
+
+def test_one_hook_name_in_place_of_a_list_is_named_whole(host):
+    with pytest.raises(HookNameError, match=f"must be a list, got one str '{HOOK}'"):
+        esl.capture(host.model, ["the cat"], HOOK)
 
 
 class TestTokenPairs:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 OPTIONS = {
     "domains": lambda v: [f"--domain {shlex.quote(name)}" for name in v],
     "studies": lambda v: ["--studies" if v else "--no-studies"],
-    "n_random": lambda v: [f"--n-random {v}"],
-    "seed": lambda v: [f"--seed {v}"],
+    "n_random": lambda v: [f"--n-random {shlex.quote(str(v))}"],
+    "seed": lambda v: [f"--seed {shlex.quote(str(v))}"],
 }
 """Arguments of `run_bench` that the command line knows, as it writes them."""
 

@@ -49,7 +49,7 @@ for _command in (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends with one of `EXIT_CODES`. Our errors and files that cannot be read are one
-    line without a traceback."""
+    line without a traceback, and so is a package that is not installed."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that has no arrows gets question marks
             stream.reconfigure(errors="replace")
@@ -58,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ExpertSteerError, OSError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(visible(f"{type(error).__name__}: {text}"), file=sys.stderr)
+        raise SystemExit(1) from None
+    except ImportError as error:
+        if (error.name or "").split(".")[0] in ("", "expertsteer_lens"):
+            raise  # not a package that is missing, but a fault of ours
+        print(
+            visible(f"ImportError: {error}; install what the command needs with pip."),
+            file=sys.stderr,
+        )
         raise SystemExit(1) from None
 
 

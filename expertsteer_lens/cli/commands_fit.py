@@ -10,6 +10,7 @@ import typer
 
 from .as_json import print_json, rows_of, tables_as_json
 from .inputs import (
+    check_experts,
     load_saved,
     load_states_or_model,
     read_behaviour,
@@ -279,6 +280,7 @@ def _fitted(
     from expertsteer_lens.files.io import save
     from expertsteer_lens.pipeline import ExpertSteer
 
+    check_experts(expert)
     contrast, prompts = texts_to_fit(texts, seed)
     prompts = prompts if behaviour is None else read_behaviour(behaviour)
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
@@ -361,12 +363,15 @@ def reproduce(
     From its settings, its seed and the same texts: bit by bit on the same kind of machine, else by
     the directions' cosines. Exit code 1 if it differs."""
     from expertsteer_lens.pipeline import reproduce as run_again
+    from expertsteer_lens.pipeline.reproduce import check_texts_of
 
     with tables_as_json(as_json):
+        check_experts(expert)
         folder = saved / "fit" if (saved / "fit" / "config.json").is_file() else saved
         fit = load_saved(str(folder), "ExpertSteering")
         contrast, _ = texts_to_fit(texts, fit.seed)
         anchors = None if texts.anchors is None else read_texts(texts.anchors)
+        check_texts_of(fit, contrast, anchors)
         given = expert_tokens
         tokens = None if given is None else load_saved(str(given), "ActivationStore")
         models.check()

@@ -12,7 +12,7 @@ import typer
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .as_json import print_json, rows_of, tables_as_json
-from .inputs import load_saved, read_behaviour, read_texts
+from .inputs import check_saved, load_saved, read_behaviour, read_texts
 from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
 from .results import steered_texts, write_evaluation
 from .stopped import Stopped
@@ -181,6 +181,8 @@ def evaluate(
     if fit is None and (behaviour is None or neutral is None):
         raise ArgumentError("give --behaviour and --neutral, or --fit, which holds some of both.")
     loaded = load_saved(plan, "SteeringPlan")
+    if fit is not None:
+        check_saved(str(fit), "ExpertSteering")
     prompts = None if behaviour is None else read_behaviour(behaviour)
     texts = None if neutral is None else read_texts(neutral)
     calibrates, tests = halves(texts or [])
@@ -280,6 +282,28 @@ def export(
         check_choice(f"an option of --format {format}", name, chosen.options)
     loaded = load_saved(plan, "SteeringPlan")
     chosen.check(loaded)
+    _check_place(out, format)
     if target is not None:
         options["model"] = replace(models, host="huggingface").load(target)
     say(str(export_plan(loaded, out, format=format, **options).resolve()))
+
+
+ENDINGS = {"lm_eval": (".pt", ".pth"), "gguf": (".gguf",), "hotwire": (".pt",), "merged": ()}
+"""Of the file that a format is written to; none: it is a folder."""
+
+
+def _check_place(out: Path, format: str) -> None:
+    """Raise `ArgumentError` where the format cannot be written, before a model is loaded."""
+    if format not in ENDINGS:
+        return
+    endings = ENDINGS[format]
+    if endings and out.suffix not in endings:
+        raise ArgumentError(
+            f"--out must end in {' or '.join(endings)} for --format {format}; got {str(out)!r}."
+        )
+    if endings and out.is_dir():
+        raise ArgumentError(f"--out {str(out)!r} is a folder; give a file for --format {format}.")
+    if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArgumentError(
+            f"--out {str(out)!r} exists and is not an empty folder; choose another."
+        )

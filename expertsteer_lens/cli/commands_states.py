@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from expertsteer_lens.errors import ArgumentError
+
 from .inputs import read_texts, texts_to_fit
 from .options import ModelOptions, Out, Seed, TextOptions, parse_reading, parse_shard
 from .stopped import goes_on_from
@@ -18,11 +20,12 @@ def capture(
     texts: TextOptions,
     models: ModelOptions,
     reading: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="what stands for a text: answer, mean, last, attention, or the index of a token"
+            help="what stands for a text: answer, mean, last, attention, or the index of a token",
+            show_default="answer",
         ),
-    ] = "answer",
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 16,
     out: Out = Path("expert-states"),
     shard: Annotated[
@@ -50,9 +53,15 @@ def capture(
     from expertsteer_lens.data.states_shards import shard_folder, shard_of
     from expertsteer_lens.pipeline import ExpertSteer, ExpertSteerConfig
 
+    if tokens and reading is not None:
+        raise ArgumentError(
+            "--reading says what stands for a text, but --tokens keeps every token; leave one of "
+            "them out."
+        )
     its_share = shard_of(parse_shard(shard))
     folder = out if its_share is None else shard_folder(out, its_share)
-    config = ExpertSteerConfig(reading=parse_reading(reading), batch_size=batch_size)
+    read_as = parse_reading("answer" if reading is None else reading)
+    config = ExpertSteerConfig(reading=read_as, batch_size=batch_size)
     contrast, _ = texts_to_fit(texts, seed)
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
     loaded = models.load(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,32 @@ if TYPE_CHECKING:
     from .options import ModelOptions, TextOptions
 
 
+JSON_LINES = (".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
+"""Endings, in small letters, of files that hold no plain lines of text."""
+
+
 def read_texts(path: Path) -> list[Any]:
-    """Texts of a file, one a line, empty lines skipped; in a `.jsonl` file a line is a JSON text or
-    a list of messages.
+    """Texts of a file, one a line, empty lines skipped; in a `.jsonl` or `.ndjson` file a line is a
+    JSON text or a list of messages; a `.json` file is a list of such.
 
     Raises:
-        DataError: the file is not UTF-8 text, a line is not what it should be, or there is none.
+        DataError: the file is a table or not UTF-8 text, holds JSON under another ending, a line is
+            not what it should be, or there is none.
     """
+    ending = path.suffix.lower()
+    if ending in TABLES:
+        raise DataError(
+            f"{path} is a table, of which each line would be taken for a text; write its texts to "
+            "a .txt file, one a line, or to a .jsonl file, each a JSON text."
+        )
+    if ending == ".json":
+        return _texts_of_list(path)
     lines = lines_of(path)
     if not lines:
         raise DataError(f"{path} holds no text; give one a line.")
-    if path.suffix != ".jsonl":
+    if ending not in JSON_LINES:
+        _refuse_json(path, lines)
         return [check_text(f"{path}, line {number}", line) for number, line in lines]
     out = []
     for number, line in lines:
@@ -38,6 +54,54 @@ def read_texts(path: Path) -> list[Any]:
                 f"'content' ({error})."
             ) from error
     return out
+
+
+def _texts_of_list(path: Path) -> list[Any]:
+    found = parse_json(
+        read_file(path), path, hint="; a file of JSON lines ends in .jsonl, one of plain text .txt"
+    )
+    if not isinstance(found, list):
+        raise DataError(
+            f"{path} must hold a JSON list of texts, got {type(found).__name__}; or give a .jsonl "
+            "file with a JSON text a line, or a .txt file with a text a line."
+        )
+    try:
+        return list(check_texts("text", found))
+    except DataError as error:
+        raise DataError(
+            f"{path}: give a list of texts, or of lists of messages with 'role' and 'content' "
+            f"({error})."
+        ) from error
+
+
+def _refuse_json(path: Path, lines: list[tuple[int, str]]) -> None:
+    """Raise for JSON lists and objects, whole or a line each, where lines of text are expected."""
+    number, first = lines[0]
+    if not first.lstrip().startswith(("{", "[")):
+        return
+    for text in (first, "\n".join(line for _, line in lines)):
+        try:
+            found = parse_json(text, path)
+        except DataError:
+            continue
+        if isinstance(found, list | dict):
+            raise DataError(
+                f"{path}, line {number}: this is JSON, but in a {path.suffix or 'plain'} file a "
+                "line is a text as it stands; name the file .jsonl (a JSON text or a list of "
+                "messages a line) or .json (a list of them). JSON that is meant as text is given "
+                "as JSON texts in a .jsonl file."
+            )
+
+
+def check_experts(names: list[str]) -> None:
+    """Raise `ArgumentError` if one expert is given twice, before any is loaded."""
+    known: set[str] = set()
+    for name in names:
+        # A folder has many names.
+        one = os.path.realpath(name) if os.path.exists(name) else name
+        if one in known:
+            raise ArgumentError(f"--expert {name!r} is given twice; give every expert once.")
+        known.add(one)
 
 
 def read_config(path: Path | None, preset: str) -> Any:
@@ -129,18 +193,40 @@ def load_saved(name: str, kind: str, *, target: Any = None) -> Any:
     Raises:
         ArtifactError: something of another kind is there, or nothing.
     """
+    from expertsteer_lens.files.io import load
+
+    check_saved(name, kind)
+    loaded = load(name, target=target)
+    if type(loaded).__name__ == kind:
+        return loaded
+    raise _of_another_kind(name, type(loaded).__name__, kind)
+
+
+def check_saved(name: str, kind: str) -> None:
+    """Refuse what is no saved thing of this kind, before a model is loaded for it; what a hub id
+    names is looked at when it is loaded.
+
+    Raises:
+        ArtifactError: something of another kind is there, or nothing.
+    """
+    from expertsteer_lens.data.states_folder import is_states_folder
+    from expertsteer_lens.files.hub import hub_id
     from expertsteer_lens.files.io import kind_of_saved, load
 
-    there = kind_of_saved(Path(name))  # None: on the hub, or nowhere; `load` says which
-    if there is None or there == kind:
-        loaded = load(name, target=target)
-        there = type(loaded).__name__
-        if there == kind:
-            return loaded
+    there = kind_of_saved(Path(name))
+    if there is None and is_states_folder(Path(name)):
+        there = "ActivationStore"
+    if there is None and hub_id(name) is None:
+        load(name)  # says what is wrong
+    if there not in (None, kind):
+        raise _of_another_kind(name, str(there), kind)
+
+
+def _of_another_kind(name: str, there: str, kind: str) -> ArtifactError:
     hint = ""
     if kind == "SteeringPlan" and there == "ExpertSteering":
         hint = " (`fit` wrote one to OUT/plan; or in Python: esl.save(fit.plan(), folder))"
-    raise ArtifactError(f"{name} holds a saved {there}, but a saved {kind} is needed here{hint}.")
+    return ArtifactError(f"{name} holds a saved {there}, but a saved {kind} is needed here{hint}.")
 
 
 def load_states_or_model(name: str, models: ModelOptions) -> Any:

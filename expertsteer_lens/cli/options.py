@@ -140,7 +140,7 @@ def _check_device(name: str) -> None:
     """Raise `ArgumentError` unless torch knows the device and it is there."""
     try:
         torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise ArgumentError(
             f"--device {name!r} cannot be used ({reason}); give 'cpu', 'cuda' or e.g. 'cuda:1', or "
@@ -188,7 +188,7 @@ class TextOptions:
         Path | None,
         typer.Option(
             help="unlabelled texts that both models read, one a line (.jsonl: texts or lists of "
-            "messages)"
+            "messages; .json: a list of them)"
         ),
     ] = None
 
@@ -247,6 +247,20 @@ def _option_of(parameter: inspect.Parameter) -> str:
     return "--" + parameter.name.replace("_", "-")
 
 
+def _check_names(given: Mapping[str, Any], options: Mapping[str, str]) -> None:
+    """Raise `ArgumentError` for what no file, folder or model can be called, and for an option that
+    took the next one for its path."""
+    for name, value in given.items():
+        if any("\0" in str(one) for one in (value if isinstance(value, list) else [value])):
+            raise ArgumentError(f"{options[name]} holds a null byte; leave it out.")
+        if isinstance(value, Path) and str(value).startswith("--"):
+            raise ArgumentError(
+                f"{options[name]} must be a path, got {str(value)!r}, which looks like an option: "
+                f"give the path first. --help without {options[name]} explains the options; what "
+                f"is really called so is ./{value}."
+            )
+
+
 def _named(message: str, options: Mapping[str, str]) -> str:
     """A message that begins with the name of an argument, with the option's name in its place.
 
@@ -301,6 +315,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     options = {p.name: _option_of(p) for p in parameters}
 
     def run(**given: Any) -> None:
+        _check_names(given, options)
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
         try:

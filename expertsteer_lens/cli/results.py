@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,5 +147,17 @@ def write_evaluation(out: Path, result: Any) -> None:
 
 
 def write_table(path: Path, frame: Any) -> None:
-    """A table as CSV."""
-    write_file(path, lambda file: frame.to_csv(file, index=False))
+    """A table as CSV.
+
+    Spreadsheets run a cell that begins like a formula, and names and texts in a table come from
+    files and models of others: such a cell gets an apostrophe in front, which they take for text.
+    """
+    safe = frame.map(lambda cell: f"'{cell}" if _looks_like_a_formula(cell) else cell)
+    # The csv module does not quote a carriage return, which ends a row for its readers.
+    returns = bool(safe.map(lambda cell: isinstance(cell, str) and "\r" in cell).to_numpy().any())
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    write_file(path, lambda file: safe.to_csv(file, index=False, quoting=quoting))
+
+
+def _looks_like_a_formula(cell: Any) -> bool:
+    return isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))

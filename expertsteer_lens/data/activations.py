@@ -143,6 +143,7 @@ class ActivationStore(Mapping[str, Tensor]):
         Raises:
             ArtifactError: a shard is missing, not complete, damaged or of another capture, or
                 `path` holds something else or cannot be written.
+            ArgumentError: `path` is no name of a folder, such as "/" or "".
 
         Example:
             >>> import tempfile
@@ -158,6 +159,11 @@ class ActivationStore(Mapping[str, Tensor]):
         """
         from .states_shards import merge_shards
 
+        if Path(path).name in ("", ".."):
+            raise ArgumentError(
+                f"path={str(path)!r} has no name of its own, beside which shards could lie; give "
+                "the folder that capture(..., store=, shard=) was given."
+            )
         merge_shards(path, medians_of)
         return cls.open(path)
 

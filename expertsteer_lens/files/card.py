@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from .plan_file import SIGN_CONVENTION
@@ -152,7 +153,7 @@ def _reproduce(plan: SteeringPlan) -> str:
     names = [str(expert["name"])]
     if TOGETHER in str(expert.get("fingerprint")):  # of several
         names = names[0].split(TOGETHER)
-    experts = " ".join(f'--expert "{plain(name)}"' for name in names)
+    experts = " ".join(f"--expert {_shell(name)}" for name in names)
     texts = "--pairs pairs.jsonl"
     if _facts(plan, "anchors").get("given"):
         texts += " --anchors anchors.txt"
@@ -164,11 +165,16 @@ def _reproduce(plan: SteeringPlan) -> str:
 `provenance.config` kept as `fit.json`:
 
 ```bash
-expertsteer-lens fit {experts} --target "{plain(target["name"])}" \\
-  {texts} --config fit.json --seed {plain(seed)}
+expertsteer-lens fit {experts} --target {_shell(target["name"])} \\
+  {texts} --config fit.json --seed {_shell(seed)}
 ```
 
 """
+
+
+def _shell(value: Any) -> str:
+    """A name of others as one word of a shell command."""
+    return shlex.quote(plain(value))
 
 
 def _facts(plan: SteeringPlan, name: str) -> dict[str, Any]:

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from expertsteer_lens._checks import shown
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 from .card import located
 
 PREFIX = "hf://"
 """Says that a name is one of the hub, whatever lies in the working folder."""
+LONGEST = 200
+"""Characters of a hub id; the hub itself allows fewer."""
 _NAME = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 
 
@@ -25,7 +28,7 @@ def hub_id(name: str | Path) -> str | None:
     if not isinstance(name, str):
         return None
     bare = name.removeprefix(PREFIX)
-    if re.fullmatch(f"{_NAME}/{_NAME}", bare) is None:
+    if len(bare) > LONGEST or re.fullmatch(f"{_NAME}/{_NAME}", bare) is None:
         return None
     if name.startswith(PREFIX):
         return bare
@@ -48,9 +51,10 @@ def download(
     """
     repo_id = hub_id(name)
     if repo_id is None:
-        hint = f"; for the hub write {PREFIX}{name}" if str(name).count("/") == 1 else ""
+        said = shown(str(name))
+        hint = f"; for the hub write {PREFIX}{name}" if _could_be_an_id(str(name)) else ""
         raise ArtifactError(
-            f"there is no folder {str(name)!r}, and it is neither a folder nor a hub id such as "
+            f"there is no folder {said}, and it is neither a folder nor a hub id such as "
             f"'user/repo', so nothing was asked of the hub{hint}."
         )
     from huggingface_hub import snapshot_download
@@ -69,6 +73,10 @@ def download(
             f"no folder {repo_id!r}, and it could not be fetched from the hub: {error}"
         ) from error
     return Path(folder)
+
+
+def _could_be_an_id(name: str) -> bool:
+    return name.count("/") == 1 and len(name) <= LONGEST
 
 
 def upload(
@@ -104,7 +112,7 @@ def upload(
     if re.fullmatch(f"(?:{_NAME}/)?{_NAME}", name) is None or "--" in name or ".." in name:
         raise ArgumentError(
             f"repo_id must be 'owner/name' or 'name', of letters, digits, '-', '_' and '.'; got "
-            f"{repo_id!r}."
+            f"{shown(repo_id)}."
         )
     api: Any = HfApi(token=token)
     try:

@@ -19,6 +19,7 @@ import torch
 
 from expertsteer_lens._atomic import readable, write_folder
 from expertsteer_lens._checked_json import digest_of, read_object
+from expertsteer_lens._checks import shown
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 from .card import plan_card
@@ -175,8 +176,8 @@ def _load_folder(folder: Path, target: Any, allow_mismatch: bool) -> Any:
     kind = KINDS.get(str(config.get("kind")))
     if kind is None:
         raise ArtifactError(
-            f"{folder} holds a {config.get('kind')!r}, which this package does not know; known are "
-            f"{list(KINDS)}."
+            f"{folder} holds a {shown(config.get('kind'))}, which this package does not know; "
+            f"known are {list(KINDS)}."
         )
     if target is not None and not kind.takes_target:
         raise ArgumentError(
@@ -254,7 +255,8 @@ def _tensor_files() -> list[str]:
 def kind_of_saved(folder: Path) -> str | None:
     """The class of what `save` wrote there; None if it wrote nothing there."""
     try:
-        return str(upgrade(_read_config(readable(folder) or folder)).get("kind"))
+        found = readable(folder)
+        return None if found is None else str(upgrade(_read_config(found)).get("kind"))
     except (ArtifactError, *_NOT_OURS):
         return None
 
@@ -319,8 +321,8 @@ def _check_version(config: dict[str, Any], folder: Path) -> None:
     if type(version) is not int or version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ArtifactError(
-            f"{folder} has format_version {version}, this package reads {readable}; install the "
-            "version of expertsteer-lens that wrote it (see 'versions' in config.json)."
+            f"{folder} has format_version {str(version)[:100]}, this package reads {readable}; "
+            "install the version of expertsteer-lens that wrote it (see 'versions' in config.json)."
         )
 
 

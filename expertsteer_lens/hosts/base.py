@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from expertsteer_lens._checks import check_number, unknown_hook
+from expertsteer_lens._checks import check_number, shown, unknown_hook
 from expertsteer_lens.data.activations import layer_of
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.errors import (
@@ -365,7 +365,7 @@ class Host:
         """
         if isinstance(names, str):
             raise HookNameError(
-                f"hook names must be a list, got one str {names!r}; wrap it in a list."
+                f"hook names must be a list, got one str {shown(names)}; wrap it in a list."
             )
         known = set(self.all_hook_names())
         for name in names:
@@ -441,7 +441,25 @@ class Host:
                     f"prompts[{i}] has {len(row)} tokens, more than {where} {limit}; shorten or "
                     "split it."
                 )
+        self._check_ids(rows)
         return pad_right(rows, self.pad_id).to(self.device)
+
+    def _check_ids(self, rows: list[list[int]]) -> None:
+        """Raise `DataError` for a token that the model has no embedding of."""
+        if not self.d_vocab:
+            return
+        found = {max(row) for row in rows}
+        if len({len(row) for row in rows}) > 1:
+            found.add(self.pad_id)
+        largest = max(found)
+        if largest >= self.d_vocab:
+            raise DataError(
+                f"the tokenizer of {self.name!r} gives the token {largest} "
+                f"({shown(self.tokenizer.convert_ids_to_tokens(largest))}), but the model has "
+                f"embeddings of {self.d_vocab} tokens; call "
+                "model.resize_token_embeddings(len(tokenizer)) after adding tokens, or let one "
+                "that is there pad: tokenizer.pad_token = tokenizer.eos_token."
+            )
 
     @property
     def pad_id(self) -> int:

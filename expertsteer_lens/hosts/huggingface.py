@@ -282,8 +282,9 @@ def _local_tokenizer(name: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    try:  # a folder, or something already downloaded: nothing is fetched
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    try:  # a folder, or something already downloaded: nothing is fetched, and no code of it is run
+        # (left open, transformers would ask on the terminal, and take what comes from a pipe)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None  # none there, or not loadable: `tokenize` says what to do
 

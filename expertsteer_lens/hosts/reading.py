@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from expertsteer_lens._checks import check_classes
+from expertsteer_lens._checks import check_classes, shown
 from expertsteer_lens._progress import progress_bar
 from expertsteer_lens.data.activations import ActivationStore, medians_of
 from expertsteer_lens.data.capture_plan import CapturePlan, StatesInMemory
@@ -176,7 +176,7 @@ class Request:
         host.check_ready()
         texts = check_texts("prompts", prompts)
         classes = None if labels is None else check_classes("labels", labels, len(texts))
-        given = list(hook_names) if hook_names is not None else host.hook_names()
+        given = host.hook_names() if hook_names is None else hook_names
         names = list(dict.fromkeys(host.check_hook_names(given)))
         if not names:
             raise ArgumentError(
@@ -362,12 +362,13 @@ def _check_positions(positions: str | int, lengths: Tensor) -> None:
             "positions must be 'last', 'mean', 'answer', 'attention', 'all' or an int, got "
             f"{positions!r}."
         )
-    outside = (lengths <= positions) if positions >= 0 else (lengths < -positions)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
+    # As integers of Python, which an index may be too large for a tensor's.
+    n = [int(length) for length in lengths]
+    outside = [row for row, k in enumerate(n) if not -k <= positions < k]
+    if outside:
+        row = outside[0]
         raise DataError(
-            f"positions={positions} is outside prompts[{row}], which has {int(lengths[row])} "
-            "tokens."
+            f"positions={shown(positions)} is outside prompts[{row}], which has {n[row]} tokens."
         )
 
 

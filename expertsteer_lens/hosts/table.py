@@ -77,9 +77,12 @@ def _as_bridge(model: Any, tokenizer: Any, name: str, trust_remote_code: bool) -
 
     from .cache_names import agree_on_cache_name
 
+    # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
+    loads_with = getattr(tokenizer, "init_kwargs", {})
     if trust_remote_code:
-        # TransformerLens loads the tokenizer once more from these, and would ask on the terminal.
-        tokenizer.init_kwargs["trust_remote_code"] = True
+        loads_with["trust_remote_code"] = True
+    said = "trust_remote_code" in loads_with
+    loads_with.setdefault("trust_remote_code", False)
     with nothing_installed():
         bridge = TransformerBridge.boot_transformers(
             name,  # only a label, as model and tokenizer are given
@@ -88,6 +91,8 @@ def _as_bridge(model: Any, tokenizer: Any, name: str, trust_remote_code: bool) -
             device=str(next(model.parameters()).device),
             trust_remote_code=trust_remote_code,
         )
+    if not said:  # else `save_pretrained` would write it into the tokenizer's files
+        del loads_with["trust_remote_code"]
     agree_on_cache_name(bridge, bridge.original_model)  # before anybody generates with it
     return bridge
 

@@ -7,14 +7,14 @@ whatever the padding side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from expertsteer_lens._checks import check_choice
+from expertsteer_lens._checks import check_choice, shown
 from expertsteer_lens.errors import ArgumentError, DataError, InterventionError
 
 Positions = str | int | slice | Sequence[int] | Callable[[Tensor], Tensor]
@@ -48,10 +48,12 @@ def check_positions(positions: Positions) -> Positions:
             or (positions.step or 1) < 1
         ):
             raise ArgumentError(
-                f"positions must be a slice of ints with a positive step, got {positions!r}."
+                f"positions must be a slice of ints with a positive step, got {shown(positions)}."
             )
+        _check_farthest(p for p in parts if p is not None)
         return positions
     if isinstance(positions, int) and not isinstance(positions, bool):
+        _check_farthest([positions])
         return positions
     if callable(positions):
         return positions
@@ -62,9 +64,20 @@ def check_positions(positions: Positions) -> Positions:
     if not items or not all(isinstance(i, int) and not isinstance(i, bool) for i in items):
         raise ArgumentError(
             f"positions must be one of {NAMED}, an int, a slice, a list of ints or a callable on a "
-            f"mask, got {positions!r}."
+            f"mask, got {shown(positions)}."
         )
+    _check_farthest(items)
     return items
+
+
+def _check_farthest(positions: Iterable[int]) -> None:
+    """Raise `ArgumentError` for what is no index of a tensor: it has 64 bits."""
+    for position in positions:
+        if abs(position) >= 2**63:
+            raise ArgumentError(
+                f"positions holds {shown(position)}, which is beyond the end of every text; give "
+                "the index of a token."
+            )
 
 
 def positions_to_json(positions: Positions) -> Any:

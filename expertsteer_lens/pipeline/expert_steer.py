@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from expertsteer_lens._checks import shown
 from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
-from expertsteer_lens.errors import ArgumentError
+from expertsteer_lens.errors import ArgumentError, HookNameError
 from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
@@ -152,9 +153,9 @@ class ExpertSteer:
             self._check_tokens_are_used()
             experts = experts.with_tokens(expert_tokens, [*pairs.texts, *(texts.anchors or ())])
         target_host.check_ready()
-        expert_hooks = experts.check(list(expert_hook_names or experts.hook_names()))
+        expert_hooks = experts.check(_or_all("expert_hook_names", expert_hook_names, experts))
         target_hooks = target_host.check_hook_names(
-            list(target_hook_names or target_host.hook_names())
+            _or_all("target_hook_names", target_hook_names, target_host)
         )
         rehearse(
             self.config,
@@ -334,3 +335,17 @@ class ExpertSteer:
             store=store,
             shard=shard,
         )
+
+
+def _or_all(name: str, given: Sequence[str] | None, source: Any) -> list[str]:
+    """The hook names given, or those after every block."""
+    if given is None:
+        return list(source.hook_names())
+    if isinstance(given, str):
+        raise HookNameError(
+            f"{name} must be a list of hook names, got one text; write [{shown(given)}]."
+        )
+    names = list(given)
+    if not names:
+        raise ArgumentError(f"{name} is empty; give at least one name, or None for all.")
+    return names

@@ -123,7 +123,7 @@ def reproduce(
     """
     sources: dict[str, Experts | Host] = {"expert": Experts.of(expert), "target": as_host(target)}
     texts = None if anchors is None else check_texts("anchors", anchors)
-    _check_texts(saved, pairs, texts)
+    check_texts_of(saved, pairs, texts)
     for side, source in sources.items():
         _check_model(saved, side, source)
     behaviour, test_behaviour = saved.data.validation_behaviour, saved.data.test_behaviour
@@ -246,8 +246,13 @@ def _results(
     return out
 
 
-def _check_texts(saved: ExpertSteering, pairs: ContrastPairs, anchors: list[Text] | None) -> None:
-    """Raise unless these are the texts that the fit recorded."""
+def check_texts_of(saved: ExpertSteering, pairs: ContrastPairs, anchors: list[Text] | None) -> None:
+    """Refuse other texts than those that the fit recorded.
+
+    Raises:
+        DataError: texts other than those of the fit; the message says which.
+        ArgumentError: the fit recorded none.
+    """
     facts = saved.provenance
     if "anchors" not in saved.data.text_hashes or "hash" not in (facts.get("pairs") or {}):
         raise ArgumentError(

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number
+from expertsteer_lens._checks import check_number, shown
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._upward import upward
 from expertsteer_lens.data.activations import ActivationStore, layer_or_none
@@ -117,7 +117,12 @@ class SteeringPlan:
             raise ArgumentError("vectors is empty; give at least one tensor by hook name.")
         out = []
         for name, value in vectors.items():
-            tensor = torch.as_tensor(value).detach().to(torch.float64)
+            try:
+                tensor = torch.as_tensor(value).detach().to(torch.float64)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise DataError(
+                    f"vectors[{name!r}] must be a tensor [d] of numbers, got {shown(value)}."
+                ) from error
             if tensor.ndim != 1 or not bool(torch.isfinite(tensor).all()):
                 raise DataError(
                     f"vectors[{name!r}] must be a finite tensor [d], got shape "

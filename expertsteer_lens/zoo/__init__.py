@@ -188,9 +188,11 @@ def _load_huggingface(path: pathlib.Path) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # a bar for a hundred small tensors is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, local_files_only=True
+            str(path), dtype=torch.float32, local_files_only=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
     finally:
         if shown:
             logging.enable_progress_bar()
