@@ -242,6 +242,13 @@ class TestWhatTheTablesSay:
         assert plan_name(config.preset("paper")) == "ExpertSteer (paper)"
         assert plan_name(config(aligner={"kind": "ridge"})) == "ExpertSteer (own settings)"
 
+    def test_what_a_file_says_is_one_word_of_the_command(self):
+        from expertsteer_lens.benchmarks.bench_tables import command_of
+
+        given = {"domains": ["a; b"], "n_random": "3; c", "seed": "$(d)"}
+        said = "--domain 'a; b' --n-random '3; c' --seed '$(d)'"
+        assert command_of({"arguments": given}) == f"expertsteer-lens bench {said}"
+
     @pytest.mark.parametrize(
         ("given", "command"),
         [
