@@ -575,6 +575,13 @@ class TestBadInput:
             fit.plan(coefficient="large")
         with pytest.raises(HookNameError, match="a fitted layer pair"):
             fit.plan(layer_pairs=[("blocks.0.hook_resid_post", "nowhere")])
+        for wrong, message in (
+            (("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"), "is given in a list"),
+            ([("blocks.0.hook_resid_post",)], "must hold"),
+            ([], "is empty"),
+        ):
+            with pytest.raises(ArgumentError, match=message):
+                fit.plan(layer_pairs=wrong)
 
 
 def test_anchor_parts_are_disjoint_and_complete():

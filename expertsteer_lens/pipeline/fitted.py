@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from expertsteer_lens._checks import check_number, unknown_hook
+from expertsteer_lens._checks import check_list, check_number, unknown_hook
 from expertsteer_lens._html import repr_html
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.align import Aligner
@@ -223,10 +223,11 @@ class ExpertSteering:
             edit: "add" and others, see `SteeringPlan`.
 
         Raises:
-            ArgumentError: `coefficient` is a text other than "auto".
+            ArgumentError: `coefficient` is a text other than "auto", or `layer_pairs` is no list of
+                pairs of names, or empty.
             HookNameError: a layer pair that was not fitted.
         """
-        keys = list(layer_pairs) if layer_pairs is not None else self.layer_pairs.keys()
+        keys = self.layer_pairs.keys() if layer_pairs is None else _checked_pairs(layer_pairs)
         if isinstance(coefficient, str) and coefficient != "auto":
             raise ArgumentError(f"coefficient must be a number or 'auto', got {coefficient!r}.")
         number = 0.1 if isinstance(coefficient, str) else float(coefficient)
@@ -452,3 +453,16 @@ def collect(
         steps=tuple(log.steps),
         **found._asdict(),
     )
+
+
+def _checked_pairs(layer_pairs: Sequence[PairKey]) -> list[PairKey]:
+    pairs = check_list("layer_pairs", layer_pairs, of="(expert hook, target hook) keys")
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise ArgumentError(
+                f"layer_pairs must hold (expert hook, target hook) keys, got {pair!r}; a single "
+                "one is given in a list: [(expert hook, target hook)]."
+            )
+    if not pairs:
+        raise ArgumentError("layer_pairs is empty; leave it out for those that were chosen.")
+    return pairs
