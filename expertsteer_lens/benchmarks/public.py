@@ -12,6 +12,8 @@ A direction learnt from right against wrong answers need not be one of knowledge
 
 from __future__ import annotations
 
+import csv
+import io
 import random
 import warnings
 from collections.abc import Mapping
@@ -189,6 +191,7 @@ def _item(
     definition: PublicBenchmark, row: Mapping[str, Any], index: int, source: str, seed: int
 ) -> Item:
     where = f"{source}, row {index}"
+    row = {column: _text_of(value) for column, value in row.items()}
     try:
         found = definition.read(
             row, random.Random(f"{seed} {definition.name} {sorted(row.items(), key=str)}")
@@ -210,6 +213,10 @@ def _item(
             f"{where} has no answer; this split is published without answers, use another "
             f"(default: {definition.split!r})."
         )
+    if isinstance(found["choices"], dict):
+        found["choices"] = {k: _text_of(v) for k, v in found["choices"].items()}
+    elif isinstance(found["choices"], list):
+        found["choices"] = [_text_of(v) for v in found["choices"]]
     try:
         question, right, wrong = multiple_choice_item(found, index, "question", "choices", "answer")
     except DataError as error:
@@ -223,6 +230,11 @@ def _item(
     if not question or not right or not wrong:
         raise UnusableRow("the question, the right answer or every wrong answer is empty")
     return {"question": question, "choices": [right, *dict.fromkeys(wrong)], "answer": 0}
+
+
+def _text_of(value: Any) -> Any:
+    """Nothing (null) as the empty text, not as the text "None"."""
+    return "" if value is None else value
 
 
 def _divide(
@@ -292,15 +304,35 @@ def _table_rows(path: Path) -> list[Any]:
 
             found: list[Any] = parquet.read_table(path).to_pylist()
             return found
-        import pandas as pd
-
-        frame = pd.read_csv(path)
-        # As objects: None for what is empty, Python's own numbers.
-        return list(frame.astype(object).where(frame.notna(), None).to_dict("records"))
-    except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
-        # What pandas and pyarrow raise for a damaged file is one of these.
+        return _csv_rows(path)
+    except DataError:
+        raise
+    except (ValueError, TypeError, KeyError, ArithmeticError, OSError, csv.Error) as error:
+        # What pyarrow and csv raise for a damaged file is one of these.
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is not {path.suffix[1:].upper()}: {reason}.") from error
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table as the texts that stand there: "1.50", "007" and "NA" are answers, not
+    numbers or nothing."""
+    # As opened with newline="": a cell may hold line ends of any kind.
+    table = csv.reader(io.StringIO(read_file(path), newline=""), strict=True)
+    header = next(table, [])
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {twice!r} twice; rename one.")
+    out = []
+    for cells in table:
+        if not cells:
+            continue
+        if len(cells) < len(header) or any(cells[len(header) :]):
+            raise DataError(
+                f"{path}, line {table.line_num} has {len(cells)} cells and the header "
+                f"{len(header)}; put cells that hold a comma in quotes, and write empty ones."
+            )
+        out.append(dict(zip(header, cells, strict=False)))  # a comma may end each row
+    return out
 
 
 def _json_rows(path: Path) -> list[Any]:
