@@ -24,6 +24,9 @@ except ImportError:  # Windows: writers do not wait for one another there
     fcntl = None  # type: ignore[assignment]
 
 
+NEW, LOCK = "expertsteer-new", "expertsteer-lock"
+
+
 def write_folder(
     path: Path,
     write: Callable[[Path], object],
@@ -99,7 +102,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         write(real)
         return
     # The ending stays last: some writers go by it.
-    new = real.with_name(f".{real.stem}.expertsteer-new{real.suffix}")
+    new = real.with_name(f".{real.stem}.{NEW}{real.suffix}")
     with named(path), _turn(real):
         try:
             new.unlink(missing_ok=True)
@@ -147,6 +150,11 @@ def readable(path: Path) -> Path | None:
 
 def _beside(real: Path, what: str) -> Path:
     return real.with_name(f".{real.name}.expertsteer-{what}")
+
+
+def lock_of(path: Path) -> Path:
+    """The file by which writers to a path wait for one another."""
+    return _beside(path, "lock")
 
 
 def _absent(real: Path) -> bool:
@@ -242,7 +250,7 @@ def _turn(real: Path, *, wait: bool = True) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    lock = _beside(real, "lock")
+    lock = lock_of(real)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
