@@ -48,6 +48,7 @@ def write_folder(
     Raises:
         ArtifactError: it cannot be written; what was there before is as it was.
     """
+    check_place(path)
     real = Path(os.path.realpath(path))
     new, old = _beside(real, "new"), _beside(real, "old")
     with named(path), _turn(real):
@@ -63,8 +64,8 @@ def write_folder(
             write(new)
             if real.is_dir():
                 shutil.copymode(real, new)
-            for file in new.iterdir():
-                _sync(file)
+            for file in new.rglob("*"):
+                _sync_folder(file) if file.is_dir() else _sync(file)
             _sync_folder(new)
             if not _absent(real):
                 os.rename(real, old)
@@ -97,6 +98,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'b'
     """
+    check_place(path)
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file() and not real.is_dir():
         write(real)
@@ -150,6 +152,19 @@ def readable(path: Path) -> Path | None:
 
 def _beside(real: Path, what: str) -> Path:
     return real.with_name(f".{real.name}.expertsteer-{what}")
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a path such as "~/plan", which a shell expands and Python does not.
+
+    Raises:
+        ArtifactError: it begins with a home folder.
+    """
+    if os.path.expanduser(path) != os.fspath(path):
+        raise ArtifactError(
+            f"{path} would become a folder named '~'; give the whole path, which "
+            f"pathlib.Path({os.fspath(path)!r}).expanduser() is."
+        )
 
 
 def lock_of(path: Path) -> Path:

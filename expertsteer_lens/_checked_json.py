@@ -39,7 +39,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(
             file.read_text(encoding="utf-8"),
-            object_pairs_hook=_refuse_duplicates,
+            object_pairs_hook=refuse_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -52,8 +52,12 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Readers of JSON differ in which of two equal keys they take.
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook for `json.loads`: readers of JSON differ in which of two equal keys they take.
+
+    Raises:
+        ValueError: a key stands twice in one object.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

@@ -12,8 +12,6 @@ A direction learnt from right against wrong answers need not be one of knowledge
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import warnings
 from collections.abc import Mapping
@@ -27,7 +25,7 @@ from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.contrast import ContrastPairs, multiple_choice_item
-from expertsteer_lens.data.texts import lines_of, parse_json, read_file
+from expertsteer_lens.data.texts import csv_rows, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .public_sets import (
@@ -304,35 +302,13 @@ def _table_rows(path: Path) -> list[Any]:
 
             found: list[Any] = parquet.read_table(path).to_pylist()
             return found
-        return _csv_rows(path)
+        return list(csv_rows(path))
     except DataError:
         raise
-    except (ValueError, TypeError, KeyError, ArithmeticError, OSError, csv.Error) as error:
-        # What pyarrow and csv raise for a damaged file is one of these.
+    except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
+        # What pyarrow raises for a damaged file is one of these.
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is not {path.suffix[1:].upper()}: {reason}.") from error
-
-
-def _csv_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table as the texts that stand there: "1.50", "007" and "NA" are answers, not
-    numbers or nothing."""
-    # As opened with newline="": a cell may hold line ends of any kind.
-    table = csv.reader(io.StringIO(read_file(path), newline=""), strict=True)
-    header = next(table, [])
-    twice = next((name for name in header if name and header.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path} has the column {twice!r} twice; rename one.")
-    out = []
-    for cells in table:
-        if not cells:
-            continue
-        if len(cells) < len(header) or any(cells[len(header) :]):
-            raise DataError(
-                f"{path}, line {table.line_num} has {len(cells)} cells and the header "
-                f"{len(header)}; put cells that hold a comma in quotes, and write empty ones."
-            )
-        out.append(dict(zip(header, cells, strict=False)))  # a comma may end each row
-    return out
 
 
 def _json_rows(path: Path) -> list[Any]:

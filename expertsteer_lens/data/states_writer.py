@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens._atomic import LOCK, NEW, hold, lock_of, write_file, write_text
+from expertsteer_lens._atomic import LOCK, NEW, check_place, hold, lock_of, write_file, write_text
 from expertsteer_lens._checked_json import DIGEST, digest_of
 from expertsteer_lens.errors import ArtifactError
 
@@ -292,6 +292,7 @@ def writing(path: str | Path, plan: CapturePlan) -> Iterator[StatesWriter]:
         ArtifactError: another process does, the folder holds something else, or it cannot be
             written to.
     """
+    check_place(path)
     folder = Path(os.path.realpath(path))
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"store={str(path)!r} is a file; give a folder.")

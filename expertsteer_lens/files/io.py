@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,8 @@ def _write(thing: Any, kind: Kind, folder: Path) -> None:
     (folder / "README.md").write_text(kind.card(thing), encoding="utf-8")
     text = json.dumps(config, indent=2, allow_nan=False)
     (folder / "config.json").write_text(text, encoding="utf-8")
+    # safetensors makes files that nobody else may read, whatever this process's umask says.
+    shutil.copymode(folder / "config.json", file)
 
 
 def _digest_key(tensor_file: str) -> str:
