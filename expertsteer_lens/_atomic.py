@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from expertsteer_lens.errors import ArtifactError
+from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 try:
     import fcntl
@@ -141,6 +141,8 @@ def readable(path: Path) -> Path | None:
     """Where the complete folder lies: at `path`, or beside it if a writer is between its two
     renames or died there; None if there is nothing."""
     real = Path(os.path.realpath(path))
+    if not real.name:
+        return path
     old = _beside(real, "old")
     for _ in range(20):  # while one place is looked at, a writer may come to use the other
         if not _absent(real):
@@ -154,12 +156,30 @@ def _beside(real: Path, what: str) -> Path:
     return real.with_name(f".{real.name}.expertsteer-{what}")
 
 
-def check_place(path: str | Path) -> None:
-    """Refuse a path such as "~/plan", which a shell expands and Python does not.
+def check_path(path: object) -> None:
+    """Refuse what can be no path.
 
     Raises:
-        ArtifactError: it begins with a home folder.
+        ArgumentError: it is no text or `Path`, is empty, or holds the character NUL.
     """
+    said = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(said, str) or not said or "\0" in said:
+        raise ArgumentError(
+            f"a path must be a text or a pathlib.Path that names a folder or a file, got {said!r}."
+        )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse what can be no path, what has no name of its own, and a path such as "~/plan", which a
+    shell expands and Python does not.
+
+    Raises:
+        ArgumentError: see `check_path`.
+        ArtifactError: it begins with a home folder, or is the root.
+    """
+    check_path(path)
+    if not Path(os.path.realpath(path)).name:
+        raise ArtifactError(f"{path} is the root of the file system; give a place below it.")
     if os.path.expanduser(path) != os.fspath(path):
         raise ArtifactError(
             f"{path} would become a folder named '~'; give the whole path, which "

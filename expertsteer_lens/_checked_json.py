@@ -34,7 +34,11 @@ def read_object(file: Path) -> dict[str, Any]:
         ArtifactError: it cannot be read, is no JSON object, has a key twice, or a number that JSON
             or a computer has not.
     """
-    if file.exists() and not file.is_file():  # a pipe or a device would be read for ever
+    try:
+        odd = file.exists() and not file.is_file()  # a pipe or a device would be read for ever
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}).") from error
+    if odd:
         raise ArtifactError(f"{file} is no file (but a folder, a pipe or a device).")
     try:
         content = json.loads(

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens._atomic import LOCK, NEW, check_place, hold, lock_of, write_file, write_text
+from expertsteer_lens._atomic import (
+    LOCK,
+    NEW,
+    check_place,
+    hold,
+    lock_of,
+    named,
+    write_file,
+    write_text,
+)
 from expertsteer_lens._checked_json import DIGEST, digest_of
 from expertsteer_lens.errors import ArtifactError
 
@@ -294,9 +303,12 @@ def writing(path: str | Path, plan: CapturePlan) -> Iterator[StatesWriter]:
     """
     check_place(path)
     folder = Path(os.path.realpath(path))
-    if folder.exists() and not folder.is_dir():
+    with named(path):
+        is_file = folder.exists() and not folder.is_dir()
+        is_begun = (folder / INDEX).is_file()
+    if is_file:
         raise ArtifactError(f"store={str(path)!r} is a file; give a folder.")
-    if (folder / INDEX).is_file() and read_index(folder).get("complete"):
+    if is_begun and read_index(folder).get("complete"):
         if _left_over(folder):
             with suppress(ArtifactError), hold(folder / "capture", ""):
                 _clear(folder)

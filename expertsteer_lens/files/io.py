@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from expertsteer_lens._atomic import readable, write_folder
+from expertsteer_lens._atomic import check_path, check_place, named, readable, write_folder
 from expertsteer_lens._checked_json import digest_of, read_object
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
@@ -60,6 +60,7 @@ def save(thing: Any, path: str | Path) -> Path:
     ...     load(path)["blocks.0.hook_resid_post"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    check_place(path)
     path, kind = Path(path), kind_of(thing)
 
     def check(there: Path) -> None:
@@ -70,7 +71,8 @@ def save(thing: Any, path: str | Path) -> Path:
                 "folder or remove it yourself."
             )
 
-    check(path)
+    with named(path):
+        check(path)
     write_folder(
         path,
         lambda folder: _write(thing, kind, folder),
@@ -114,18 +116,20 @@ def load(
             newer than this package, or `target` is another model.
         ArgumentError: `target` for something that is no fit.
     """
-    for attempt in range(20):
-        found = readable(Path(path))
-        if found is None:
-            break
-        before = _identity(found)
-        try:
-            return _load_folder(found, target, allow_mismatch)
-        except (ArtifactError, OSError):
-            now = readable(Path(path))
-            unchanged = before is not None and now is not None and before == _identity(now)
-            if unchanged or attempt == 19:
-                raise  # else `save` replaced the folder while it was read
+    check_path(path)
+    with named(path, "cannot be read"):
+        for attempt in range(20):
+            found = readable(Path(path))
+            if found is None:
+                break
+            before = _identity(found)
+            try:
+                return _load_folder(found, target, allow_mismatch)
+            except (ArtifactError, OSError):
+                now = readable(Path(path))
+                unchanged = before is not None and now is not None and before == _identity(now)
+                if unchanged or attempt == 19:
+                    raise  # else `save` replaced the folder while it was read
     files = ["config.json", "README.md", *_tensor_files()]
     folder = download(
         path,
