@@ -298,3 +298,36 @@ def test_a_home_folder_that_no_shell_expanded_is_refused(plan, tmp_path, monkeyp
     with pytest.raises(ArtifactError, match=r"a folder named '~'; give the whole path"):
         esl.save(plan, path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gate", 0),
+        ("gate", False),
+        ("preserve_norm", "false"),
+        ("preserve_norm", 0),
+        ("hook_name", [[]]),
+        ("coefficient", "1"),
+        ("coefficient", True),
+        ("median_norm", "5"),
+        ("provenance", []),
+    ],
+)
+def test_a_vector_with_a_field_of_another_type_is_refused(plan, tmp_path, field, value):
+    folder = esl.save(plan, tmp_path / "plan")
+    config = json.loads((folder / "config.json").read_text())
+    config["vectors"][0][field] = value
+    declare_edit(folder, vectors=config["vectors"])
+    with pytest.raises(ArtifactError, match=rf"vectors\[0\]: {field} must be .*, got"):
+        esl.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("vectors", {}), ("target", 1.0), ("provenance", []), ("basis", 3)]
+)
+def test_a_plan_with_a_field_of_another_type_is_refused(plan, tmp_path, field, value):
+    folder = esl.save(plan, tmp_path / "plan")
+    declare_edit(folder, **{field: value})
+    with pytest.raises(ArtifactError, match=rf"config\.json: {field} must be .*, got"):
+        esl.load(folder)
