@@ -16,12 +16,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from expertsteer_lens.errors import ArtifactError
+from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 try:
     import fcntl
 except ImportError:  # Windows: writers do not wait for one another there
     fcntl = None  # type: ignore[assignment]
+
+
+NEW, LOCK = "expertsteer-new", "expertsteer-lock"
 
 
 def write_folder(
@@ -45,6 +48,7 @@ def write_folder(
     Raises:
         ArtifactError: it cannot be written; what was there before is as it was.
     """
+    check_place(path)
     real = Path(os.path.realpath(path))
     new, old = _beside(real, "new"), _beside(real, "old")
     with named(path), _turn(real):
@@ -60,8 +64,8 @@ def write_folder(
             write(new)
             if real.is_dir():
                 shutil.copymode(real, new)
-            for file in new.iterdir():
-                _sync(file)
+            for file in new.rglob("*"):
+                _sync_folder(file) if file.is_dir() else _sync(file)
             _sync_folder(new)
             if not _absent(real):
                 os.rename(real, old)
@@ -94,12 +98,13 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'b'
     """
+    check_place(path)
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file() and not real.is_dir():
         write(real)
         return
     # The ending stays last: some writers go by it.
-    new = real.with_name(f".{real.stem}.expertsteer-new{real.suffix}")
+    new = real.with_name(f".{real.stem}.{NEW}{real.suffix}")
     with named(path), _turn(real):
         try:
             new.unlink(missing_ok=True)
@@ -137,6 +142,8 @@ def readable(path: Path) -> Path | None:
     renames or died there; None if there is nothing, or cannot be (a name that no file can have)."""
     try:
         real = Path(os.path.realpath(path))
+        if not real.name:
+            return path
         old = _beside(real, "old")
         for _ in range(20):  # while one place is looked at, a writer may come to use the other
             if not _absent(real):
@@ -155,6 +162,42 @@ def readable(path: Path) -> Path | None:
 def _beside(real: Path, what: str) -> Path:
     # Not `with_name`, which the root of a file system does not take.
     return real.parent / f".{real.name}.expertsteer-{what}"
+
+
+def check_path(path: object) -> None:
+    """Refuse what can be no path.
+
+    Raises:
+        ArgumentError: it is no text or `Path`, is empty, or holds the character NUL.
+    """
+    said = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(said, str) or not said or "\0" in said:
+        raise ArgumentError(
+            f"a path must be a text or a pathlib.Path that names a folder or a file, got {said!r}."
+        )
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse what can be no path, what has no name of its own, and a path such as "~/plan", which a
+    shell expands and Python does not.
+
+    Raises:
+        ArgumentError: see `check_path`.
+        ArtifactError: it begins with a home folder, or is the root.
+    """
+    check_path(path)
+    if not Path(os.path.realpath(path)).name:
+        raise ArtifactError(f"{path} is the root of the file system; give a place below it.")
+    if os.path.expanduser(path) != os.fspath(path):
+        raise ArtifactError(
+            f"{path} would become a folder named '~'; give the whole path, which "
+            f"pathlib.Path({os.fspath(path)!r}).expanduser() is."
+        )
+
+
+def lock_of(path: Path) -> Path:
+    """The file by which writers to a path wait for one another."""
+    return _beside(path, "lock")
 
 
 def _absent(real: Path) -> bool:
@@ -250,7 +293,7 @@ def _turn(real: Path, *, wait: bool = True) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    lock = _beside(real, "lock")
+    lock = lock_of(real)
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:

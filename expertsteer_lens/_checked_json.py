@@ -34,12 +34,16 @@ def read_object(file: Path) -> dict[str, Any]:
         ArtifactError: it cannot be read, is no JSON object, has a key twice, or a number that JSON
             or a computer has not.
     """
-    if file.exists() and not file.is_file():  # a pipe or a device would be read for ever
+    try:
+        odd = file.exists() and not file.is_file()  # a pipe or a device would be read for ever
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read ({error}).") from error
+    if odd:
         raise ArtifactError(f"{file} is no file (but a folder, a pipe or a device).")
     try:
         content = json.loads(
             file.read_text(encoding="utf-8"),
-            object_pairs_hook=_refuse_duplicates,
+            object_pairs_hook=refuse_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -52,8 +56,12 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Readers of JSON differ in which of two equal keys they take.
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Hook for `json.loads`: readers of JSON differ in which of two equal keys they take.
+
+    Raises:
+        ValueError: a key stands twice in one object.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.errors import ArtifactError
+from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 SYSTEM_CALLS = ("rename", "replace", "rmdir", "unlink", "mkdir", "fsync")
 
@@ -291,3 +291,43 @@ def test_reports_figures_and_tables_of_a_run_that_fails_are_the_old_ones(tmp_pat
         with pytest.raises(ArtifactError, match="No space left"):
             write_pairs(tmp_path / "pairs.jsonl", esl.zoo.contrast_pairs(n=2))
     assert contents() == before
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        esl.load,
+        lambda path: esl.save(states(1.0), path),
+        esl.ActivationStore.open,
+        lambda path: esl.capture(esl.zoo.load("expert"), ["A dog."], store=path),
+    ],
+)
+def test_a_folder_that_may_not_be_entered_is_a_named_error(tmp_path, monkeypatch, use):
+    def closed(name):
+        real = getattr(os, name)
+
+        def call(path=".", *args, **kwargs):
+            if str(path).startswith(f"{tmp_path}{os.sep}"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "listdir", "scandir", "mkdir", "open"):
+            patch.setattr(os, name, closed(name))
+        with pytest.raises(ArtifactError, match=r"(cannot be read|could not be written).*denied"):
+            use(tmp_path / "closed" / "s")
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", None, 3])
+def test_what_can_be_no_path_is_a_named_error(path):
+    for use in (esl.load, lambda path: esl.save(states(1.0), path), esl.ActivationStore.open):
+        with pytest.raises(ArgumentError, match=r"a path must be a text or a pathlib\.Path"):
+            use(path)
+
+
+def test_the_root_has_no_name_to_replace():
+    for use in (lambda path: esl.save(states(1.0), path), esl.ActivationStore.merge):
+        with pytest.raises(ArtifactError, match="is the root of the file system"):
+            use("/")

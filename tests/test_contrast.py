@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import expertsteer_lens as esl
+from expertsteer_lens.cli.inputs import read_texts
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.contrast import ContrastPairs, text_hash
 from expertsteer_lens.data.texts import are_states_of, texts_sha256
@@ -389,8 +390,6 @@ ODD = "one cat\u2028two\u0085three\x0cfour\x1efive"
 
 
 def test_a_text_file_is_cut_at_line_ends_only_and_has_no_bom(tmp_path):
-    from expertsteer_lens.cli.inputs import read_texts
-
     for end in ("\n", "\r\n"):
         file = tmp_path / "a.txt"
         file.write_bytes(f"\ufefffirst{end}{end}{ODD}{end}".encode())
@@ -403,3 +402,23 @@ def test_json_lines_may_hold_characters_that_end_no_line(tmp_path):
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     file.write_text("\ufeff" + lines, encoding="utf-8")
     assert ContrastPairs.from_jsonl(file).positive == (f"{ODD} 0", f"{ODD} 1")
+
+
+def test_a_carriage_return_ends_no_line_and_marks_are_no_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeff\ufeffat 1%\rat 2%\r\n\ufeffsecond\n\ufeff\n".encode())
+    assert read_texts(file) == ["at 1%\rat 2%", "second"]
+
+
+def test_nul_is_no_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("a b\nc".encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"has the character NUL at place 1, .*; save it as UTF-8"):
+        read_texts(file)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"positive": "a", "negative": "b", "negative": "c"}')
+    with pytest.raises(DataError, match=r"the key 'negative' stands twice in one object, line 1"):
+        ContrastPairs.from_jsonl(file)

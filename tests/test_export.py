@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import os
+from functools import partial
 
 import models
 import pytest
 import torch
 
 import expertsteer_lens as esl
-from expertsteer_lens.errors import ArgumentError, ExpertSteerError
+from expertsteer_lens.errors import ArgumentError, ArtifactError, ExpertSteerError
 from expertsteer_lens.files.export import (
     FORMATS,
     ExportFormat,
@@ -369,11 +372,11 @@ class TestWriting:
         path.write_bytes(b"old")
 
         def full_disk(content, file):
-            file.write_bytes(b"rubbish")
+            file.write(b"rubbish")
             raise OSError("no space left on device")
 
         monkeypatch.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(ArtifactError, match="no space"):
             to_lm_eval(plan_of(), path)
         assert path.read_bytes() == b"old"
         assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -425,3 +428,37 @@ class TestNamesOfTheHarness:
         )
         model = tf.Gemma3ForConditionalGeneration(config).eval()
         assert self.names(model, tmp_path) == "language_model.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"),
+    [(to_lm_eval, ".pt"), (partial(to_hotwire, n_layers=4), ".pt"), (to_gguf, ".gguf")],
+)
+def test_a_file_that_cannot_be_written_is_a_named_error(write, suffix, tmp_path, monkeypatch):
+    file = write(plan_of(), tmp_path / f"a{suffix}")
+    before = file.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    for call in ("fsync", "replace"):
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(ArtifactError, match=r"could not be written.*No space left"):
+                write(plan_of(coefficient=0.1), file)
+        assert file.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == [file.name]
+    (tmp_path / f".a.expertsteer-new{suffix}").write_text("of a process that was killed")
+    write(plan_of(), file)
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_merged_checkpoint_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        folder = export_plan(plan_of(), tmp_path / "m", format="merged", model=models.hf("llama"))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

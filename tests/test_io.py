@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -304,3 +305,53 @@ def test_save_is_ours_even_after_nnsight_has_mounted_its_own_on_every_object():
 def test_errors_are_ours():
     assert issubclass(ArtifactError, ExpertSteerError)
     assert issubclass(ArtifactError, ValueError)
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(plan, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = esl.save(plan, tmp_path / "plan")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("path", ["~/plan", "~"])
+def test_a_home_folder_that_no_shell_expanded_is_refused(plan, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match=r"a folder named '~'; give the whole path"):
+        esl.save(plan, path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("gate", 0),
+        ("gate", False),
+        ("preserve_norm", "false"),
+        ("preserve_norm", 0),
+        ("hook_name", [[]]),
+        ("coefficient", "1"),
+        ("coefficient", True),
+        ("median_norm", "5"),
+        ("provenance", []),
+    ],
+)
+def test_a_vector_with_a_field_of_another_type_is_refused(plan, tmp_path, field, value):
+    folder = esl.save(plan, tmp_path / "plan")
+    config = json.loads((folder / "config.json").read_text())
+    config["vectors"][0][field] = value
+    declare_edit(folder, vectors=config["vectors"])
+    with pytest.raises(ArtifactError, match=rf"vectors\[0\]: {field} must be .*, got"):
+        esl.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("vectors", {}), ("target", 1.0), ("provenance", []), ("basis", 3)]
+)
+def test_a_plan_with_a_field_of_another_type_is_refused(plan, tmp_path, field, value):
+    folder = esl.save(plan, tmp_path / "plan")
+    declare_edit(folder, **{field: value})
+    with pytest.raises(ArtifactError, match=rf"config\.json: {field} must be .*, got"):
+        esl.load(folder)

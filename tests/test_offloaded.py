@@ -12,6 +12,7 @@ from test_ways_to_run import alone, llama, plan_at
 
 import expertsteer_lens as esl
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.facts import weights_digest
 
 accelerate = pytest.importorskip("accelerate")
 TEXTS = ["the cat saw a dog", "sun"]
@@ -40,6 +41,8 @@ def test_weights_that_are_brought_for_each_pass(way: str, tmp_path: pathlib.Path
     host = as_host(model)
     assert host.device.type == "cpu"
     assert host.fingerprint == as_host(whole).fingerprint
+    assert weights_digest(model) == weights_digest(whole) is not None
+    assert all(p.device.type == "meta" or way != "cpu_offload" for p in model.parameters())
     want, got = (esl.capture(m, TEXTS)["blocks.2.hook_resid_post"] for m in (whole, model))
     assert torch.equal(want, got)
     assert alone(model, plan) == alone(whole, plan) != alone(whole, None) == alone(model, None)

@@ -157,6 +157,11 @@ WORDS = {"pubmedqa", "financial_phrasebank", "twitter_financial_news", "gsm8k", 
 """Benchmarks whose answers are words or numbers and so carry no r/w mark."""
 
 
+def sciq(question, right, *wrong):
+    names = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
+    return dict(zip(names, (question, right, *wrong), strict=True))
+
+
 def write(path, rows):
     if path.suffix == ".jsonl":
         path.write_text("\n".join(json.dumps(r) for r in rows) + "\n", encoding="utf-8")
@@ -459,6 +464,64 @@ class TestErrors:
             public.load(
                 "mmlu_anatomy", path=write(tmp_path / "rows.jsonl", [mmlu(0) | {"answer": 7}])
             )
+
+    @pytest.mark.parametrize(
+        "answers",
+        [("1.50", "2.5", "3.0", "4"), ("007", "7", "08", "9"), ("NA", "nan", "None", "null"),
+         ("TRUE", "False", "1e5", "1E400"), ("0.1", "0.10", "0.100", ".1")],
+    )  # fmt: skip
+    def test_a_table_holds_texts_and_no_numbers(self, answers, tmp_path):
+        rows = [sciq(f"question {i}?", *answers) for i in range(8)]
+        reference = public.load("sciq", path=write(tmp_path / "rows.jsonl", rows))
+        found = public.load("sciq", path=write(tmp_path / "rows.csv", rows))
+        assert found.pair_items == reference.pair_items
+        assert found.pair_items[0]["choices"] == list(answers)
+
+    def test_an_index_in_a_table_is_no_choice_of_that_number(self, tmp_path):
+        rows = [
+            {"question": f"q{i}?", "choices": json.dumps(["1", "2", "0", "3"]), "answer": 0}
+            for i in range(8)
+        ]
+        found = public.load("mmlu_anatomy", path=write(tmp_path / "rows.csv", rows))
+        assert found.pair_items[0]["choices"][0] == "1"
+
+    def test_a_comma_at_the_end_of_each_row_moves_no_column(self, tmp_path):
+        file = tmp_path / "rows.csv"
+        lines = [f"q{i}?,right{i},x,y,z," for i in range(8)]
+        file.write_text("\n".join([",".join(sciq(*"abcde")), *lines]))
+        assert public.load("sciq", path=file).pair_items[0]["choices"][1:] == ["x", "y", "z"]
+
+    @pytest.mark.parametrize("row", ["q9?,a,b,c,d,e", "q9?,a,b"])
+    def test_a_row_with_other_cells_than_the_header_is_refused(self, row, tmp_path):
+        file = tmp_path / "rows.csv"
+        lines = [f"q{i}?,right,x,y,z" for i in range(8)]
+        file.write_text("\n".join([",".join(sciq(*"abcde")), *lines, row]))
+        with pytest.raises(DataError, match=r"line 10 has \d cells and the header 5; put cells"):
+            public.load("sciq", path=file)
+
+    def test_a_column_that_stands_twice_is_refused(self, tmp_path):
+        file = tmp_path / "rows.csv"
+        file.write_text("question,question,correct_answer\na,b,c\n")
+        with pytest.raises(DataError, match=r"has the column 'question' twice; rename one"):
+            public.load("sciq", path=file)
+
+    @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+    def test_nothing_is_not_the_text_none(self, suffix, tmp_path):
+        rows = [sciq(f"q{i}?", f"right{i}", "x", "y", "z") for i in range(12)]
+        rows[1] |= {"question": None}
+        rows[2] |= {"correct_answer": None}
+        rows[3] |= {"distractor1": None}
+        found = public.load("sciq", path=write(tmp_path / f"rows.{suffix}", rows))
+        items = [*found.pair_items, *found.prompt_items]
+        assert [i for i, _ in found.skipped] == [1, 2]
+        assert not [i for i in items if "None" in (i["question"], *i["choices"])]
+        assert next(i for i in items if i["question"] == "q3?")["choices"] == ["right3", "y", "z"]
+
+    def test_a_question_without_its_passage_is_left_out(self, tmp_path):
+        rows = [{"question": f"q{i}", "passage": "p", "answer": True} for i in range(8)]
+        rows[1] |= {"passage": None}
+        found = public.load("boolq", path=write(tmp_path / "rows.jsonl", rows))
+        assert found.skipped == ((1, "the column 'passage' is empty"),)
 
     def test_lists_in_a_csv_file_must_be_json(self, tmp_path):
         rows = [mmlu(i) | {"choices": "['a', 'b']"} for i in range(4)]

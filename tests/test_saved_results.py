@@ -399,3 +399,34 @@ class TestFitFromStates:
             DataError, match=r"read at positions='last', but config\.reading is 'mean'"
         ):
             esl.ExpertSteer(mean).fit(states, target, **texts, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"seed": "0"}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"steps": 3}, "steps"),
+        ({"wide": "false"}, "wide"),
+        ({"name": 3}, "name"),
+        ({"share": "0.5"}, "share"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_where_it_is_read(fields, name):
+    @dataclasses.dataclass(frozen=True)
+    class Made:
+        seed: int = 0
+        steps: tuple[dict[str, int | str], ...] = ()
+        wide: bool = False
+        name: str | None = None
+        share: float | None = None
+        tensor: torch.Tensor | None = None
+
+    codec.register_class(Made)
+    try:
+        for good in ({}, {"share": 1}, {"name": None}, {"tensor": 3}, {"wide": True}):
+            assert codec.decode({"$class": "Made", "fields": good}, {}, dict) == Made(**good)
+        with pytest.raises(ArtifactError, match=f"Made: {name} must be .*, got"):
+            codec.decode({"$class": "Made", "fields": fields}, {}, dict)
+    finally:
+        del codec.CLASSES["Made"]

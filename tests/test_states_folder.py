@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import expertsteer_lens as esl
+from expertsteer_lens._checked_json import digest_of
 from expertsteer_lens.data import states_folder, states_writer
 from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, HookNameError
 from expertsteer_lens.hosts import as_host
+from expertsteer_lens.hosts.facts import probe_batch
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 WORDS = "the cat was happy and sad then they ran home with a friend in the snow"
@@ -208,6 +211,100 @@ def test_other_texts_and_other_weights_are_refused(host, tmp_path):
         capture(other, tmp_path / "s")
 
 
+def token_that_only_texts_have(host) -> int:
+    """One that the fingerprint is not measured on."""
+    probe = set(probe_batch(host).input_ids.flatten().tolist())
+    tokens = host.tokenize(TEXTS)
+    shown = tokens.input_ids[tokens.attention_mask.bool()].tolist()
+    return next(token for token in shown if token not in probe)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_weights_that_differ_in_one_token_are_refused(tmp_path, monkeypatch, complete):
+    model = models.hf("llama")
+    host = as_host(model, tokenizer=models.tokenizer())
+    with monkeypatch.context() as patch:
+        dying(host, patch, 9 if complete else 1)
+        with pytest.raises(Died) if not complete else contextlib.nullcontext():
+            capture(host, tmp_path / "s")
+    before, fingerprint = contents(tmp_path / "s"), host.fingerprint
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token_that_only_texts_have(host)] += 1.0
+    assert host.fingerprint == fingerprint
+    with pytest.raises(ArtifactError, match=r"^store=.* another capture: its weights is not"):
+        capture(host, tmp_path / "s")
+    assert contents(tmp_path / "s") == before
+
+
+def test_a_store_that_does_not_know_its_weights_is_taken_by_the_fingerprint(host, tmp_path):
+    held = capture(host, tmp_path / "s")
+    file = tmp_path / "s" / "index.json"
+    index = json.loads(file.read_text())
+    for name in ("weights", "ends", "autocast"):
+        del index["key"][name]
+    index["content_sha256"] = digest_of(index)
+    file.write_text(json.dumps(index))
+    assert torch.equal(capture(host, tmp_path / "s")[HOOKS[0]], held[HOOKS[0]])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ends_of_tokens_are_not_left_out_and_not_added(host, tmp_path, first):
+    capture(host, tmp_path / "s", positions="all", ends=first)
+    with pytest.raises(
+        ArtifactError, match=rf"its ends is not .*\(ends: {first} there, {not first}"
+    ):
+        capture(host, tmp_path / "s", positions="all", ends=not first)
+
+
+def test_a_share_is_not_taken_for_the_whole(host, tmp_path):
+    capture(host, tmp_path / "s", shard=(0, 2))
+    with pytest.raises(ArtifactError, match=r"its shard is not .*\(shard: \[0, 2\] there, None"):
+        capture(host, tmp_path / "s.shard-0-of-2")
+
+
+def test_another_arithmetic_is_refused_where_a_capture_goes_on(host, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dying(host, patch, 1)
+        with pytest.raises(Died):
+            capture(host, tmp_path / "s")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ArtifactError, match=r"its autocast is not .*None there, bfloat16 here"):
+            capture(host, tmp_path / "s")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    with pytest.raises(ArtifactError, match=r"begun with another matmul_precision \(matmul_prec"):
+        capture(host, tmp_path / "s")
+    monkeypatch.undo()
+    monkeypatch.setattr(host.model.config, "_attn_implementation_internal", "sdpa")
+    with pytest.raises(ArtifactError, match=r"begun with another attention \(attention: eager"):
+        capture(host, tmp_path / "s")
+    monkeypatch.undo()
+    capture(host, tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["progress.jsonl", "states-000.safetensors", "index.json"])
+def test_nothing_is_written_through_a_link(host, tmp_path, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        dying(host, patch, 1)
+        with pytest.raises(Died):
+            capture(host, tmp_path / "s")
+    outside, file = tmp_path / "outside", tmp_path / "s" / name
+    file.rename(outside)
+    file.symlink_to(outside)
+    before = outside.read_bytes()
+    with pytest.raises(ArtifactError, match=rf"its {name} is a link, through which a file outside"):
+        capture(host, tmp_path / "s")
+    assert outside.read_bytes() == before
+
+
+def test_a_capture_killed_at_its_end_leaves_nothing_for_good(host, tmp_path):
+    capture(host, tmp_path / "s")
+    wanted = contents(tmp_path / "s")
+    for name in ("progress.jsonl", ".capture.expertsteer-lock", ".index.expertsteer-new.json"):
+        (tmp_path / "s" / name).write_text("")
+    capture(host, tmp_path / "s")
+    assert contents(tmp_path / "s") == wanted
+
+
 def test_batches_must_be_the_same_where_it_goes_on_and_need_not_be_where_it_is_complete(
     host, tmp_path, monkeypatch
 ):
@@ -355,8 +452,6 @@ class TestDamage:
             esl.ActivationStore.open(folder)
 
     def test_an_index_with_a_true_checksum_and_wrong_types_is_a_named_error(self, folder):
-        from expertsteer_lens._checked_json import digest_of
-
         file = folder / "index.json"
         index = json.loads(file.read_text())
         for key in ("key", "widths", "n_rows", "n_norms", "labels", "sha256", "provenance"):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from expertsteer_lens import zoo
+from expertsteer_lens._checked_json import digest_of
 from expertsteer_lens.benchmarks.transfer import (
     Answered,
     TransferBench,
@@ -491,8 +492,32 @@ def test_a_task_must_hold_its_test_out(tmp_path):
     with pytest.raises(DataError, match="form of a task"):
         TransferTask.from_json(path)
     path.write_text("{")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is not JSON"):
         TransferTask.from_json(path)
+    for text in ("[" * 100_000, '{"name": ' + "9" * 5000 + "}", '{"name": "a", "name": "b"}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="is no JSON that can be read"):
+            TransferTask.from_json(path)
+
+
+def test_two_runs_into_one_folder_are_refused(models, tmp_path):
+    def again(_):
+        with pytest.raises(ArtifactError, match="is being written by another process; wait for it"):
+            bench_transfer(**arguments(models), out=tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench_transfer(**arguments(models), out=tmp_path, on_progress=again)
+
+
+@pytest.mark.parametrize("name", ["rows", "choices", "settings"])
+def test_a_run_without_its_parts_is_a_named_error(tmp_path, name):
+    content = {"rows": [], "choices": {}, "settings": {}}
+    for changed in ({**content, name: 3}, {k: v for k, v in content.items() if k != name}):
+        changed["content_sha256"] = digest_of(changed)
+        (tmp_path / "run.json").write_text(json.dumps(changed))
+        with pytest.raises(ArtifactError, match=f"its '{name}' is missing or no (list|dict)"):
+            TransferBench.read(tmp_path)
 
 
 def test_plain_models_are_shown_question_and_answer():

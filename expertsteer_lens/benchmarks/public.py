@@ -25,7 +25,7 @@ from expertsteer_lens._checks import check_choice, check_number
 from expertsteer_lens._moved import Renamed
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.contrast import ContrastPairs, multiple_choice_item
-from expertsteer_lens.data.texts import lines_of, parse_json, read_file
+from expertsteer_lens.data.texts import csv_rows, lines_of, parse_json, read_file
 from expertsteer_lens.errors import ArgumentError, DataError
 
 from .public_sets import (
@@ -189,6 +189,7 @@ def _item(
     definition: PublicBenchmark, row: Mapping[str, Any], index: int, source: str, seed: int
 ) -> Item:
     where = f"{source}, row {index}"
+    row = {column: _text_of(value) for column, value in row.items()}
     try:
         found = definition.read(
             row, random.Random(f"{seed} {definition.name} {sorted(row.items(), key=str)}")
@@ -210,6 +211,10 @@ def _item(
             f"{where} has no answer; this split is published without answers, use another "
             f"(default: {definition.split!r})."
         )
+    if isinstance(found["choices"], dict):
+        found["choices"] = {k: _text_of(v) for k, v in found["choices"].items()}
+    elif isinstance(found["choices"], list):
+        found["choices"] = [_text_of(v) for v in found["choices"]]
     try:
         question, right, wrong = multiple_choice_item(found, index, "question", "choices", "answer")
     except DataError as error:
@@ -223,6 +228,11 @@ def _item(
     if not question or not right or not wrong:
         raise UnusableRow("the question, the right answer or every wrong answer is empty")
     return {"question": question, "choices": [right, *dict.fromkeys(wrong)], "answer": 0}
+
+
+def _text_of(value: Any) -> Any:
+    """Nothing (null) as the empty text, not as the text "None"."""
+    return "" if value is None else value
 
 
 def _divide(
@@ -292,13 +302,11 @@ def _table_rows(path: Path) -> list[Any]:
 
             found: list[Any] = parquet.read_table(path).to_pylist()
             return found
-        import pandas as pd
-
-        frame = pd.read_csv(path)
-        # As objects: None for what is empty, Python's own numbers.
-        return list(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+        return list(csv_rows(path))
+    except DataError:
+        raise
     except (ValueError, TypeError, KeyError, ArithmeticError, OSError) as error:
-        # What pandas and pyarrow raise for a damaged file is one of these.
+        # What pyarrow raises for a damaged file is one of these.
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path} is not {path.suffix[1:].upper()}: {reason}.") from error
 

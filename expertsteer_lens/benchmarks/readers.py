@@ -34,13 +34,30 @@ def item(question: Any, choices: Any, answer: Any) -> Item:
     return {"question": str(question).strip(), "choices": choices, "answer": answer}
 
 
+def written(row: Row, column: str) -> str:
+    """What stands in a column that the question needs.
+
+    Raises:
+        UnusableRow: nothing does.
+    """
+    text = str(row[column])
+    if not text.strip():
+        raise UnusableRow(f"the column {column!r} is empty")
+    return text
+
+
 def columns(question: str, choices: str, answer: str) -> Reader:
     """Reader of a set whose three columns are used as they are; text labels of the answer are keys
     of `choices`."""
 
     def read(row: Row, _: random.Random) -> Item:
         """The row's three columns as an item."""
-        return item(row[question], listed(row[choices], choices), row[answer])
+        options, right = listed(row[choices], choices), row[answer]
+        # Where the list is a text, as in a CSV file, its index is one too, and not the choice that
+        # happens to be that number.
+        if isinstance(row[choices], str) and isinstance(options, list) and str(right).isdigit():
+            right = int(right)
+        return item(row[question], options, right)
 
     return read
 
@@ -64,7 +81,7 @@ def sentiment(column: str, names: Sequence[str]) -> Reader:
     def read(row: Row, _: random.Random) -> Item:
         """The row as a question about the text."""
         return item(
-            f"{row[column]}\nWhat is the sentiment of this financial text?",
+            f"{written(row, column)}\nWhat is the sentiment of this financial text?",
             list(names),
             _class(row["label"], names),
         )
@@ -77,7 +94,7 @@ def medmcqa(row: Row, _: random.Random) -> Item:
     if "opa" not in row and "options" in row:
         return item(row["question"], listed(row["options"], "options"), row["answer_idx"])
     options = [row[name] for name in ("opa", "opb", "opc", "opd")]
-    return item(row["question"], options, int(row["cop"]) if row["cop"] is not None else None)
+    return item(row["question"], options, _index(row["cop"]))
 
 
 def pubmedqa(row: Row, _: random.Random) -> Item:
@@ -157,10 +174,10 @@ def math_qa(row: Row, _: random.Random) -> Item:
 
 def hellaswag(row: Row, _: random.Random) -> Item:
     """Endings of a described activity; WikiHow's bracketed marks are removed."""
-    context = f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}"
+    begin = f"{written(row, 'activity_label')}: {written(row, 'ctx_a')}"
+    context = f"{begin} {str(row['ctx_b']).capitalize()}"
     endings = [_without_marks(e) for e in listed(row["endings"], "endings")]
-    label = str(row["label"]).strip()
-    return item(_without_marks(context), endings, int(label) if label else None)
+    return item(_without_marks(context), endings, _index(row["label"]))
 
 
 def winogrande(row: Row, _: random.Random) -> Item:
@@ -170,13 +187,15 @@ def winogrande(row: Row, _: random.Random) -> Item:
     if not gap or not before.strip():
         raise UnusableRow("the sentence has no gap, or nothing before it")
     answer = str(row["answer"]).strip()
-    return item(before, {n: f"{row[f'option{n}']}{after}" for n in ("1", "2")}, answer or None)
+    return item(
+        before, {n: f"{written(row, f'option{n}')}{after}" for n in ("1", "2")}, answer or None
+    )
 
 
 def piqa(row: Row, _: random.Random) -> Item:
     """Two ways to reach a goal."""
-    label = int(row["label"])
-    return item(row["goal"], [row["sol1"], row["sol2"]], label if label >= 0 else None)
+    label = _index(row["label"])
+    return item(row["goal"], [row["sol1"], row["sol2"]], None if label == -1 else label)
 
 
 def sciq(row: Row, _: random.Random) -> Item:
@@ -189,8 +208,8 @@ def boolq(row: Row, _: random.Random) -> Item:
     """A passage and a yes/no question about it."""
     answer = str(row["answer"]).strip().lower()
     right = {"true": "yes", "1": "yes", "false": "no", "0": "no"}.get(answer)
-    question = str(row["question"]).strip().rstrip("?")
-    return item(f"{row['passage']}\nQuestion: {question}?", ["yes", "no"], right)
+    question = written(row, "question").strip().rstrip("?")
+    return item(f"{written(row, 'passage')}\nQuestion: {question}?", ["yes", "no"], right)
 
 
 def listed(value: Any, column: str) -> Any:
@@ -216,6 +235,12 @@ def _class(label: Any, names: Sequence[str]) -> str | None:
     if text.lower() in names:
         return text.lower()
     return names[int(text)] if text.isdigit() and int(text) < len(names) else None
+
+
+def _index(value: Any) -> int | None:
+    """The number of the right choice; None where nothing is said."""
+    text = str(value).strip()
+    return int(text) if text else None
 
 
 def _plain(number: Decimal) -> str:

@@ -127,8 +127,11 @@ class ActivationStore(Mapping[str, Tensor]):
             ...     ActivationStore.open(folder + "/states")
             ActivationStore(6 hook points, n=1, d_model=128)
         """
+        from expertsteer_lens._atomic import check_path
+
         from .states_folder import open_folder
 
+        check_path(path)
         states, labels, provenance = open_folder(Path(path), check=check)
         return cls(states, labels, provenance)
 

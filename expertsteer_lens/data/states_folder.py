@@ -91,9 +91,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         ArtifactError: it is missing, damaged, or of a later version.
     """
     file = folder / INDEX
-    if not file.is_file():
-        raise ArtifactError(f"{folder} is no store of states: {INDEX} is missing.")
     try:
+        if not file.is_file():
+            raise ArtifactError(f"{folder} is no store of states: {INDEX} is missing.")
         index = read_object(file)
         if index.get("format") != FORMAT:
             raise ArtifactError(f"{file} is no index of states.")

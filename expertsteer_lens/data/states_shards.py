@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from expertsteer_lens._atomic import check_place
 from expertsteer_lens.errors import ArgumentError, ArtifactError
 
 from .capture_plan import CapturePlan, starts_of
@@ -78,6 +79,7 @@ def merge_shards(store: str | Path, medians: Any) -> None:
         store: the folder that the processes were given.
         medians: makes provenance of the norms of all tokens.
     """
+    check_place(store)
     folders = _shards_beside(Path(store))
     indices = [read_index(folder) for folder in folders]
     for index, folder in zip(indices, folders, strict=True):

@@ -16,11 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertsteer_lens._atomic import hold, write_file, write_text
+from expertsteer_lens._atomic import (
+    LOCK,
+    NEW,
+    check_place,
+    hold,
+    lock_of,
+    named,
+    write_file,
+    write_text,
+)
 from expertsteer_lens._checked_json import DIGEST, digest_of
 from expertsteer_lens.errors import ArtifactError
 
-from .capture_plan import CapturePlan, labels_to, starts_of
+from .capture_plan import TOKEN_ENDS, CapturePlan, labels_to, starts_of
 from .states_folder import (
     FORMAT,
     FORMAT_VERSION,
@@ -113,9 +122,8 @@ class StatesWriter:
             provenance={**self.plan.provenance, **facts},
             widths={name: file.width for name, file in self._files.items()},
         )
-        with suppress(OSError):  # in nobody's way
-            (self.folder / PROGRESS).unlink(missing_ok=True)
         self.is_complete = True
+        _clear(self.folder)
 
     # -- what is there ----------------------------------------------------------------------------
 
@@ -137,9 +145,12 @@ class StatesWriter:
             if index["complete"]:
                 self.is_complete = True
                 return
+            self._refuse_links()
             if index["widths"] is None:
                 return
             self._files = files_of(index)
+        except ArtifactError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"{self.folder / INDEX} lacks what its format has: {error!r}."
@@ -149,24 +160,43 @@ class StatesWriter:
         self.done = self._intact(read_progress(self.folder))
         self._rewrite_progress()
 
+    def _refuse_links(self) -> None:
+        """What is written to a link would be written outside of the folder."""
+        for path in self.folder.iterdir():
+            if path.is_symlink() and (path.name in (INDEX, PROGRESS) or path.match("states-*")):
+                raise ArtifactError(
+                    f"store={str(self.folder)!r} is not complete and its {path.name} is a link, "
+                    "through which a file outside would be overwritten; put the file itself there, "
+                    "or give another folder."
+                )
+
     def _check_same(self, index: dict[str, Any]) -> None:
         complete, plan = index["complete"], self.plan
-        other = [k for k in plan.key if index["key"].get(k) != plan.key[k]]
+        # Earlier versions did not say these.
+        there = {"ends": TOKEN_ENDS in index["provenance"], "autocast": None, **index["key"]}
+        other = [k for k in {**plan.key, **there} if there.get(k) != plan.key.get(k)]
+        # Hosts keep the same weights in other forms; where weights are not known, the fingerprint
+        # alone counts.
+        same_host = index["made_with"].get("host") == plan.made_with.get("host")
+        known = None not in (there.get("weights"), plan.key.get("weights")) and same_host
+        if not known or "fingerprint" in other:
+            other = [k for k in other if k != "weights"]
         if other:
             raise ArtifactError(
                 f"store={str(self.folder)!r} holds states of another capture: its {_listed(other)} "
                 f"{'is' if len(other) == 1 else 'are'} not what this one asks for "
-                f"({_difference(other[0], index['key'], plan.key)}); give another folder, or "
+                f"({_difference(other[0], there, plan.key)}); give another folder, or "
                 "remove it."
             )
         if complete:
             return
-        other = [k for k in plan.made_with if index["made_with"].get(k) != plan.made_with[k]]
+        begun = index["made_with"]
+        other = [k for k in plan.made_with if k in begun and begun[k] != plan.made_with[k]]
         if other or index["batches"] != plan.batches:
             name = other[0] if other else "batches"
             raise ArtifactError(
                 f"store={str(self.folder)!r} was begun with another {_listed(other or [name])} "
-                f"({_difference(name, index['made_with'], plan.made_with)}), and would not become "
+                f"({_difference(name, begun, plan.made_with)}), and would not become "
                 "what it would have been; go on as it was begun, or give another folder."
             )
 
@@ -271,14 +301,39 @@ def writing(path: str | Path, plan: CapturePlan) -> Iterator[StatesWriter]:
         ArtifactError: another process does, the folder holds something else, or it cannot be
             written to.
     """
+    check_place(path)
     folder = Path(os.path.realpath(path))
-    if folder.exists() and not folder.is_dir():
+    with named(path):
+        is_file = folder.exists() and not folder.is_dir()
+        is_begun = (folder / INDEX).is_file()
+    if is_file:
         raise ArtifactError(f"store={str(path)!r} is a file; give a folder.")
-    if (folder / INDEX).is_file() and read_index(folder).get("complete"):
+    if is_begun and read_index(folder).get("complete"):
+        if _left_over(folder):
+            with suppress(ArtifactError), hold(folder / "capture", ""):
+                _clear(folder)
         yield StatesWriter(folder, plan)  # which writes nothing, so the place may be read-only
         return
     with hold(folder / "capture", "wait for it, or give another folder as store=."):
         yield StatesWriter(folder, plan)
+
+
+def _left_over(folder: Path) -> list[Path]:
+    """What is in a complete store beside what belongs there: a capture that was killed at its end
+    left it."""
+    try:
+        names = (PROGRESS, *(f".*.{what}*" for what in (LOCK, NEW)))
+        return [path for path in folder.iterdir() if any(map(path.match, names))]
+    except OSError:
+        return []
+
+
+def _clear(folder: Path) -> None:
+    """Remove it; only while the folder is held."""
+    for path in _left_over(folder):
+        if path != lock_of(folder / "capture"):
+            with suppress(OSError):  # in nobody's way
+                path.unlink(missing_ok=True)
 
 
 def _bytes_of(value: Tensor) -> memoryview:
@@ -321,6 +376,6 @@ def _difference(name: str, there: Mapping[str, Any], asked: Mapping[str, Any]) -
         text = str(value)
         return text if len(text) <= 80 else text[:77] + "..."
 
-    if name not in asked:
+    if name == "batches":
         return "other prompts go together"
-    return f"{name}: {shown(there.get(name))} there, {shown(asked[name])} here"
+    return f"{name}: {shown(there.get(name))} there, {shown(asked.get(name))} here"

@@ -199,7 +199,64 @@ def _construct(cls: type, content: dict[str, Any]) -> Any:
     missing = sorted(field for field, needed in known.items() if needed and field not in content)
     if missing:
         raise ArtifactError(f"{cls.__name__} lacks the field {missing[0]!r}.")
+    check_types(cls, content, cls.__name__)
     return cls(**content)
+
+
+_PLAIN: dict[str, type | tuple[type, ...]] = {
+    "None": type(None),
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "tuple": (tuple, list),
+    "Mapping": Mapping,
+    "dict": dict,
+}
+"""What JSON has to be for fields whose annotations are made of these; others are not looked at."""
+
+
+def check_types(cls: Any, content: Mapping[str, Any], where: str) -> None:
+    """Whether the fields of a dataclass or a named tuple have the plain types it says: constructors
+    take a text for a switch, or a number for a list, and fail when it is used.
+
+    Args:
+        cls: the class.
+        content: its fields.
+        where: begins the message.
+
+    Raises:
+        ArtifactError: one has another.
+    """
+    of_fields = {f.name: f.type for f in fields(cls)} if is_dataclass(cls) else {}
+    said: dict[str, Any] = of_fields or dict(cls.__annotations__)
+    for name, value in content.items():
+        text = said.get(name)
+        text = text.__name__ if isinstance(text, type) else text
+        text = getattr(text, "__forward_arg__", text)  # so named tuples keep it
+        parts = [part.partition("[")[0] for part in _alternatives(str(text))]
+        if not all(part in _PLAIN for part in parts):
+            continue
+        is_number = "int" in parts or "float" in parts
+        wrong_bool = isinstance(value, bool) and is_number and "bool" not in parts
+        if wrong_bool or not any(isinstance(value, _PLAIN[part]) for part in parts):
+            raise ArtifactError(f"{where}: {name} must be {text}, got {value!r:.60}.")
+
+
+def _alternatives(annotation: str) -> list[str]:
+    """The types of an annotation that are not inside of another.
+
+    >>> _alternatives("tuple[int | str, ...] | None")
+    ['tuple[int | str, ...]', 'None']
+    """
+    out, depth = [""], 0
+    for sign in annotation:
+        depth += (sign == "[") - (sign == "]")
+        if sign == "|" and depth == 0:
+            out.append("")
+        else:
+            out[-1] += sign
+    return [part.strip() for part in out]
 
 
 def _ours(module: str, name: str) -> Callable[[], type]:

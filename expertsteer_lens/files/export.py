@@ -15,8 +15,9 @@ their environment as a file.
 
 from __future__ import annotations
 
+import io
 import re
-import tempfile
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from expertsteer_lens._atomic import named, write_file, write_folder
 from expertsteer_lens._checks import check_choice
 from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
@@ -92,10 +94,9 @@ def to_lm_eval(
 
     Raises:
         ArgumentError: the plan cannot be expressed (see `added_vectors`), or the ending is another.
+        ArtifactError: the file cannot be written; what was there is as it was.
         HostError: no blocks are found in `model`.
     """
-    import torch
-
     path = Path(path)
     if path.suffix not in (".pt", ".pth"):
         raise ArgumentError(
@@ -116,7 +117,8 @@ def to_lm_eval(
         }
         for layer, vector in vectors.items()
     }
-    return _written(path, lambda file: torch.save(content, file))
+    write_file(path, lambda file: _save(content, file))
+    return path
 
 
 def to_hotwire(
@@ -137,6 +139,7 @@ def to_hotwire(
     Raises:
         ArgumentError: the plan cannot be expressed (see `added_vectors`), the ending is another, or
             nothing says how many layers there are.
+        ArtifactError: the file cannot be written; what was there is as it was.
     """
     import torch
 
@@ -157,7 +160,8 @@ def to_hotwire(
     matrix = torch.zeros(n_layers, next(iter(vectors.values())).shape[0])
     for layer, vector in vectors.items():
         matrix[layer] = vector
-    return _written(path, lambda file: torch.save(matrix, file))
+    write_file(path, lambda file: _save(matrix, file))
+    return path
 
 
 def to_specs(plan: SteeringPlan) -> dict[str, dict[str, Any]]:
@@ -194,24 +198,38 @@ def to_merged(
 
     Raises:
         ArgumentError: the plan cannot be expressed, no model is given, or something is at `path`.
+        ArtifactError: the folder cannot be written.
         HostError: the model cannot hold it.
     """
     path = Path(path)
     if model is None:
         raise ArgumentError("format 'merged' needs model=, the target whose weights take the plan.")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ArgumentError(f"{path} exists and is not an empty folder; choose another.")
+
+    def check(there: Path) -> None:
+        if there.exists() and (not there.is_dir() or any(there.iterdir())):
+            raise ArgumentError(f"{path} exists and is not an empty folder; choose another.")
+
+    with named(path):
+        check(path)
     baked = plan.bake(model, allow_mismatch=allow_mismatch)
     from expertsteer_lens.hosts import as_host
 
     def write(folder: Path) -> None:
-        folder.mkdir()
-        baked.save_pretrained(folder)
+        from safetensors import SafetensorError
+
+        try:
+            baked.save_pretrained(folder)
+        except SafetensorError as error:  # its name for a full disk
+            raise OSError(str(error)) from error
         tokenizer = as_host(baked).tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        # safetensors makes files that nobody else may read, whatever this process's umask says.
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "config.json", file)
 
-    return _written(path, write)
+    write_folder(path, write, ours=(), check=check)
+    return path
 
 
 def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown") -> Path:
@@ -229,6 +247,7 @@ def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown"
 
     Raises:
         ArgumentError: the plan cannot be expressed (see `added_vectors`), or steers block 0.
+        ArtifactError: the file cannot be written; what was there is as it was.
         ExpertSteerError: the package gguf is not installed.
     """
     vectors = _vectors_for_gguf(plan)
@@ -251,18 +270,17 @@ def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown"
         writer.write_tensors_to_file()
         writer.close()
 
-    return _written(Path(path), write)
+    write_file(path, write)
+    return Path(path)
 
 
-def _written(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write` make a file or folder beside `path`, and put it there once it is complete: an
-    error leaves what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as work:
-        made = Path(work) / path.name
-        write(made)
-        made.replace(path)
-    return path
+def _save(content: Any, file: Path) -> None:
+    """`torch.save`, whose own writer names no error of the disk."""
+    import torch
+
+    made = io.BytesIO()
+    torch.save(content, made)
+    file.write_bytes(made.getvalue())
 
 
 def _vectors_for_gguf(plan: SteeringPlan) -> dict[int, Float[Tensor, " d"]]:

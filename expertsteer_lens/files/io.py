@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expertsteer_lens._atomic import readable, write_folder
+from expertsteer_lens._atomic import check_path, check_place, named, readable, write_folder
 from expertsteer_lens._checked_json import digest_of, read_object
 from expertsteer_lens._checks import shown
 from expertsteer_lens.errors import ArgumentError, ArtifactError
@@ -60,6 +61,7 @@ def save(thing: Any, path: str | Path) -> Path:
     ...     load(path)["blocks.0.hook_resid_post"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    check_place(path)
     path, kind = Path(path), kind_of(thing)
 
     def check(there: Path) -> None:
@@ -70,7 +72,8 @@ def save(thing: Any, path: str | Path) -> Path:
                 "folder or remove it yourself."
             )
 
-    check(path)
+    with named(path):
+        check(path)
     write_folder(
         path,
         lambda folder: _write(thing, kind, folder),
@@ -124,18 +127,20 @@ def load(
         ...     esl.load(f"{folder}/mine").vectors
         (blocks.1.hook_resid_post: add +5, d=2,)
     """
-    for attempt in range(20):
-        found = readable(Path(path))
-        if found is None:
-            break
-        before = _identity(found)
-        try:
-            return _load_folder(found, target, allow_mismatch)
-        except (ArtifactError, OSError):
-            now = readable(Path(path))
-            unchanged = before is not None and now is not None and before == _identity(now)
-            if unchanged or attempt == 19:
-                raise  # else `save` replaced the folder while it was read
+    check_path(path)
+    with named(path, "cannot be read"):
+        for attempt in range(20):
+            found = readable(Path(path))
+            if found is None:
+                break
+            before = _identity(found)
+            try:
+                return _load_folder(found, target, allow_mismatch)
+            except (ArtifactError, OSError):
+                now = readable(Path(path))
+                unchanged = before is not None and now is not None and before == _identity(now)
+                if unchanged or attempt == 19:
+                    raise  # else `save` replaced the folder while it was read
     files = ["config.json", "README.md", *_tensor_files()]
     folder = download(
         path,
@@ -287,6 +292,8 @@ def _write(thing: Any, kind: Kind, folder: Path) -> None:
     (folder / "README.md").write_text(kind.card(thing), encoding="utf-8")
     text = json.dumps(config, indent=2, allow_nan=False)
     (folder / "config.json").write_text(text, encoding="utf-8")
+    # safetensors makes files that nobody else may read, whatever this process's umask says.
+    shutil.copymode(folder / "config.json", file)
 
 
 def _digest_key(tensor_file: str) -> str:

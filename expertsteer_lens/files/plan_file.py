@@ -12,6 +12,8 @@ import torch
 from expertsteer_lens.errors import ArtifactError
 from expertsteer_lens.interventions.positions import positions_from_json, positions_to_json
 
+from .codec import check_types
+
 if TYPE_CHECKING:
     from expertsteer_lens.steer.plan import SteeringPlan
     from expertsteer_lens.steer.vector import SteeringVector
@@ -70,6 +72,10 @@ def read_plan(
     missing = sorted(known - set(content))
     if missing:
         raise ArtifactError(f"{where} lacks the field {missing[0]!r}.")
+    plain = {name: content[name] for name in ("target", "provenance", "basis")}
+    check_types(SteeringPlan, plain, where)
+    if not isinstance(content["vectors"], list):
+        raise ArtifactError(f"{where}: vectors must be a list, got {content['vectors']!r:.60}.")
     vectors = [
         _read_vector(entry, tensors, i, f"{where}, vectors[{i}]")
         for i, entry in enumerate(content["vectors"])
@@ -100,6 +106,9 @@ def _read_vector(
         for key, value in tensors.items()
         if key.startswith(f"{i}.")
     }
+    check_types(SteeringVector, entry, where)
+    if not isinstance(entry.get("gate"), dict | None):
+        raise ArtifactError(f"{where}: gate must be an object or null, got {entry['gate']!r:.60}.")
     try:
         return SteeringVector(direction=tensors[str(i)], parameters=parameters, **entry)
     except _REFUSALS as error:

@@ -19,6 +19,7 @@ from expertsteer_lens.data.spans import Span
 from expertsteer_lens.data.texts import TEXTS_KEY, texts_sha256
 
 from .batching import length_batches
+from .facts import weights_digest
 from .parts import TokenBatch
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def capture_plan(
     prepend_bos: bool | None,
     batch_size: int | None,
     tokens_per_pass: int,
+    ends: bool,
+    to_disk: bool,
 ) -> CapturePlan:
     """The plan of a `capture`, whose arguments these are.
 
@@ -66,6 +69,8 @@ def capture_plan(
         prepend_bos: as it was asked for.
         batch_size: most texts in a pass.
         tokens_per_pass: most tokens in a pass.
+        ends: whether the ends of tokens are noted.
+        to_disk: whether the rows go to a folder, which is compared with later captures.
     """
     row_counts = looked_at if positions == "all" else [1] * len(texts)
     given_spans = None if spans is None else [list(span) for span in spans]
@@ -79,11 +84,16 @@ def capture_plan(
             "template": _digest_of_template(host, texts),
             "spans": given_spans,
             "labels": None if classes is None else classes.tolist(),
+            "ends": ends,
+            "autocast": _autocast(host),
+            "weights": weights_digest(host._weights) if to_disk else None,
         },
         made_with={
             "host": host.kind,
             "device": host.device.type,
             "processor": platform.machine(),
+            "attention": _attention(host),
+            "matmul_precision": torch.get_float32_matmul_precision(),
             "versions": facts["versions"],
             "batch_size": batch_size,
             "tokens_per_pass": tokens_per_pass,
@@ -110,6 +120,20 @@ def _digest_of_template(host: Host, texts: Sequence[Text]) -> str | None:
     if not any(isinstance(text, Chat) for text in texts):
         return None
     return hashlib.sha256(str(host.tokenizer.chat_template).encode()).hexdigest()
+
+
+def _autocast(host: Host) -> str | None:
+    """The type that autocast computes in on the host's device, if it is on."""
+    kind = host.device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+
+
+def _attention(host: Host) -> str | None:
+    """The model's implementation of attention, where it has several."""
+    name = getattr(getattr(host._weights, "config", None), "_attn_implementation", None)
+    return None if name is None else str(name)
 
 
 def _provenance(

@@ -129,6 +129,7 @@ def capture(
         prepend_bos=prepend_bos,
         max_length=max_length,
         ends=ends,
+        to_disk=store is not None,
     )
     if store is None:
         held = StatesInMemory(request.plan)
@@ -171,6 +172,7 @@ class Request:
         prepend_bos: bool | None = None,
         max_length: int | None = None,
         ends: bool = False,
+        to_disk: bool = False,
     ) -> Request:
         """Arguments and errors are those of `capture`."""
         host.check_ready()
@@ -201,6 +203,8 @@ class Request:
             prepend_bos=prepend_bos,
             batch_size=batch_size,
             tokens_per_pass=tokens_per_pass,
+            ends=ends,
+            to_disk=to_disk,
         )
         if ends:
             plan.provenance[TOKEN_ENDS] = _ends_of(host, texts, tokens, positions, chosen)

@@ -10,13 +10,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
+from expertsteer_lens.data.texts import csv_rows
 from expertsteer_lens.errors import DataError
 
 from .tasks import (
     DEVELOPMENT_FIELDS,
     FIELDS,
     TransferTask,
-    csv_rows,
     json_lines,
     read_field,
     read_styles,

@@ -88,7 +88,14 @@ class TransferBench:
         content = read_object(file)
         if content.get(DIGEST) != digest_of(content):
             raise ArtifactError(f"{file} was changed or damaged: its checksum is another.")
-        return cls(content["rows"], content["choices"], content["settings"])
+        parts = {"rows": list, "choices": dict, "settings": dict}
+        for name, kind in parts.items():
+            if not isinstance(content.get(name), kind):
+                raise ArtifactError(
+                    f"{file} is no run of `bench_transfer`: its {name!r} is missing or no "
+                    f"{kind.__name__}; run it again into another folder."
+                )
+        return cls(*(content[name] for name in parts))
 
     def by_task(self) -> pandas.DataFrame:
         """Mean over draws: one line per expert, target, method, number of pairs and task.

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expertsteer_lens._atomic import hold
 from expertsteer_lens._checks import check_list
 from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.texts import text_hash
@@ -90,7 +92,7 @@ def bench_transfer(
     Raises:
         ArgumentError: a transfer names a model that is not given, nothing is given as anchors or
             neutral texts, or `out` holds a run with other settings, models or texts.
-        ArtifactError: the run in `out` is damaged.
+        ArtifactError: the run in `out` is damaged, or another process writes it.
         DataError: no task, or a task that is among the development tasks too.
 
     Example:
@@ -128,32 +130,40 @@ def bench_transfer(
     sides = {name: Side(name, model, config.batch_size) for name, model in models.items()}
     # One form for all: an expert is read once, whatever the target.
     form: Form = "chat" if all(s.form == "chat" for s in sides.values()) else "plain"
-    kept = _Kept(
-        out,
-        {
-            "config": config.to_dict(),
-            "form": form,
-            "anchors": text_hash(anchors),
-            "neutral": text_hash(neutral),
-            "development": {task.name: task.hash for task in development},
-            "tasks": {task.name: task.hash for task in tasks},
-            "models": {name: side.facts for name, side in sides.items()},
-        },
-    )
-    for target in dict.fromkeys(target for _, target in transfers):
-        experts = dict.fromkeys([target, *(e for e, t in transfers if t == target)])
-        _Target(
-            kept,
-            sides[target],
-            [sides[e] for e in experts],
-            form,
-            development,
-            anchors,
-            neutral,
-            config,
-            on_progress or (lambda line: None),
-        ).measure(tasks)
-    return kept.result()
+    with _alone(out):
+        kept = _Kept(
+            out,
+            {
+                "config": config.to_dict(),
+                "form": form,
+                "anchors": text_hash(anchors),
+                "neutral": text_hash(neutral),
+                "development": {task.name: task.hash for task in development},
+                "tasks": {task.name: task.hash for task in tasks},
+                "models": {name: side.facts for name, side in sides.items()},
+            },
+        )
+        for target in dict.fromkeys(target for _, target in transfers):
+            experts = dict.fromkeys([target, *(e for e, t in transfers if t == target)])
+            _Target(
+                kept,
+                sides[target],
+                [sides[e] for e in experts],
+                form,
+                development,
+                anchors,
+                neutral,
+                config,
+                on_progress or (lambda line: None),
+            ).measure(tasks)
+        return kept.result()
+
+
+def _alone(out: str | Path | None) -> AbstractContextManager[None]:
+    """A block in which no other process writes the run: each would write its own rows alone."""
+    if out is None:
+        return nullcontext()
+    return hold(Path(out) / "run", "wait for it, or give another folder as out=.")
 
 
 class _Target:

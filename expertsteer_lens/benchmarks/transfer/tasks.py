@@ -3,9 +3,6 @@ questions to test on; each model is shown them in its own form."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +11,7 @@ from expertsteer_lens._checks import check_number
 from expertsteer_lens.data.behaviour import Behaviour
 from expertsteer_lens.data.chat import Chat, Text
 from expertsteer_lens.data.contrast import ContrastPairs
-from expertsteer_lens.data.texts import lines_of, parse_json, read_file, text_hash
+from expertsteer_lens.data.texts import csv_rows, lines_of, parse_json, read_file, text_hash
 from expertsteer_lens.errors import DataError
 
 N_WORDS = 24
@@ -82,8 +79,8 @@ class TransferTask:
         Raises:
             DataError: no such file, no JSON, or another form.
         """
+        data = parse_json(read_file(path), path)
         try:
-            data = json.loads(read_file(path))
             parts = {key: tuple(map(_answered, data[key])) for key in ("pairs", "tests")}
             return cls(
                 name=str(data["name"]),
@@ -92,8 +89,6 @@ class TransferTask:
                 question=str(data.get("question", "")),
                 **parts,
             )
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} cannot be read as a task: {error}.") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} does not have the form of a task ({type(error).__name__}: {error}); see "
@@ -269,15 +264,6 @@ def json_lines(path: str | Path) -> list[Any]:
         DataError: there is no such file, or a line is no JSON.
     """
     return [parse_json(line, path, line=number) for number, line in lines_of(path)]
-
-
-def csv_rows(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, by the names in its first line.
-
-    Raises:
-        DataError: there is no such file, or it is no text.
-    """
-    return list(csv.DictReader(io.StringIO(read_file(path))))
 
 
 def _answered(row: Any) -> Answered:
