@@ -182,6 +182,18 @@ def test_states_of_a_fit_with_other_texts_are_refused_by_name(
         run_and_raise(fit_command(files, out, "--pairs", str(tmp_path / "pairs.jsonl")))
 
 
+def test_states_of_a_fit_that_divided_its_prompts_otherwise_are_refused_by_name(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "config.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_steer, "solve", interrupt_at(1, expert_steer.solve, []))
+        assert run(fit_command(files, out)).exit_code == 130
+    other.write_text(json.dumps({**CONFIG, "validation": 0.75}))
+    with pytest.raises(ArgumentError, match=r"stopped/states holds .* another config.validation;"):
+        run_and_raise(fit_command(files, out, "--config", str(other)))
+
+
 def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
     files: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

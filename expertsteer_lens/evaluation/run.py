@@ -32,7 +32,7 @@ from .comparisons import (
     check_methods,
     comparisons,
 )
-from .finished import FinishedRows, KeptRows
+from .finished import FinishedRows, KeptRows, facts_of_base, facts_of_fit
 from .methods import NotMeasured, with_gradients
 from .result import FLOOR, PLAN_COST, Evaluation, EvaluationRow, Role
 
@@ -157,7 +157,9 @@ def evaluate(
         jobs.append(Job(name, "compared", 0, partial(_same, other)))
     rows = [run.row("unsteered", "base", 0, None)]
     facts = run.facts(plan) | {
-        "fit": None if fit is None else [fit.config.to_dict(), fit.seed, fit.data.text_hashes],
+        "model": [run.host.kind, run.host.fingerprint, str(run.host.dtype)],
+        "fit": None if fit is None else facts_of_fit(fit),
+        "base": None if base is None or fit is None else facts_of_base(base, fit),
         "n_bootstrap": n_bootstrap,
         "methods": list(COMPARISONS),
     }

@@ -20,7 +20,7 @@ from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
 from .experts import Experts
-from .finished import check_finished, keeping
+from .finished import check_finished, keeping, read_under
 from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
 from .read_models import Models, PairStates
@@ -168,9 +168,10 @@ class ExpertSteer:
             or experts.are_as_wide_as(target_host),
         )
         reading = reading_of(self.config, *experts.sources.values(), target_host)
+        under = read_under(self.config, self.seed, experts, target_host)
         if isinstance(finished, FitData):
             check_finished(
-                finished, experts, target_host, texts, reading, expert_hooks, target_hooks
+                finished, experts, target_host, texts, reading, expert_hooks, target_hooks, under
             )
         models = Models(
             experts=experts,
@@ -179,6 +180,7 @@ class ExpertSteer:
             target_hook_names=target_hooks,
             reading=reading,
             config=self.config,
+            under=under,
             progress=progress,
             readings=Readings(
                 reading=reading,

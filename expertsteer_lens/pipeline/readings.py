@@ -114,6 +114,7 @@ class Readings:
         spans: Sequence[Span] | None,
     ) -> None:
         facts = store.provenance
+        dtype = str(host.dtype).removeprefix("torch.")
         wanted = None if spans is None else [list(span) for span in spans]
         same = {
             name.split()[0]: facts.get("fingerprint") == host.fingerprint,
@@ -121,6 +122,8 @@ class Readings:
             "config.reading": facts.get("positions") == self.reading
             and (wanted is None or facts.get("spans", wanted) == wanted),
             "hook_names": list(store) == list(hook_names),
+            f"dtype of the {name.split()[0]}": facts.get("dtype", dtype) == dtype,
+            f"host of the {name.split()[0]}": facts.get("host", host.kind) == host.kind,
         }
         check_same(same)
 
