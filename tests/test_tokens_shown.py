@@ -178,6 +178,34 @@ class TestInterruption:
         key = again.layer_pairs.keys()[0]
         assert torch.equal(again.direction(*key), fit.direction(*key))
 
+    def test_an_error_in_a_late_step_has_what_was_finished(self, fit, given, models, monkeypatch):
+        def fails(*args, **kwargs):
+            raise MemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_steer, "solve", fails)
+            with pytest.raises(MemoryError, match="no room") as failed:
+                esl.ExpertSteer(FAST).fit(**given)
+        assert "Kept in error.finished: the states of both models" in failed.value.__notes__[0]
+        again = esl.ExpertSteer(FAST).fit(**given, finished=failed.value.finished)
+        assert again.layer_pairs.keys() == fit.layer_pairs.keys()
+        plan, original, calls = fit.plan(coefficient=0.05), evaluation_run._Run.row_of, []
+
+        def fails_at_second(self, job):
+            calls.append(1)
+            return fails() if len(calls) == 2 else original(self, job)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation_run._Run, "row_of", fails_at_second)
+            with pytest.raises(MemoryError) as failed:
+                esl.evaluate(plan, models[1], fit=fit, n_random=2, n_shuffles=0)
+        assert len(failed.value.finished.rows) == 1
+
+    @pytest.mark.parametrize("name", ["expert_hook_names", "target_hook_names"])
+    def test_no_hook_points_are_not_all(self, name, given):
+        with pytest.raises(ArgumentError, match=f"{name} is an empty list"):
+            esl.ExpertSteer(FAST).fit(**given, **{name: []})
+
     @pytest.mark.parametrize("other", ["config.validation", "seed", "test_behaviour", "behaviour"])
     def test_prompts_that_chose_never_come_to_test(self, other, given):
         """Where the states of a fit were kept, its texts stay divided as they were."""

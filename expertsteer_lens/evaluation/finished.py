@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.errors import ArgumentError, Interrupted
+from expertsteer_lens.errors import ArgumentError, Interrupted, keep_finished
 
-from .result import EvaluationRow
+from .result import SETTING, Evaluation, EvaluationRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,11 @@ class FinishedRows:
     rows: tuple[EvaluationRow, ...]
     setting: str
     """Digest of the plans, the fit, the texts, the budget and the seed they were measured under."""
+
+    @classmethod
+    def of(cls, whole: Evaluation) -> FinishedRows:
+        """All rows of an evaluation that came to its end."""
+        return cls(whole.rows, whole.provenance[SETTING])
 
     def __repr__(self) -> str:
         return f"FinishedRows({len(self.rows)} rows)"
@@ -98,6 +103,11 @@ class KeptRows:
                 "finished=stop.finished.",
                 FinishedRows(tuple(self.rows.values()), self.setting),
             ) from stop
+        except Exception as error:
+            if self.rows:
+                kept = FinishedRows(tuple(self.rows.values()), self.setting)
+                keep_finished(error, kept, f"{len(self.rows)} rows", "evaluate")
+            raise
         return [self.rows[job.method, job.seed] for job in jobs]
 
 

@@ -34,7 +34,7 @@ from .comparisons import (
 )
 from .finished import FinishedRows, KeptRows, facts_of_base, facts_of_fit
 from .methods import NotMeasured, with_gradients
-from .result import FLOOR, PLAN_COST, Evaluation, EvaluationRow, Role
+from .result import FLOOR, PLAN_COST, SETTING, Evaluation, EvaluationRow, Role
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
@@ -116,7 +116,8 @@ def evaluate(
             `Interrupted.finished`; they are not measured again.
 
     Raises:
-        Interrupted: the user stopped it; rows that were finished are kept in `.finished`.
+        Interrupted: the user stopped it; rows that were finished are kept in `.finished`, as in any
+            error that comes after the first row.
         DataError: no behaviour or no neutral texts are given and `fit` has none, or the unsteered
             model gives no finite probabilities on them.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
@@ -172,7 +173,7 @@ def evaluate(
         float(run.base.mean()),
         float(run.base_hits.mean()),
         run.budget,
-        run.provenance(plan, rows),
+        run.provenance(plan, rows) | {SETTING: kept.setting},
     )
 
 
@@ -237,12 +238,13 @@ def _not_held_out(
     disjoint = [(test, chosen)]
     if fit is not None:
         data = fit.data
+        validation = "validation prompts of the fit"
         if data.validation_behaviour is not None:
-            keys["validation prompts of the fit"] = hashes_of(data.validation_behaviour.prompts)
+            keys[validation] = hashes_of(data.validation_behaviour.prompts)
         keys["calibration texts of the fit"] = hashes_of(data.calibration_texts)
         keys["texts of its pairs"] = data.text_hashes.get("pairs", ())
         keys["anchors it was fitted on"] = data.text_hashes.get("anchors", ())
-        disjoint += [("test prompts", "validation prompts of the fit")]
+        disjoint += [("test prompts", validation)]
         disjoint += [("test prompts", "texts of its pairs")]
         disjoint += [(part, "anchors it was fitted on") for part in (test, chosen)]
         if data.provenance.get("anchors", {}).get("given", True):

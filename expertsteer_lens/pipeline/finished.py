@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.errors import Interrupted
+from expertsteer_lens.errors import Interrupted, keep_finished
 
 from .config import ExpertSteerConfig, reading_settings
 from .experts import Experts
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def keeping(data: FitData) -> Iterator[None]:
-    """A block in which `data` is not lost if the user stops it.
+    """A block in which `data` is not lost if the user stops it or a step fails: the error then has
+    it as `finished`.
 
     Raises:
-        Interrupted: the user did.
+        Interrupted: the user stopped it.
     """
     try:
         yield
@@ -34,6 +35,9 @@ def keeping(data: FitData) -> Iterator[None]:
             "finished=stop.finished.",
             data,
         ) from stop
+    except Exception as error:
+        keep_finished(error, data, "the states of both models", "fit")
+        raise
 
 
 def read_under(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.texts import are_states_of
-from expertsteer_lens.errors import ArgumentError, Interrupted
+from expertsteer_lens.errors import ArgumentError, Interrupted, keep_finished
 from expertsteer_lens.hosts import capture
 
 if TYPE_CHECKING:
@@ -85,10 +85,11 @@ class Readings:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """A block in which what was read is not lost if the user stops it.
+        """A block in which what was read is not lost if the user stops it or a reading fails: the
+        error then has it as `finished`.
 
         Raises:
-            Interrupted: the user did, and something was read before.
+            Interrupted: the user stopped it, and something was read before.
         """
         try:
             yield
@@ -103,6 +104,11 @@ class Readings:
                 "arguments and finished=stop.finished.",
                 FinishedReadings(dict(self.stores)),
             ) from stop
+        except Exception as error:
+            if self.stores:
+                what = f"the states of {' and '.join(self.stores)}"
+                keep_finished(error, FinishedReadings(dict(self.stores)), what, "fit")
+            raise
 
     def _check(
         self,
