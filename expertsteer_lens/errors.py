@@ -55,34 +55,6 @@ class ArtifactError(ExpertSteerError, ValueError):
     """A saved file is damaged, of another format version, or was fitted on another model."""
 
 
-def keep_finished(error: Exception, finished: object, what: str, function: str) -> None:
-    """Give an error what was finished before it, as `error.finished`, and a note that says so; what
-    a step further inside has given stays.
-
-    Args:
-        error: of a step that came after.
-        finished: what was finished.
-        what: that, in words.
-        function: the one that takes it as `finished=`.
-
-    Example:
-        >>> error = DataError("texts are missing.")
-        >>> keep_finished(error, {"a": 1}, "the states of a", "fit")
-        >>> error.finished, error.__notes__[0][:42]
-        ({'a': 1}, 'Kept in error.finished: the states of a; o')
-    """
-    if not hasattr(error, "finished"):
-        vars(error)["finished"] = finished
-        error.add_note(
-            f"{KEPT}: {what}; once the cause is removed, call {function} again with the same "
-            "arguments and finished=error.finished."
-        )
-
-
-KEPT = "Kept in error.finished"
-"""How the note begins that `keep_finished` adds."""
-
-
 class Interrupted(KeyboardInterrupt):
     """The user stopped a long computation; what was finished is kept.
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from expertsteer_lens.errors import KEPT, ArgumentError, ExpertSteerError, Interrupted
+from expertsteer_lens._checks import KEPT
+from expertsteer_lens.errors import ArgumentError, ExpertSteerError, Interrupted
 
 from .terminal import say
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens._checks import keep_finished
 from expertsteer_lens._progress import progress_bar
-from expertsteer_lens.errors import ArgumentError, Interrupted, keep_finished
+from expertsteer_lens.errors import ArgumentError, Interrupted
 
 from .result import SETTING, Evaluation, EvaluationRow
 

@@ -84,7 +84,8 @@ def evaluate(
         plan: the plan under test.
         model: the target.
         fit: the fit it came from; gives test prompts, held-out texts, the label-shuffled control,
-            the native ceiling and the baselines.
+            the native ceiling and the baselines. The verdict says so if the plan says that it comes
+            from another one.
         behaviour: test prompts, none of which the fit chose by; default: those the fit kept for
             test.
         neutral: texts on which steering should change nothing, for the side effects that are
@@ -151,6 +152,7 @@ def evaluate(
         seed,
         Generation(n_generate, max_new_tokens, text_score),
     )
+    run.not_held_out += _of_another_fit(plan, fit)
     if fit is not None:
         setting = replace(setting, fit=with_gradients(fit))
     jobs = comparisons(setting, methods)
@@ -246,12 +248,38 @@ def _not_held_out(
         keys["anchors it was fitted on"] = data.text_hashes.get("anchors", ())
         disjoint += [("test prompts", validation)]
         disjoint += [("test prompts", "texts of its pairs")]
+        disjoint += [(validation, "texts of its pairs"), (chosen, validation)]
         disjoint += [(part, "anchors it was fitted on") for part in (test, chosen)]
         if data.provenance.get("anchors", {}).get("given", True):
+            disjoint += [("test prompts", "anchors it was fitted on")]
             disjoint += [(part, "texts of its pairs") for part in (test, chosen)]
         if keys["calibration texts of the fit"] != keys[chosen]:
             disjoint += [(test, "calibration texts of the fit")]
     return [str(both) for both in shared(keys, disjoint)]
+
+
+def _of_another_fit(plan: SteeringPlan, fit: ExpertSteering | None) -> list[str]:
+    """Whether the plan says that it comes from a fit on other texts, models or divisions of them
+    than `fit`, in words: what this one keeps for test may be what the plan was chosen by.
+
+    A plan that says nothing of a fit is taken as it is, as is one of `fit.refit`, which shares the
+    texts of its fit."""
+    if fit is None:
+        return []
+    there, here = plan.provenance, fit.provenance
+    names = ("pairs", "anchors", "behaviour", "test_behaviour", "neutral", "read_under")
+    other = [n for n in names if n in there and n in here and there[n] != here[n]]
+    for side in ("expert", "target"):
+        prints = [(facts.get(side) or {}).get("fingerprint") for facts in (there, here)]
+        if None not in prints and prints[0] != prints[1]:
+            other.append(side)
+    if not other:
+        return []
+    differ = ", ".join("seed or settings of reading" if n == "read_under" else n for n in other)
+    return [
+        f"the plan comes from another fit than the one given ({differ} differ), which may have "
+        "chosen by the prompts and texts that it is tested on"
+    ]
 
 
 class _Run:

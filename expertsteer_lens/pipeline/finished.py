@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens._checks import keep_finished
 from expertsteer_lens.data.activations import ActivationStore
-from expertsteer_lens.errors import Interrupted, keep_finished
+from expertsteer_lens.errors import Interrupted
 
 from .config import ExpertSteerConfig, reading_settings
 from .experts import Experts

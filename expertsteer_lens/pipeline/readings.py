@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens._checks import keep_finished
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.texts import are_states_of
-from expertsteer_lens.errors import ArgumentError, Interrupted, keep_finished
+from expertsteer_lens.errors import ArgumentError, Interrupted
 from expertsteer_lens.hosts import capture
 
 if TYPE_CHECKING:
