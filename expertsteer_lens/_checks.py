@@ -260,3 +260,31 @@ def find_option(options: object, name: str, owner: str) -> Any:
     if name not in values:
         raise ArgumentError(f"{owner} has no option {name!r}; it has {list(values)}.")
     return values[name]
+
+
+def keep_finished(error: Exception, finished: object, what: str, function: str) -> None:
+    """Give an error what was finished before it, as `error.finished`, and a note that says so; what
+    a step further inside has given stays.
+
+    Args:
+        error: of a step that came after.
+        finished: what was finished.
+        what: that, in words.
+        function: the one that takes it as `finished=`.
+
+    Example:
+        >>> error = RuntimeError("no room")
+        >>> keep_finished(error, {"a": 1}, "the states of a", "fit")
+        >>> error.finished, error.__notes__[0][:42]
+        ({'a': 1}, 'Kept in error.finished: the states of a; o')
+    """
+    if not hasattr(error, "finished"):
+        vars(error)["finished"] = finished
+        error.add_note(
+            f"{KEPT}: {what}; once the cause is removed, call {function} again with the same "
+            "arguments and finished=error.finished."
+        )
+
+
+KEPT = "Kept in error.finished"
+"""How the note begins that `keep_finished` adds."""

@@ -153,6 +153,21 @@ def test_prompts_and_texts_that_the_fit_chose_by_are_named_in_the_verdict(fit, z
     assert fit.data.pair_groups == list(range(2 * len(zoo["pairs"])))
 
 
+def test_a_plan_of_another_fit_is_named_in_the_verdict(fit, zoo, tmp_path):
+    """As OUT holds them where a second command was killed between its fit and its plan."""
+    given = {"n_random": 2, "n_shuffles": 0}
+    fewer = {**zoo, "pairs": zoo["pairs"].split(0.5)[0]}
+    other = esl.ExpertSteer(FAST, seed=1).fit(**fewer, progress=False)
+    plan = esl.load(esl.save(other.plan(coefficient=0.1), tmp_path / "plan"))
+    result = esl.evaluate(plan, zoo["target"], fit=fit, **given)
+    (said,) = result.not_held_out
+    assert said.startswith("the plan comes from another fit than the one given (pairs, test_")
+    assert said in result.verdict
+    saved = esl.load(esl.save(fit.plan(coefficient=0.1), tmp_path / "own"))
+    for own in (saved, fit.refit(seed=3).plan(coefficient=0.2), fit.place(n_blocks=2).plan):
+        assert esl.evaluate(own, zoo["target"], fit=fit, **given).not_held_out == []
+
+
 class TestAPlanWithParametersOfItsOwn:
     def context(self, fit) -> esl.SteeringPlan:
         plan = fit.plan(coefficient=0.1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from expertsteer_lens.data.behaviour import Behaviour
+from expertsteer_lens.data.chat import Chat
 from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.parts import hashes_of
 from expertsteer_lens.errors import ArgumentError, DataError
@@ -93,6 +94,16 @@ class TestDividingTheTextsOfAFit:
         assert sorted(t for part in parts for t in part) == sorted(PAIRS.texts)
 
 
+def test_white_space_at_the_ends_and_how_a_letter_is_composed_make_no_other_text():
+    composed, apart = "caf\u00e9 is", "cafe\u0301 is"
+    alike = [composed, apart, f"{composed} ", f"\n{apart}"]
+    chats = [Chat.ask(text, "Yes.") for text in alike]
+    assert len(set(hashes_of(alike))) == len(set(hashes_of(chats))) == 1
+    assert len(set(hashes_of(["a b", "a  b", "A b"]))) == 3
+    first, second = prompts([*alike, "another"]).split(0.5)
+    assert sorted(map(len, (first, second))) == [1, 4]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_pairs_with_a_text_in_common_stay_together(seed):
     chain = ContrastPairs.from_lists(["p0", "p0", "p1", *"abcd"], ["n0", "n1", "n1", *"efgh"])
@@ -162,11 +173,20 @@ class TestWhatAnEvaluationTestsOn:
             (["t"], ["anchor 3"], ["c"], "1 of 1 neutral test texts are among the anchors"),
             (["t"], ["n"], ["anchor 3"], "1 of 1 calibration texts are among the anchors"),
             (["t"], ["cold 3"], ["c"], "1 of 1 neutral test texts are among the texts of its"),
+            (["anchor 3"], ["n"], ["c"], "1 of 1 test prompts are among the anchors"),
+            (["t"], ["n"], ["v1"], "1 of 1 calibration texts are among the validation prompts"),
+            (["v2 \n"], ["n"], ["c"], "1 of 1 test prompts are among the validation prompts"),
         ],
     )
     def test_what_is_not_is_said(self, tested, neutral, calibration, said):
         (line,) = _not_held_out(self.fit(), tested, neutral, calibration)
         assert said in line
+
+    def test_prompts_that_chose_among_directions_learnt_from_them_are_said(self):
+        fit = self.fit()
+        fit.data.validation_behaviour = prompts(["warm 1", "v2"])
+        (line,) = _not_held_out(fit, ["t"], ["n"], ["c"])
+        assert line == "1 of 2 validation prompts of the fit are among the texts of its pairs"
 
     def test_pairs_that_stand_in_for_anchors_are_held_out_from_the_map(self):
         assert _not_held_out(self.fit(given=False), ["t"], ["cold 3"], ["c"]) == []

@@ -1,5 +1,5 @@
-"""Ctrl-C on the command line, as a real SIGINT: what is finished is kept, and the same command goes
-on from there to what it would have found."""
+"""A command that is stopped or fails: what is finished is kept, and the same command goes on from
+there to what it would have found."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 import expertsteer_lens as esl
 from expertsteer_lens.cli import app as cli
+from expertsteer_lens.cli import commands_fit
 from expertsteer_lens.cli.stopped import Stopped
-from expertsteer_lens.errors import ArgumentError, ArtifactError, Interrupted
+from expertsteer_lens.errors import ArgumentError, ArtifactError, DataError, Interrupted
 from expertsteer_lens.evaluation import run as evaluation_run
 from expertsteer_lens.files import io
 from expertsteer_lens.pipeline import expert_steer, read_models, readings
@@ -169,6 +170,115 @@ def run_and_raise(command: list[str]) -> None:
     raise error
 
 
+def failing_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which finds the disk full at its call of this number (from 1)."""
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        return function(*args, **kwargs)
+
+    return counted
+
+
+FAILURES = {
+    "reading": (readings, "capture", 2, "states/FinishedReadings"),
+    "learning": (expert_steer, "solve", 1, "states/FitData"),
+    "saving": (commands_fit, "calibrated", 1, "states/FitData"),
+    "measuring": (evaluation_run._Run, "row_of", 3, "rows/FinishedRows"),
+    "writing": (commands_fit, "write_results", 1, "rows/FinishedRows"),
+}
+
+
+@pytest.mark.parametrize("stage", FAILURES)
+def test_a_fit_that_fails_keeps_what_was_finished(
+    stage: str, files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is the same, with a note; the same command goes on from there."""
+    where, name, call, kept = FAILURES[stage]
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing_at(call, getattr(where, name)))
+        with pytest.raises(OSError, match="No space left") as failed:
+            run_and_raise(fit_command(files, out))
+    (note,) = failed.value.__notes__
+    assert f"kept in {out / 'stopped'}; once the cause is removed, the same command" in note
+    assert (out / "stopped" / kept / "config.json").is_file()
+    if stage == "writing":
+        with monkeypatch.context() as patch:
+            patch.setattr(readings, "capture", None)  # nothing is read or measured again
+            patch.setattr(evaluation_run._Run, "row_of", None)
+            assert run(fit_command(files, out)).exit_code == 0
+        assert not (out / "stopped").exists()
+
+
+def test_an_error_of_ours_is_one_line_with_where_to_go_on(
+    files: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ArgumentError("seed cannot be used.")
+
+    monkeypatch.setattr(expert_steer, "solve", fails)
+    with pytest.raises(SystemExit) as end:
+        cli.main(fit_command(files, tmp_path / "out"))
+    assert end.value.code == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("ArgumentError: --seed cannot be used. What was finished is kept in ")
+
+
+def test_what_cannot_be_kept_hides_no_error(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise ArtifactError("no room.")
+
+    monkeypatch.setattr(expert_steer, "solve", failing_at(1, expert_steer.solve))
+    monkeypatch.setattr(io, "write_folder", full)
+    with pytest.raises(OSError, match="No space left") as failed:
+        run_and_raise(fit_command(files, tmp_path / "out"))
+    assert failed.value.__notes__ == ["What was finished could not be kept (no room.)"]
+
+
+@pytest.mark.parametrize("name", ["plan", "fit", "report.html", ""])
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
+    name: str, files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    if name:
+        (out / name).mkdir(parents=True)
+        (out / name / "mine.txt").write_text("of somebody else")
+    else:
+        out.write_text("a file")
+    monkeypatch.setattr(commands_fit, "load_states_or_model", None)  # no model is loaded
+    with pytest.raises(ArtifactError, match=r"out.*(remove it yourself|is no folder)"):
+        run_and_raise(fit_command(files, out))
+
+
+def test_texts_that_are_too_long_are_named_by_file_and_line_before_any_pass(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "word " * 3000
+    anchors = tmp_path / "anchors.txt"
+    anchors.write_text("\n".join(["", *esl.zoo.anchors(n=60), long]))
+    content = json.loads((files / "behaviour.json").read_text())
+    behaviour = tmp_path / "behaviour.json"
+    prompts = [*content["prompts"][:-1], long]
+    behaviour.write_text(json.dumps({**content, "prompts": prompts}))
+    monkeypatch.setattr(readings, "capture", None)
+    for option, file, said in (
+        ("--anchors", anchors, "anchors.txt, line 62: it has "),
+        ("--behaviour", behaviour, r"behaviour.prompts\[7\] with its completion has "),
+    ):
+        with pytest.raises(DataError, match=f"{said}.* tokens, more than the model's context"):
+            run_and_raise(fit_command(files, tmp_path / "out", option, str(file)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_states_of_a_fit_with_other_texts_are_refused_by_name(
     files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,8 +292,21 @@ def test_states_of_a_fit_with_other_texts_are_refused_by_name(
         run_and_raise(fit_command(files, out, "--pairs", str(tmp_path / "pairs.jsonl")))
 
 
-def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
-    files: pathlib.Path, tmp_path: pathlib.Path
+def test_states_of_a_fit_that_divided_its_prompts_otherwise_are_refused_by_name(
+    files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "config.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_steer, "solve", interrupt_at(1, expert_steer.solve, []))
+        assert run(fit_command(files, out)).exit_code == 130
+    other.write_text(json.dumps({**CONFIG, "validation": 0.75}))
+    with pytest.raises(ArgumentError, match=r"stopped/states holds .* another config.validation;"):
+        run_and_raise(fit_command(files, out, "--config", str(other)))
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_that_is_sent_a_signal_ends_with_its_code_and_no_traceback(
+    sent: signal.Signals, code: int, files: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """From outside, while the second text file of states is read: nothing of this process helps."""
     script = (
@@ -205,9 +328,9 @@ def test_a_process_that_is_sent_a_sigint_ends_with_130_and_no_traceback(
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert any(line == "READY\n" for line in process.stdout)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
     assert "states of expert on pairs were read; what was finished is kept in" in err
     assert (tmp_path / "out/stopped/states/FinishedReadings/config.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import html
 import pathlib
 
@@ -176,6 +177,106 @@ class TestInterruption:
         assert again.layer_pairs.keys() == fit.layer_pairs.keys()
         key = again.layer_pairs.keys()[0]
         assert torch.equal(again.direction(*key), fit.direction(*key))
+
+    def test_an_error_in_a_late_step_has_what_was_finished(self, fit, given, models, monkeypatch):
+        def fails(*args, **kwargs):
+            raise MemoryError("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(expert_steer, "solve", fails)
+            with pytest.raises(MemoryError, match="no room") as failed:
+                esl.ExpertSteer(FAST).fit(**given)
+        assert "Kept in error.finished: the states of both models" in failed.value.__notes__[0]
+        again = esl.ExpertSteer(FAST).fit(**given, finished=failed.value.finished)
+        assert again.layer_pairs.keys() == fit.layer_pairs.keys()
+        plan, original, calls = fit.plan(coefficient=0.05), evaluation_run._Run.row_of, []
+
+        def fails_at_second(self, job):
+            calls.append(1)
+            return fails() if len(calls) == 2 else original(self, job)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation_run._Run, "row_of", fails_at_second)
+            with pytest.raises(MemoryError) as failed:
+                esl.evaluate(plan, models[1], fit=fit, n_random=2, n_shuffles=0)
+        assert len(failed.value.finished.rows) == 1
+
+    @pytest.mark.parametrize("name", ["expert_hook_names", "target_hook_names"])
+    def test_no_hook_points_are_not_all(self, name, given):
+        with pytest.raises(ArgumentError, match=f"{name} is an empty list"):
+            esl.ExpertSteer(FAST).fit(**given, **{name: []})
+
+    @pytest.mark.parametrize("other", ["config.validation", "seed", "test_behaviour", "behaviour"])
+    def test_prompts_that_chose_never_come_to_test(self, other, given):
+        """Where the states of a fit were kept, its texts stay divided as they were."""
+        config, seed, given = FAST, 0, dict(given)
+        neutral = [t for t in esl.zoo.anchors(n=60) if t not in given["anchors"]][:8]
+        prompts = esl.zoo.behaviour(n=16)
+        given |= {"neutral": neutral, "test_behaviour": prompts.select(range(8, 12))}
+        if other == "config.validation":
+            del given["test_behaviour"]
+        kept = esl.ExpertSteer(FAST).fit(**given).data
+        if other == "config.validation":
+            config = dataclasses.replace(FAST, validation=0.75)
+        elif other == "seed":
+            seed = 5
+        elif other == "behaviour":
+            given["behaviour"] = prompts.select(range(7))
+        else:
+            given["test_behaviour"] = prompts.select(range(12, 16))
+        with pytest.raises(ArgumentError, match=f"states of a fit with another {other};"):
+            esl.ExpertSteer(config, seed=seed).fit(**given, finished=kept)
+
+    def test_states_of_another_dtype_are_not_mixed_in(self, given, fit, monkeypatch):
+        from expertsteer_lens.pipeline import readings
+
+        calls, capture = [], readings.capture
+
+        def stop_at_second(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return capture(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(readings, "capture", stop_at_second)
+            with pytest.raises(Interrupted) as stop:
+                esl.ExpertSteer(FAST).fit(**given)
+        double = [model.double() for model in esl.zoo.load_pair(host="huggingface")]
+        in_double = {**given, "expert": double[0], "target": double[1]}
+        for kept, said in (
+            (stop.value.finished, "dtype of the expert"),
+            (fit.data, "host or dtype of a model"),
+        ):
+            with pytest.raises(ArgumentError, match=f"a fit with another {said};"):
+                esl.ExpertSteer(FAST).fit(**in_double, finished=kept)
+
+    def test_rows_of_another_fit_or_base_are_not_kept(self, fit, given, models, monkeypatch):
+        """Another expert under the same texts and settings; another base model."""
+        other = esl.ExpertSteer(FAST).fit(**{**given, "expert": models[1]})
+        states = fit.data.expert_pair_states
+        base, noisy = (
+            esl.ActivationStore(
+                {k: states[k] * scale for k in states}, states.labels, states.provenance
+            )
+            for scale in (0.5, torch.linspace(0.1, 1.0, states.n)[:, None])
+        )
+        plan, options = fit.plan(coefficient=0.05), {"n_random": 2, "n_shuffles": 0}
+        original, calls = evaluation_run._Run.row_of, []
+
+        def stop_at_second(self, job):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return original(self, job)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation_run._Run, "row_of", stop_at_second)
+            with pytest.raises(Interrupted) as stop:
+                esl.evaluate(plan, models[1], fit=fit, base=base, **options)
+        for changed in ({"fit": other, "base": base}, {"fit": fit, "base": noisy}):
+            with pytest.raises(ArgumentError, match="rows of another evaluation"):
+                esl.evaluate(plan, models[1], **changed, finished=stop.value.finished, **options)
 
 
 def test_whatever_has_a_table_shows_it_in_a_notebook():

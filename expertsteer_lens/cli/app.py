@@ -20,6 +20,7 @@ EXIT_CODES = {
     1: "an error, said in one line on standard error; or `reproduce` found another result",
     2: "options that are not understood, or numbers out of their range",
     130: "stopped by the user (Ctrl-C)",
+    143: "asked to end (SIGTERM)",
 }
 """With what a command ends. An error that is none of ours is a traceback and 1."""
 
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(None if arguments is None else list(arguments), prog_name="expertsteer-lens")
     except (ExpertSteerError, OSError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        said = " ".join([str(error), *getattr(error, "__notes__", ())])
+        text = " ".join(said.split()) or type(error).__name__
         print(visible(f"{type(error).__name__}: {text}"), file=sys.stderr)
         raise SystemExit(1) from None
     except ImportError as error:

@@ -11,6 +11,7 @@ import typer
 from .as_json import print_json, rows_of, tables_as_json
 from .inputs import (
     check_experts,
+    lines_named,
     load_saved,
     load_states_or_model,
     read_behaviour,
@@ -28,7 +29,15 @@ from .options import (
     Seed,
     TextOptions,
 )
-from .results import calibrated, steered_texts, write_pairs, write_results, write_table
+from .results import (
+    FIT_FILES,
+    calibrated,
+    check_out,
+    steered_texts,
+    write_pairs,
+    write_results,
+    write_table,
+)
 from .stopped import Stopped
 from .terminal import describe, print_evaluation, print_step, print_texts, say
 
@@ -59,6 +68,7 @@ def _demonstrated(out: Path, seed: int, n_random: int) -> Any:
     # Tiny models gain nothing from more threads, and lose much where other processes run.
     torch.set_num_threads(1)
     started = time.perf_counter()
+    check_out(out, files=FIT_FILES, saved={"plan": "SteeringPlan"})
     expert, target = zoo.load_pair()
     pairs, anchors, behaviour = zoo.contrast_pairs(), zoo.anchors(), zoo.behaviour()
     say(f"expert {describe(expert)}  →  target {describe(target)}", style="bold")
@@ -155,6 +165,7 @@ def label(
         )
     if against is not None and instruction is None:
         raise ArgumentError("--against goes with --instruction, which says what is positive.")
+    check_out(out, files=("scores.csv", "pairs.jsonl"))
     few = None if pairs is None else ContrastPairs.from_jsonl(pairs)
     unlabelled = read_texts(texts)
     labelled = label_texts(
@@ -276,11 +287,14 @@ def _fitted(
 ) -> tuple[Any, Any]:
     """The fit and its evaluation (None without a behaviour), written to `out`."""
     from expertsteer_lens.errors import ArgumentError
+    from expertsteer_lens.evaluation.finished import FinishedRows
     from expertsteer_lens.evaluation.run import evaluate
     from expertsteer_lens.files.io import save
     from expertsteer_lens.pipeline import ExpertSteer
 
     check_experts(expert)
+    saved = {"plan": "SteeringPlan"} | ({"fit": "ExpertSteering"} if save_fit else {})
+    check_out(out, files=FIT_FILES, saved=saved)
     contrast, prompts = texts_to_fit(texts, seed)
     prompts = prompts if behaviour is None else read_behaviour(behaviour)
     anchors = None if texts.anchors is None else read_texts(texts.anchors)
@@ -295,7 +309,7 @@ def _fitted(
     expert_models = [load_states_or_model(one, models) for one in expert]
     target_model = models.load(target)
     stopped = Stopped(out)
-    with stopped.kept_as("states") as states:
+    with stopped.kept_as("states") as states, lines_named(pairs=texts.pairs, anchors=texts.anchors):
         found = steer.fit(
             expert_models,
             target_model,
@@ -307,10 +321,10 @@ def _fitted(
             finished=states,
             expert_tokens=tokens,
         )
-    if save_fit:
-        save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
     result = None
     with stopped.kept_as("rows", states=found.data) as rows:
+        if save_fit:
+            save(found, out / "fit")  # first: whatever happens next, nothing has to be read again
         plan, curve = calibrated(found, place=place)
         if prompts is not None:
             result = evaluate(
@@ -322,15 +336,17 @@ def _fitted(
                 progress=True,
                 finished=rows,
             )
+            stopped.finished["rows"] = FinishedRows.of(result)
+            write_results(out, found, plan, result, curve, contrast)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            save(plan, out / "plan")
     if result is None:
-        out.mkdir(parents=True, exist_ok=True)
-        save(plan, out / "plan")
         say(
             "no behaviour given: layers were chosen by the target's read-out, and nothing was "
             "evaluated"
         )
     else:
-        write_results(out, found, plan, result, curve, contrast)
         print_evaluation(result)
         say(f"\nopen {out / 'report.html'}")
     stopped.clear()

@@ -14,7 +14,7 @@ from expertsteer_lens.errors import ArgumentError, DataError
 from .as_json import print_json, rows_of, tables_as_json
 from .inputs import check_saved, load_saved, read_behaviour, read_texts
 from .options import AsJson, BehaviourFile, ModelOptions, NRandom, PlanName, Seed, TargetName
-from .results import steered_texts, write_evaluation
+from .results import EVALUATION_FILES, check_out, steered_texts, write_evaluation
 from .stopped import Stopped
 from .terminal import print_evaluation, print_frame, print_texts, say, say_json
 
@@ -176,10 +176,13 @@ def evaluate(
     OUT/stopped (expertsteer-evaluation/stopped without --out), and the same command goes on from
     there."""
     from expertsteer_lens.data.parts import halves
+    from expertsteer_lens.evaluation.finished import FinishedRows
     from expertsteer_lens.evaluation.run import evaluate as run
 
     if fit is None and (behaviour is None or neutral is None):
         raise ArgumentError("give --behaviour and --neutral, or --fit, which holds some of both.")
+    if out is not None:
+        check_out(out, files=EVALUATION_FILES)
     loaded = load_saved(plan, "SteeringPlan")
     if fit is not None:
         check_saved(str(fit), "ExpertSteering")
@@ -207,9 +210,10 @@ def evaluate(
                 progress=True,
                 finished=rows,
             )
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_evaluation(out, result)
+            if out is not None:
+                stopped.finished["rows"] = FinishedRows.of(result)
+                out.mkdir(parents=True, exist_ok=True)
+                write_evaluation(out, result)
         stopped.clear()
     if as_json:
         print_json({"verdict": result.verdict, **result.to_dict()})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +105,28 @@ def check_experts(names: list[str]) -> None:
         if one in known:
             raise ArgumentError(f"--expert {name!r} is given twice; give every expert once.")
         known.add(one)
+
+
+@contextmanager
+def lines_named(**files: Path | None) -> Iterator[None]:
+    """A block in which an error about one text of a list names the line of its file instead.
+
+    Args:
+        files: by the name of the list, "pairs" or "anchors"; each with a text a line.
+
+    Raises:
+        DataError: a text cannot be used.
+    """
+    try:
+        yield
+    except DataError as error:
+        found = re.match(r"(\w+)(?:\.(\w+))?\[(\d+)\] (.*)", str(error), re.DOTALL)
+        path = files.get(found[1]) if found else None
+        if found is None or path is None or path.suffix == ".json" or hasattr(error, "finished"):
+            raise
+        number = lines_of(path)[int(found[3])][0]
+        part = f", {found[2]} text" if found[2] else ""
+        raise DataError(f"{path}, line {number}{part}: it {found[4]}") from error
 
 
 def read_config(path: Path | None, preset: str) -> Any:

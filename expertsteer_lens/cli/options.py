@@ -16,6 +16,8 @@ from typer.models import ArgumentInfo
 
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError, HostError
 
+from .stopped import exit_code, terminated
+
 SETTINGS = "Settings"
 PUBLIC = "A public benchmark, in place of --pairs"
 LOADING = "How models are loaded"
@@ -319,13 +321,17 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
         try:
-            command(**given)
+            with terminated():
+                command(**given)
         except ArgumentError as error:
-            raise ArgumentError(_named(str(error), options)) from error
+            renamed = ArgumentError(_named(str(error), options))
+            for note in getattr(error, "__notes__", ()):
+                renamed.add_note(note)
+            raise renamed from error
         except KeyboardInterrupt as stop:
             # Here, since typer would end an interruption like an error, with exit code 1.
             typer.echo(str(stop).split(", which are kept")[0] or "stopped", err=True)
-            raise typer.Exit(130) from stop
+            raise typer.Exit(exit_code(stop)) from stop
 
     run.__name__, run.__module__ = command.__name__, command.__module__
     run.__doc__ = _reflowed(command.__doc__)

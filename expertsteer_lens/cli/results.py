@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens._atomic import write_figure, write_file, write_text
 from expertsteer_lens.data.chat import Chat, Text, check_texts
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
+from expertsteer_lens.errors import ArtifactError
 
 from .terminal import say
 
@@ -20,6 +22,50 @@ if TYPE_CHECKING:
 
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the plan's coefficient at which a report shows texts."""
+
+
+EVALUATION_FILES = ("comparison.html", "comparison.csv", "evaluation.json")
+FIT_FILES = (
+    *EVALUATION_FILES,
+    "report.html",
+    "layer_pairs.csv",
+    "layer_pair_mi.html",
+    "layer_pairs.html",
+    "dose_response.html",
+)
+
+
+def check_out(
+    out: Path, *, files: Sequence[str] = (), saved: Mapping[str, str] | None = None
+) -> None:
+    """Whether results can be written to a folder, asked before any work is done.
+
+    Args:
+        out: the folder, which need not exist.
+        files: names of files that will be written to it.
+        saved: names of folders that `save` will write to it, each with the kind of what it writes.
+
+    Raises:
+        ArtifactError: it is no folder, may not be written to, or something else is where a result
+            will be written.
+    """
+    from expertsteer_lens.files.io import check_replaceable
+
+    place = out
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise ArtifactError(f"--out {out} cannot be made: {place} is no folder; give another.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ArtifactError(f"--out {out}: {place} may not be written to; give another folder.")
+    for name, kind in (saved or {}).items():
+        check_replaceable(out / name, kind)
+    for name in files:
+        if (out / name).is_dir():
+            raise ArtifactError(
+                f"{out / name} is a folder, but a file of this name will be written; choose "
+                "another --out or remove it yourself."
+            )
 
 
 def write_pairs(path: Path, pairs: ContrastPairs) -> None:

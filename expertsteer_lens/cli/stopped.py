@@ -4,14 +4,52 @@ goes on."""
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from expertsteer_lens.errors import ArgumentError, Interrupted
+from expertsteer_lens._checks import KEPT
+from expertsteer_lens.errors import ArgumentError, ExpertSteerError, Interrupted
 
 from .terminal import say
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM)."""
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """A block in which SIGTERM ends the work like Ctrl-C, so that what is finished is kept.
+
+    Raises:
+        Terminated: the signal came.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated("stopped")
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def exit_code(stop: BaseException | None) -> int:
+    """With what a command ends that was stopped: 130 by Ctrl-C, 143 by SIGTERM."""
+    while stop is not None and not isinstance(stop, Terminated):
+        stop = stop.__cause__
+    return 130 if stop is None else 143
 
 
 @contextmanager
@@ -44,45 +82,57 @@ class Stopped:
 
     def __init__(self, out: Path) -> None:
         self.folder = out / "stopped"
+        self.finished: dict[str, Any] = {}
 
     @contextmanager
     def kept_as(self, name: str, **also: Any) -> Iterator[Any]:
         """A block that gets what was kept under this name (None: nothing), and in which what is
-        finished is kept if the user stops it.
+        finished is kept if the user stops it or it fails.
 
         Args:
-            name: what `Interrupted.finished` is kept as.
-            also: what was finished before the block, by name.
+            name: what `finished` of an error is kept as.
+            also: what was finished before the block, by name; more may be put into `self.finished`
+                inside the block.
 
         Raises:
             ArgumentError: what was kept is of a command with other options.
             Interrupted: the user stopped it; the message says where it is kept.
         """
+        self.finished |= also
         place, before = self.folder / name, self._read(name)
         if before is not None:
             say(f"going on with the {name} in {place}")
         try:
             yield before
         except KeyboardInterrupt as stop:
-            if isinstance(stop, Interrupted):
-                also[name] = stop.finished
-            if not also and before is None:
+            if not self._keep_finished(stop, name) and before is None:
                 raise
-            for key, thing in also.items():
-                self._keep(thing, key)
             said = str(stop).split(", which are kept")[0] or "stopped"
             raise Interrupted(
                 f"{said}; what was finished is kept in {self.folder}, and the same command goes on "
                 "from there.",
                 None,
             ) from stop
-        except ArgumentError as error:
-            if before is None or not str(error).startswith("finished holds "):
-                raise
-            raise ArgumentError(
-                f"{place} {str(error).removeprefix('finished ').split(';')[0]}; give the options "
-                "of the command that was stopped, another --out, or remove that folder."
-            ) from error
+        except Exception as error:
+            said = str(error)
+            if before is not None and said.startswith("finished holds "):
+                raise ArgumentError(
+                    f"{place} {said.removeprefix('finished ').split(';')[0]}; give the options of "
+                    "the command that was stopped, another --out, or remove that folder."
+                ) from error
+            try:
+                is_kept = self._keep_finished(error, name) or before is not None
+            except (ExpertSteerError, OSError) as reason:
+                error.add_note(f"What was finished could not be kept ({reason})")
+                is_kept = False
+            if hasattr(error, "__notes__"):  # those that say how to go on in Python
+                error.__notes__ = [note for note in error.__notes__ if not note.startswith(KEPT)]
+            if is_kept:
+                error.add_note(
+                    f"What was finished is kept in {self.folder}; once the cause is removed, the "
+                    "same command goes on from there."
+                )
+            raise
 
     def clear(self) -> None:
         """Remove what was kept: the command has ended."""
@@ -99,6 +149,15 @@ class Stopped:
             if readable(self.folder / name / kind) is not None:
                 return load(self.folder / name / kind)
         return None
+
+    def _keep_finished(self, error: BaseException, name: str) -> bool:
+        """Write what was finished before an error; whether there was anything."""
+        found = getattr(error, "finished", None)
+        if found is not None:
+            self.finished[name] = found
+        for key, thing in self.finished.items():
+            self._keep(thing, key)
+        return bool(self.finished)
 
     def _keep(self, thing: Any, name: str) -> None:
         from expertsteer_lens.files.io import save

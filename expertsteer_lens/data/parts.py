@@ -3,6 +3,7 @@ or a test must share no text with what was fitted or chosen on."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,20 +13,28 @@ import torch
 from expertsteer_lens._checks import check_number
 from expertsteer_lens.errors import ArgumentError, DataError
 
+from .chat import Chat
 from .texts import HasBytes, text_hash
 
 T = TypeVar("T", bound=HasBytes)
 
 
 def hashes_of(texts: Iterable[HasBytes]) -> tuple[str, ...]:
-    """A digest of every text, equal for equal texts.
+    """A digest of every text, equal for equal texts; white space at their ends and how an accented
+    letter is composed (Unicode NFC) make no difference.
 
     Example:
-        >>> first, second, third = hashes_of(["a", "b", "a"])
+        >>> first, second, third = hashes_of(["a", "b", "a "])
         >>> first == third, first == second
         (True, False)
     """
-    return tuple(text_hash([text]) for text in texts)
+    return tuple(text_hash([_plain(text)]) for text in texts)
+
+
+def _plain(text: HasBytes) -> HasBytes:
+    if isinstance(text, Chat):
+        return Chat(tuple((role, str(_plain(said))) for role, said in text.messages), text.template)
+    return unicodedata.normalize("NFC", text.strip()) if isinstance(text, str) else text
 
 
 def groups_of(texts: Iterable[HasBytes]) -> list[int]:

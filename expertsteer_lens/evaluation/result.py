@@ -23,6 +23,8 @@ Role = Literal["base", "plan", "floor", "control", "ceiling", "baseline", "compa
 FLOOR, SAME_NORM = "random (same budget)", "random (same norm)"
 """Random directions, each at the largest strength within the budget (the rows with the role
 "floor"), and at the strength of the plan."""
+SETTING = "setting"
+"""Where the provenance has the digest of all that decides the rows, see `FinishedRows`."""
 PLAN_COST = "plan_cost"
 """In the provenance: what the plan costs on the calibration texts, in the unit of the budget."""
 NEAR_CHANCE = 2.0

@@ -32,9 +32,9 @@ from .comparisons import (
     check_methods,
     comparisons,
 )
-from .finished import FinishedRows, KeptRows
+from .finished import FinishedRows, KeptRows, facts_of_base, facts_of_fit
 from .methods import NotMeasured, with_gradients
-from .result import FLOOR, PLAN_COST, Evaluation, EvaluationRow, Role
+from .result import FLOOR, PLAN_COST, SETTING, Evaluation, EvaluationRow, Role
 
 if TYPE_CHECKING:
     from expertsteer_lens.data.activations import ActivationStore
@@ -84,7 +84,8 @@ def evaluate(
         plan: the plan under test.
         model: the target.
         fit: the fit it came from; gives test prompts, held-out texts, the label-shuffled control,
-            the native ceiling and the baselines.
+            the native ceiling and the baselines. The verdict says so if the plan says that it comes
+            from another one.
         behaviour: test prompts, none of which the fit chose by; default: those the fit kept for
             test.
         neutral: texts on which steering should change nothing, for the side effects that are
@@ -116,7 +117,8 @@ def evaluate(
             `Interrupted.finished`; they are not measured again.
 
     Raises:
-        Interrupted: the user stopped it; rows that were finished are kept in `.finished`.
+        Interrupted: the user stopped it; rows that were finished are kept in `.finished`, as in any
+            error that comes after the first row.
         DataError: no behaviour or no neutral texts are given and `fit` has none, or the unsteered
             model gives no finite probabilities on them.
         ArgumentError: arguments that need others (`text_score` without `n_generate`, "all" or
@@ -166,6 +168,7 @@ def evaluate(
         seed,
         Generation(n_generate, max_new_tokens, text_score),
     )
+    run.not_held_out += _of_another_fit(plan, fit)
     if fit is not None:
         setting = replace(setting, fit=with_gradients(fit))
     jobs = comparisons(setting, methods)
@@ -173,7 +176,9 @@ def evaluate(
         jobs.append(Job(name, "compared", 0, partial(_same, other)))
     rows = [run.row("unsteered", "base", 0, None)]
     facts = run.facts(plan) | {
-        "fit": None if fit is None else [fit.config.to_dict(), fit.seed, fit.data.text_hashes],
+        "model": [run.host.kind, run.host.fingerprint, str(run.host.dtype)],
+        "fit": None if fit is None else facts_of_fit(fit),
+        "base": None if base is None or fit is None else facts_of_base(base, fit),
         "n_bootstrap": n_bootstrap,
         "methods": list(COMPARISONS),
     }
@@ -186,7 +191,7 @@ def evaluate(
         float(run.base.mean()),
         float(run.base_hits.mean()),
         run.budget,
-        run.provenance(plan, rows),
+        run.provenance(plan, rows) | {SETTING: kept.setting},
     )
 
 
@@ -251,19 +256,46 @@ def _not_held_out(
     disjoint = [(test, chosen)]
     if fit is not None:
         data = fit.data
+        validation = "validation prompts of the fit"
         if data.validation_behaviour is not None:
-            keys["validation prompts of the fit"] = hashes_of(data.validation_behaviour.prompts)
+            keys[validation] = hashes_of(data.validation_behaviour.prompts)
         keys["calibration texts of the fit"] = hashes_of(data.calibration_texts)
         keys["texts of its pairs"] = data.text_hashes.get("pairs", ())
         keys["anchors it was fitted on"] = data.text_hashes.get("anchors", ())
-        disjoint += [("test prompts", "validation prompts of the fit")]
+        disjoint += [("test prompts", validation)]
         disjoint += [("test prompts", "texts of its pairs")]
+        disjoint += [(validation, "texts of its pairs"), (chosen, validation)]
         disjoint += [(part, "anchors it was fitted on") for part in (test, chosen)]
         if data.provenance.get("anchors", {}).get("given", True):
+            disjoint += [("test prompts", "anchors it was fitted on")]
             disjoint += [(part, "texts of its pairs") for part in (test, chosen)]
         if keys["calibration texts of the fit"] != keys[chosen]:
             disjoint += [(test, "calibration texts of the fit")]
     return [str(both) for both in shared(keys, disjoint)]
+
+
+def _of_another_fit(plan: SteeringPlan, fit: ExpertSteering | None) -> list[str]:
+    """Whether the plan says that it comes from a fit on other texts, models or divisions of them
+    than `fit`, in words: what this one keeps for test may be what the plan was chosen by.
+
+    A plan that says nothing of a fit is taken as it is, as is one of `fit.refit`, which shares the
+    texts of its fit."""
+    if fit is None:
+        return []
+    there, here = plan.provenance, fit.provenance
+    names = ("pairs", "anchors", "behaviour", "test_behaviour", "neutral", "read_under")
+    other = [n for n in names if n in there and n in here and there[n] != here[n]]
+    for side in ("expert", "target"):
+        prints = [(facts.get(side) or {}).get("fingerprint") for facts in (there, here)]
+        if None not in prints and prints[0] != prints[1]:
+            other.append(side)
+    if not other:
+        return []
+    differ = ", ".join("seed or settings of reading" if n == "read_under" else n for n in other)
+    return [
+        f"the plan comes from another fit than the one given ({differ} differ), which may have "
+        "chosen by the prompts and texts that it is tested on"
+    ]
 
 
 class _Run:

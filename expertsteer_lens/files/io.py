@@ -63,24 +63,35 @@ def save(thing: Any, path: str | Path) -> Path:
     """
     check_place(path)
     path, kind = Path(path), kind_of(thing)
-
-    def check(there: Path) -> None:
-        occupied = there.exists() and (not there.is_dir() or any(there.iterdir()))
-        if occupied and kind_of_saved(there) != kind.name:
-            raise ArtifactError(
-                f"{path} exists and is not a saved plan or result of this kind; choose another "
-                "folder or remove it yourself."
-            )
-
     with named(path):
-        check(path)
+        check_replaceable(path, kind.name)
     write_folder(
         path,
         lambda folder: _write(thing, kind, folder),
         ours=("config.json", "README.md", kind.tensor_file),
-        check=check,
+        check=lambda there: check_replaceable(there, kind.name, path),
     )
     return path
+
+
+def check_replaceable(folder: str | Path, kind: str, shown: str | Path | None = None) -> None:
+    """Whether `save` may write a thing of this kind to a folder.
+
+    Args:
+        folder: which need not exist.
+        kind: name of its class, e.g. "SteeringPlan".
+        shown: what the message calls the folder; default: as it is.
+
+    Raises:
+        ArtifactError: something else is there.
+    """
+    there = Path(folder)
+    occupied = there.exists() and (not there.is_dir() or any(there.iterdir()))
+    if occupied and kind_of_saved(there) != kind:
+        raise ArtifactError(
+            f"{shown or folder} exists and is not a saved plan or result of this kind; choose "
+            "another folder or remove it yourself."
+        )
 
 
 def load(

@@ -139,6 +139,15 @@ class ExpertSteerConfig:
         return replace(self, **changes)
 
 
+def reading_settings(config: ExpertSteerConfig) -> dict[str, Any]:
+    """The fields that act where texts are divided and models read, by name."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.metadata.get("acts_on") == READING["acts_on"]
+    }
+
+
 def reading_changes(
     old: ExpertSteerConfig, new: ExpertSteerConfig, *, passes_are_run: bool
 ) -> list[str]:

@@ -13,7 +13,7 @@ from expertsteer_lens._checks import shown
 from expertsteer_lens.align import KINDS, MomentKind
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.behaviour import Behaviour
-from expertsteer_lens.data.chat import Text
+from expertsteer_lens.data.chat import Text, check_texts
 from expertsteer_lens.data.contrast import ContrastPairs
 from expertsteer_lens.data.read_positions import OF_THE_ANSWER
 from expertsteer_lens.errors import ArgumentError, HookNameError
@@ -21,12 +21,12 @@ from expertsteer_lens.hosts import as_host, capture
 
 from .config import PRESETS, ExpertSteerConfig, Preset
 from .experts import Experts
-from .finished import check_finished, keeping
+from .finished import check_finished, keeping, read_under
 from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
 from .read_models import Models, PairStates
 from .readings import FinishedReadings, Readings
-from .rehearsal import check_seed, rehearse
+from .rehearsal import check_lengths, check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
 from .token_pairs import TokenPairs, candidate_pairs, in_the_middle, why_not_tokens
 
@@ -133,7 +133,8 @@ class ExpertSteer:
                 `capture(..., tokens=True)`, so that the maps are fitted on token pairs.
 
         Raises:
-            Interrupted: the user stopped it after some states were read; `.finished` has them.
+            Interrupted: the user stopped it after some states were read; `.finished` has them, as
+                it has in any error that comes after the first reading.
             ArgumentError, DataError, HookNameError, WidthError, ModelStateError: the input cannot
                 be used; see the message. What can be known before a model is run is said before.
         """
@@ -149,6 +150,15 @@ class ExpertSteer:
         log = StepLog(on_step)
         target_host = as_host(target)
         experts = Experts.of(expert)
+        for name, names in (
+            ("expert_hook_names", expert_hook_names),
+            ("target_hook_names", target_hook_names),
+        ):
+            if names is not None and not names:
+                raise ArgumentError(
+                    f"{name} is an empty list; name the hook points to read, or leave it out for "
+                    "the residual after every block."
+                )
         if expert_tokens is not None:
             self._check_tokens_are_used()
             experts = experts.with_tokens(expert_tokens, [*pairs.texts, *(texts.anchors or ())])
@@ -169,10 +179,18 @@ class ExpertSteer:
             or experts.are_as_wide_as(target_host),
         )
         reading = reading_of(self.config, *experts.sources.values(), target_host)
+        under = read_under(self.config, self.seed, experts, target_host)
         if isinstance(finished, FitData):
             check_finished(
-                finished, experts, target_host, texts, reading, expert_hooks, target_hooks
+                finished, experts, target_host, texts, reading, expert_hooks, target_hooks, under
             )
+        check_lengths(
+            experts.hosts,
+            target_host,
+            texts,
+            behaviours={"behaviour": behaviour, "test_behaviour": test_behaviour},
+            neutral=None if neutral is None else check_texts("neutral", neutral),
+        )
         models = Models(
             experts=experts,
             target=target_host,
@@ -180,6 +198,7 @@ class ExpertSteer:
             target_hook_names=target_hooks,
             reading=reading,
             config=self.config,
+            under=under,
             progress=progress,
             readings=Readings(
                 reading=reading,

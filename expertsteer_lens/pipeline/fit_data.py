@@ -282,6 +282,7 @@ def divide_texts(
             "behaviour": None
             if behaviour is None
             else {"n": len(behaviour), "hash": behaviour.hash},
+            "test_behaviour": None if test is None else {"n": len(test), "hash": test.hash},
             "neutral": None if neutral is None else {"n": len(kept), "hash": text_hash(kept)},
         },
     )

@@ -52,6 +52,7 @@ class Models:
         target_hook_names: where the target is read, checked.
         reading: what state represents a text, see `reading_of`.
         config: in what batches.
+        under: kept with what is read, see `read_under`.
         progress: show progress bars; None: where standard error is a terminal.
         readings: reads, and knows what was read by a fit that was stopped.
     """
@@ -62,6 +63,7 @@ class Models:
     target_hook_names: list[str]
     reading: ReadPositions
     config: ExpertSteerConfig
+    under: dict[str, Any]
     progress: bool | None
     readings: Readings
 
@@ -125,6 +127,7 @@ class Models:
                 "expert": model_facts(labelled.expert),
                 "target": model_facts(labelled.target),
                 "reading": self.reading,
+                "read_under": self.under,
                 "made_on": made_on(target),
                 **texts.facts,
             },

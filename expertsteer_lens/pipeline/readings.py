@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertsteer_lens._checks import keep_finished
 from expertsteer_lens.data.activations import ActivationStore
 from expertsteer_lens.data.chat import Text
 from expertsteer_lens.data.read_positions import ReadPositions
@@ -86,10 +87,11 @@ class Readings:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """A block in which what was read is not lost if the user stops it.
+        """A block in which what was read is not lost if the user stops it or a reading fails: the
+        error then has it as `finished`.
 
         Raises:
-            Interrupted: the user did, and something was read before.
+            Interrupted: the user stopped it, and something was read before.
         """
         try:
             yield
@@ -104,6 +106,11 @@ class Readings:
                 "arguments and finished=stop.finished.",
                 FinishedReadings(dict(self.stores)),
             ) from stop
+        except Exception as error:
+            if self.stores:
+                what = f"the states of {' and '.join(self.stores)}"
+                keep_finished(error, FinishedReadings(dict(self.stores)), what, "fit")
+            raise
 
     def _check(
         self,
@@ -115,6 +122,7 @@ class Readings:
         spans: Sequence[Span] | None,
     ) -> None:
         facts = store.provenance
+        dtype = str(host.dtype).removeprefix("torch.")
         wanted = None if spans is None else [list(span) for span in spans]
         same = {
             name.split()[0]: facts.get("fingerprint") == host.fingerprint,
@@ -122,6 +130,8 @@ class Readings:
             "config.reading": facts.get("positions") == self.reading
             and (wanted is None or facts.get("spans", wanted) == wanted),
             "hook_names": list(store) == list(hook_names),
+            f"dtype of the {name.split()[0]}": facts.get("dtype", dtype) == dtype,
+            f"host of the {name.split()[0]}": facts.get("host", host.kind) == host.kind,
         }
         check_same(same)
 

@@ -7,9 +7,9 @@ said twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,12 @@ from expertsteer_lens.pair.mutual_information import layer_pair_mi
 from expertsteer_lens.pair.rules import select_layer_pairs
 
 from .config import ExpertSteerConfig
+from .fit_data import FitTexts
+
+if TYPE_CHECKING:
+    from expertsteer_lens.data.behaviour import Behaviour
+    from expertsteer_lens.data.chat import Text
+    from expertsteer_lens.hosts import Host
 
 MOST_ROWS = 500
 """With more rows nothing fails for want of them, and a rehearsal would take seconds."""
@@ -81,6 +87,64 @@ def rehearse(
     if len(labels) <= MOST_ROWS:
         one_round = replace(config.rfm, n_rounds=1)
         _try("rfm", fit_rfm, states(len(labels), 4), labels, one_round, seed=seed)
+
+
+def check_lengths(
+    experts: Sequence[Host],
+    target: Host,
+    texts: FitTexts,
+    *,
+    behaviours: Mapping[str, Behaviour | None],
+    neutral: Sequence[Text] | None,
+) -> None:
+    """Have every text tokenised by each model that will be shown it, before any of them is run.
+
+    Args:
+        experts: those that are models.
+        target: the model to be steered.
+        texts: divided.
+        behaviours: by the name of the argument.
+        neutral: as it was given.
+
+    Raises:
+        DataError: a text is too long for a model, or has no tokens; it is named by its argument
+            and its place there.
+    """
+    pairs, given = texts.pairs, list(texts.anchors or ())
+    labelled = [
+        (f"pairs.{side}[{i}]", text)
+        for side in ("positive", "negative")
+        for i, text in enumerate(getattr(pairs, side))
+    ]
+    anchors = [(f"anchors[{i}]", text) for i, text in enumerate(given)]
+    fitted = set(texts.fit_texts)
+    for host in experts:
+        _check_tokens(host, [*labelled, *(both for both in anchors if both[1] in fitted)])
+    more = [(f"neutral[{i}]", text) for i, text in enumerate(neutral or ())]
+    for name, behaviour in behaviours.items():
+        for i, prompt in enumerate(() if behaviour is None else behaviour.prompts):
+            assert behaviour is not None
+            more += [
+                (f"{name}.prompts[{i}] with its completion", prompt + completion)
+                for side in behaviour.completions(i)
+                for completion in side
+            ]
+    _check_tokens(target, [*labelled, *anchors, *more])
+
+
+def _check_tokens(host: Host, named: Sequence[tuple[str, Text]]) -> None:
+    for start in range(0, len(named), 256):
+        some = named[start : start + 256]
+        try:
+            host.tokenize([text for _, text in some])
+        except DataError as error:
+            for name, text in some:
+                try:
+                    host.tokenize([text])
+                except DataError as reason:
+                    said = str(reason).removeprefix("prompts[0] ")
+                    raise DataError(f"{name} {said} The model is {host.name!r}.") from error
+            raise
 
 
 def _try(part: str, step: Callable[..., Any], *args: Any, **keywords: Any) -> None:
