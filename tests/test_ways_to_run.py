@@ -489,3 +489,20 @@ def test_a_step_on_a_cache_whose_prompt_was_not_seen(rule: Any, filled: str) -> 
                 model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
                 want = decoded_on(model, cache, 9, rows=1)
             assert found == [one * 2 for one in want]
+
+
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated", -2], ids=str)
+def test_a_cache_that_is_not_known_is_not_taken_for_the_text_before(rule: Any) -> None:
+    """It was filled before the block; the other text is longer than it."""
+    import transformers
+
+    model, cache = llama(), transformers.DynamicCache()
+    model(torch.tensor([PROMPTS[1]]), past_key_values=cache, use_cache=True)
+
+    def steps() -> None:
+        with plan_at(rule).hooks(model):
+            model(torch.tensor([PROMPTS[2]]), use_cache=False)
+            decoded_on(model, cache, 9, rows=1)
+
+    with pytest.raises(InterventionError, match="on top of a cache that was filled before"):
+        steps()

@@ -111,7 +111,8 @@ class PositionClock:
     What counts as the prompt, in this order: `prompt_lengths` if given; inside a `generate` call
     the tokens that the call was given, if it can be seen, else those of its first pass; otherwise
     every token of a pass that starts a sequence. A pass on top of a cache belongs to the sequence
-    in that cache, where the host says which; else to the one before it. One new token counts as
+    in that cache, where the host says which (one that is not known is none of those before); else
+    to the one before it. One new token counts as
     generated, several as more prompt. Several sequences may take turns, in one generate call too
     (guidance runs a second one, whose prompt is the negative one).
 
@@ -271,8 +272,8 @@ class PositionClock:
         if info.sequence is not None and info.sequence in self._sequences:
             found = self._sequences[info.sequence]
             return found if found.real.shape[0] == info.batch else None
-        if info.fills_cache:
-            return None
+        if info.fills_cache or (info.sequence is not None and info.past > 0):
+            return None  # a new text, or one whose beginning was not seen: none of those before
         call = self._calls[-1] if self._calls else None
         if call is None:
             latest = self._latest
