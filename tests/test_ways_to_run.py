@@ -233,6 +233,35 @@ def test_passes_between_the_steps_of_a_stream_are_none_of_it(rule: Any) -> None:
     assert found == want
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated"], ids=str)
+def test_the_steps_of_a_stream_may_be_taken_by_several_threads(rule: Any, cached: bool) -> None:
+    """As web servers take them; what the first thread runs afterwards is a text of its own."""
+    model, plan = models.bridge("llama"), plan_at(rule, size=25.0)
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+    options |= {"max_tokens_per_yield": 1, "return_type": "tokens", "use_past_kv_cache": cached}
+    text = torch.tensor([[*PROMPTS[0], 30, 31]])
+
+    def stream() -> Iterator[list[int]]:
+        for new in model.generate_stream(torch.tensor([PROMPTS[0]]), max_new_tokens=6, **options):
+            yield new[0].tolist()
+
+    with plan.hooks(model):
+        want = list(stream())
+        read = model(text)
+    handle = plan.attach(model)
+    try:
+        steps, found = stream(), []
+        found.append(next(steps))
+        while len(found) < len(want):
+            found += in_threads(lambda: next(steps))
+        assert in_threads(lambda: next(steps, None)) == [None]
+        torch.testing.assert_close(model(text), read, atol=1e-5, rtol=0)
+    finally:
+        handle.remove()
+    assert found == want
+
+
 def test_tasks_of_one_thread_are_told_apart() -> None:
     model, plan = llama(), plan_at()
 

@@ -146,7 +146,9 @@ class PlanRun:
         try:
             yield
         finally:
-            clock.take_up(calls)
+            # A stream may be taken up by another thread than the one that set it aside: then the
+            # calls go with it.
+            self._clock(None).take_up(calls)
 
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
