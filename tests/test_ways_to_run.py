@@ -459,19 +459,19 @@ def test_a_model_that_runs_elsewhere_is_refused() -> None:
 
 @pytest.mark.parametrize("rule", ["all", 2, "prompt", "last_prompt", "generated"], ids=str)
 def test_a_generate_taken_from_the_model_before_is_followed_or_refused(rule: Any) -> None:
-    """With a cache its passes say what they are; without one each step looks like a prompt."""
+    """Its first pass need not be its prompt, and without a cache each step looks like one."""
     model, plan = llama(), plan_at(rule)
     row, taken = torch.tensor([PROMPTS[0]]), model.generate
     mask = torch.ones_like(row)
     with plan.hooks(model):
         want = model.generate(row, attention_mask=mask, **GREEDY)
-        assert torch.equal(taken(row, attention_mask=mask, **GREEDY), want)
-        if rule in ("all", 2):
-            found = taken(row, attention_mask=mask, use_cache=False, **GREEDY)
-            assert torch.equal(found, want)
-            return
-        with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
-            taken(row, attention_mask=mask, use_cache=False, **GREEDY)
+        for cached in (True, False):
+            options = {"attention_mask": mask, "use_cache": cached, **GREEDY}
+            if rule in ("all", 2):
+                assert torch.equal(taken(row, **options), want)
+                continue
+            with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
+                taken(row, **options)
 
 
 # -- caches whose beginning was not seen ----------------------------------------------------------
@@ -535,3 +535,26 @@ def test_a_cache_that_is_not_known_is_not_taken_for_the_text_before(rule: Any) -
 
     with pytest.raises(InterventionError, match="on top of a cache that was filled before"):
         steps()
+
+
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated", -2], ids=str)
+@pytest.mark.parametrize("later", ["a chunk of the prompt", "guesses"])
+def test_several_tokens_on_a_cache_in_a_loop_of_ones_own_are_refused(rule: Any, later: str) -> None:
+    """Nothing says whether they are prompt or not, unless the block does."""
+    import transformers
+
+    model, ids = llama(), PROMPTS[2]
+    first, rest = (ids[:4], ids[4:]) if later == "a chunk of the prompt" else (ids, [40, 41, 42])
+
+    def loop(**options: Any) -> torch.Tensor:
+        cache = transformers.DynamicCache()
+        with plan_at(rule).hooks(model, **options), torch.no_grad():
+            model(torch.tensor([first]), past_key_values=cache, use_cache=True)
+            return model(torch.tensor([rest]), past_key_values=cache, use_cache=True).logits
+
+    with pytest.raises(InterventionError, match="several tokens on top of a cache"):
+        loop()
+    with plan_at(rule).hooks(model, prompt_lengths=len(ids)), torch.no_grad():
+        want = model(torch.tensor([first + rest]), use_cache=False).logits[:, len(first) :]
+    if rule in ("prompt", "generated") or later == "guesses":
+        torch.testing.assert_close(loop(prompt_lengths=len(ids)), want, atol=1e-4, rtol=1e-4)

@@ -239,12 +239,11 @@ class PositionClock:
         # 5. Real tokens are numbered along the whole sequence; this pass is its last columns.
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
 
-        # 6. Several tokens on top of a cache, in the middle of a generation: the prompt may have
-        #    been cut into chunks, so the first pass did not show where it ends.
-        adds_several = continues and info.past > 0 and info.n_new > 1
+        # 6. Several tokens on top of a cache, other than the first pass of a generate call: they
+        #    may be a chunk of the prompt, or guesses to be verified: nothing shows where it ends.
+        adds_several = not begins_call and info.past > 0 and info.n_new > 1
         guessed = adds_several and self._given_lengths is None and state.prompt is None
-        uncached = info.past == 0 and not info.fills_cache
-        unseen = is_own and call is None and uncached and self._given_lengths is None
+        unseen = is_own and call is None and self._given_lengths is None
         return Step(
             index,
             lengths.to(real.device),
