@@ -558,3 +558,29 @@ def test_several_tokens_on_a_cache_in_a_loop_of_ones_own_are_refused(rule: Any, 
         want = model(torch.tensor([first + rest]), use_cache=False).logits[:, len(first) :]
     if rule in ("prompt", "generated") or later == "guesses":
         torch.testing.assert_close(loop(prompt_lengths=len(ids)), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [2, [1, 5]], ids=str)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_recurrent_cache_that_is_reset_begins_anew(family: str, rule: Any) -> None:
+    import architectures
+    import transformers
+
+    model = architectures.built(family, size=0.15)
+    model.tokenizer = models.tokenizer()
+    plan = plan_at(rule, size=12.0)
+
+    def logits(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            row = torch.tensor([PROMPTS[2]])
+            return model(row, cache_params=cache, use_cache=True).logits
+
+    with plan.hooks(model):
+        want = logits(transformers.DynamicCache(config=model.config))
+    cache = transformers.DynamicCache(config=model.config)
+    with plan.hooks(model) as report:
+        logits(cache)
+        cache.reset()
+        n_first = report.n_edited[HOOK]
+        assert torch.equal(logits(cache), want)
+        assert report.n_edited[HOOK] == 2 * n_first
