@@ -280,6 +280,35 @@ def test_tasks_of_one_thread_are_told_apart() -> None:
     assert asyncio.run(both()) == [alone(model, plan)[0], run(model, PROMPTS[0])]
 
 
+@pytest.mark.parametrize("where", ["another context", "another thread"])
+@rules
+def test_a_generator_with_the_block_inside_that_is_stepped_elsewhere(where: str, rule: Any) -> None:
+    """As web servers step it: all of it but the first step would be plain."""
+    import contextvars
+
+    model, plan = llama(), plan_at(rule)
+
+    def stream() -> Iterator[list[list[int]]]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        with plan.hooks(model), torch.no_grad():
+            model(torch.tensor([PROMPTS[0]]), past_key_values=cache, use_cache=True)
+            yield []
+            yield decoded_on(model, cache, 9, rows=1)
+
+    steps = stream()
+
+    def step() -> Any:
+        if where == "another context":
+            return contextvars.copy_context().run(next, steps)
+        return in_threads(lambda: next(steps))
+
+    step()
+    with pytest.raises(InterventionError, match="filled while the model was steered"):
+        step()
+
+
 def test_a_model_is_measured_without_taking_the_hooks_off_for_other_threads() -> None:
     model, plan = llama(), plan_at()
     host = as_host(model)
