@@ -280,6 +280,63 @@ def test_tasks_of_one_thread_are_told_apart() -> None:
     assert asyncio.run(both()) == [alone(model, plan)[0], run(model, PROMPTS[0])]
 
 
+@pytest.mark.parametrize("way", ["hooks", "attach"])
+def test_steering_that_ends_in_the_middle_of_a_generate_call_is_an_error_in_both_threads(
+    way: str,
+) -> None:
+    model, plan = llama(), plan_at("generated")
+    at_third, goes_on, n_passes = threading.Event(), threading.Event(), []
+    ended: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        n_passes.append(1)
+        if len(n_passes) == 3:
+            at_third.set()
+            goes_on.wait(30)
+
+    def generate() -> None:
+        try:
+            ended.append(run(model, PROMPTS[0]))
+        except InterventionError as error:
+            ended.append(str(error))
+
+    def steered() -> None:
+        handle = plan.attach(model) if way == "attach" else None
+        with nullcontext() if handle is not None else plan.hooks(model):
+            thread.start()
+            at_third.wait(30)
+        if handle is not None:
+            handle.remove()
+
+    thread = threading.Thread(target=generate)
+    model.lm_head.register_forward_hook(wait)
+    plain = copy.deepcopy(model)
+    try:
+        with pytest.raises(InterventionError, match="ended in the middle of a generate call"):
+            steered()
+    finally:
+        goes_on.set()
+        thread.join(30)
+    assert "ended in the middle of a generate call" in ended[0]
+    assert run(model, PROMPTS[0]) == run(plain, PROMPTS[0])  # and the hooks are off
+
+
+def test_a_stream_that_is_read_on_after_the_block_is_an_error_unless_it_was_closed() -> None:
+    model, plan = models.bridge("llama"), plan_at("generated")
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+
+    def begun(*, close: bool) -> None:
+        with plan.hooks(model):
+            steps = model.generate_stream(torch.tensor([PROMPTS[0]]), max_new_tokens=6, **options)
+            next(steps)
+            if close:
+                steps.close()
+
+    begun(close=True)
+    with pytest.raises(InterventionError, match="read or close the stream"):
+        begun(close=False)
+
+
 @pytest.mark.parametrize("where", ["another context", "another thread"])
 @rules
 def test_a_generator_with_the_block_inside_that_is_stepped_elsewhere(where: str, rule: Any) -> None:
