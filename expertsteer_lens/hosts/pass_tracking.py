@@ -72,6 +72,8 @@ def watch_causal_module(
             return
         cache = find_cache(names, args, kwargs)
         info.sequence = _sequence_in(cache, info.past)
+        if info.sequence is not None and cache is None:
+            info.sequence = _MAKING.shared(module, followed, info.sequence)
         if info.sequence is not None:
             followed.add(info.sequence)
         info.fills_cache = info.past == 0 and (cache is not None or kwargs.get("use_cache") is True)
@@ -101,6 +103,7 @@ def watch_causal_module(
             return
         total, sequence = now.pass_
         now.pass_ = None
+        _MAKING.pending.pop(id(module), None)
         note_cached(names, args, kwargs, _CACHED_TOKENS, total)
         # A pass that was given no cache may have made one.
         made = next((getattr(output, n, None) for n in CACHE_NAMES if hasattr(output, n)), None)
@@ -123,6 +126,26 @@ def watch_causal_module(
 class _PerThread(threading.local):
     root_mask: Tensor | None = None
     pass_: tuple[int, SequenceToken | None] | None = None
+
+
+class _Making(threading.local):
+    """Of each thread: by module, the sequence of a pass that was given no cache and may make one,
+    and the watchers that have taken it: all watchers of the pass take the same."""
+
+    def __init__(self) -> None:
+        self.pending: dict[int, tuple[SequenceToken, list[Any]]] = {}
+
+    def shared(self, module: nn.Module, watcher: Any, new: SequenceToken) -> SequenceToken:
+        """The sequence that another watcher has made for this pass; else the new one."""
+        sequence, takers = self.pending.get(id(module), (new, []))
+        if any(one is watcher for one in takers):  # left from a pass that was broken off
+            sequence, takers = new, []
+        takers.append(watcher)
+        self.pending[id(module)] = sequence, takers
+        return sequence
+
+
+_MAKING = _Making()
 
 
 def is_copy(module: nn.Module, original: nn.Module) -> bool:
