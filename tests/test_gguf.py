@@ -60,3 +60,10 @@ def test_weights_are_those_of_the_file_and_the_name_says_what_they_are(gguf_file
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, loaded(ids).logits)
+
+
+def test_a_misspelt_folder_beside_others_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "results" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="there is a folder 'results'"):
+        esl.load_model("results/lama")

@@ -256,3 +256,16 @@ def test_the_package_is_registered_only_while_something_is_packed(model: Any) ->
     before = cloudpickle.list_registry_pickle_by_value()
     packed_edit(model, plan_for("llama", "all"))
     assert "expertsteer_lens" not in cloudpickle.list_registry_pickle_by_value() - before
+
+
+def test_half_precision_that_overflows_is_an_error_and_no_nan() -> None:
+    lens = nnsight.TransformersModel(
+        models.hf("llama", dtype=torch.float16), tokenizer=models.tokenizer()
+    )
+    plan = SteeringPlan.from_vectors(
+        {HOOK: vector("llama")}, coefficient=500_000.0, relative_to="unit"
+    )
+    handle = plan.edit(lens)
+    with pytest.raises(InterventionError, match="above 65504"):
+        lens.trace(input_ids=torch.tensor([[1, 5, 6]]), trace=False)
+    handle.remove()

@@ -884,5 +884,9 @@ def test_a_rate_of_dropout_kept_as_a_number_is_seen_and_parts_without_are_not() 
     assert training_noise(model)
     block.self_attn.eval()
     assert not training_noise(model)
+    block.mlp.jitter_noise = 0.3  # the router of a mixture of experts keeps it so
+    assert training_noise(model)
+    block.mlp.eval()
+    assert not training_noise(model)
     model.training = True
     assert training_noise(model)

@@ -97,15 +97,53 @@ def test_a_method_taken_from_the_model_before_the_block(rule: Any, cached: bool)
     model, plan = llama(), plan_at(rule)
     want, generate = alone(model, plan)[0], model.generate
     options = {"attention_mask": torch.ones_like(ROW), "use_cache": cached, **GREEDY}
-    if not cached and isinstance(rule, str) and rule != "all":
+    if isinstance(rule, str) and rule != "all":  # its first pass need not be the whole prompt
         with pytest.raises(InterventionError, match=r"call model\.generate inside the block"):
             with plan.hooks(model):
                 generate(ROW, **options)
-        return
-    with plan.hooks(model):
-        assert generate(ROW, **options)[0, len(PROMPT) :].tolist() == want
+    else:
+        with plan.hooks(model):
+            assert generate(ROW, **options)[0, len(PROMPT) :].tolist() == want
     with plan.hooks(model, prompt_lengths=len(PROMPT)):
         assert generate(ROW, **options)[0, len(PROMPT) :].tolist() == want
+
+
+TAKEN: dict[str, dict[str, Any]] = {
+    "chunks": {"prefill_chunk_size": 4},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", TAKEN)
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated", -2], ids=str)
+def test_a_taken_method_that_cuts_its_prompt_or_guesses_behind_it_is_refused(
+    rule: Any, way: str
+) -> None:
+    model, plan = llama(), plan_at(rule)
+    row = torch.tensor([PROMPT if way == "chunks" else [1, 5, 6, 7, 8, 9, 5, 6, 7]])
+    generate = model.generate
+    with (
+        pytest.raises(InterventionError, match=r"call model\.generate inside the block"),
+        plan.hooks(model),
+    ):
+        generate(row, attention_mask=torch.ones_like(row), **GREEDY, **TAKEN[way])
+
+
+@rules
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("whose", ["adapter", "inner"])
+def test_generate_of_what_the_steered_model_wraps(
+    whose: str, options: dict[str, Any], rule: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, plan = get_peft_model(llama(), config).eval(), plan_at(rule)
+    inner = model.base_model if whose == "adapter" else model.base_model.model
+    with plan.hooks(inner.model if whose == "adapter" else inner):
+        want = run(inner, PROMPT)
+    with plan.hooks(model):
+        assert run(inner, PROMPT, **options) == want
 
 
 @rules

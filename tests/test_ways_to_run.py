@@ -233,6 +233,35 @@ def test_passes_between_the_steps_of_a_stream_are_none_of_it(rule: Any) -> None:
     assert found == want
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated"], ids=str)
+def test_the_steps_of_a_stream_may_be_taken_by_several_threads(rule: Any, cached: bool) -> None:
+    """As web servers take them; what the first thread runs afterwards is a text of its own."""
+    model, plan = models.bridge("llama"), plan_at(rule, size=25.0)
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+    options |= {"max_tokens_per_yield": 1, "return_type": "tokens", "use_past_kv_cache": cached}
+    text = torch.tensor([[*PROMPTS[0], 30, 31]])
+
+    def stream() -> Iterator[list[int]]:
+        for new in model.generate_stream(torch.tensor([PROMPTS[0]]), max_new_tokens=6, **options):
+            yield new[0].tolist()
+
+    with plan.hooks(model):
+        want = list(stream())
+        read = model(text)
+    handle = plan.attach(model)
+    try:
+        steps, found = stream(), []
+        found.append(next(steps))
+        while len(found) < len(want):
+            found += in_threads(lambda: next(steps))
+        assert in_threads(lambda: next(steps, None)) == [None]
+        torch.testing.assert_close(model(text), read, atol=1e-5, rtol=0)
+    finally:
+        handle.remove()
+    assert found == want
+
+
 def test_tasks_of_one_thread_are_told_apart() -> None:
     model, plan = llama(), plan_at()
 
@@ -249,6 +278,92 @@ def test_tasks_of_one_thread_are_told_apart() -> None:
         return list(await asyncio.gather(steered(), plain()))
 
     assert asyncio.run(both()) == [alone(model, plan)[0], run(model, PROMPTS[0])]
+
+
+@pytest.mark.parametrize("way", ["hooks", "attach"])
+def test_steering_that_ends_in_the_middle_of_a_generate_call_is_an_error_in_both_threads(
+    way: str,
+) -> None:
+    model, plan = llama(), plan_at("generated")
+    at_third, goes_on, n_passes = threading.Event(), threading.Event(), []
+    ended: list[Any] = []
+
+    def wait(*_: Any) -> None:
+        n_passes.append(1)
+        if len(n_passes) == 3:
+            at_third.set()
+            goes_on.wait(30)
+
+    def generate() -> None:
+        try:
+            ended.append(run(model, PROMPTS[0]))
+        except InterventionError as error:
+            ended.append(str(error))
+
+    def steered() -> None:
+        handle = plan.attach(model) if way == "attach" else None
+        with nullcontext() if handle is not None else plan.hooks(model):
+            thread.start()
+            at_third.wait(30)
+        if handle is not None:
+            handle.remove()
+
+    thread = threading.Thread(target=generate)
+    model.lm_head.register_forward_hook(wait)
+    plain = copy.deepcopy(model)
+    try:
+        with pytest.raises(InterventionError, match="ended in the middle of a generate call"):
+            steered()
+    finally:
+        goes_on.set()
+        thread.join(30)
+    assert "ended in the middle of a generate call" in ended[0]
+    assert run(model, PROMPTS[0]) == run(plain, PROMPTS[0])  # and the hooks are off
+
+
+def test_a_stream_that_is_read_on_after_the_block_is_an_error_unless_it_was_closed() -> None:
+    model, plan = models.bridge("llama"), plan_at("generated")
+    options = {"do_sample": False, "stop_at_eos": False, "verbose": False}
+
+    def begun(*, close: bool) -> None:
+        with plan.hooks(model):
+            steps = model.generate_stream(torch.tensor([PROMPTS[0]]), max_new_tokens=6, **options)
+            next(steps)
+            if close:
+                steps.close()
+
+    begun(close=True)
+    with pytest.raises(InterventionError, match="read or close the stream"):
+        begun(close=False)
+
+
+@pytest.mark.parametrize("where", ["another context", "another thread"])
+@rules
+def test_a_generator_with_the_block_inside_that_is_stepped_elsewhere(where: str, rule: Any) -> None:
+    """As web servers step it: all of it but the first step would be plain."""
+    import contextvars
+
+    model, plan = llama(), plan_at(rule)
+
+    def stream() -> Iterator[list[list[int]]]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        with plan.hooks(model), torch.no_grad():
+            model(torch.tensor([PROMPTS[0]]), past_key_values=cache, use_cache=True)
+            yield []
+            yield decoded_on(model, cache, 9, rows=1)
+
+    steps = stream()
+
+    def step() -> Any:
+        if where == "another context":
+            return contextvars.copy_context().run(next, steps)
+        return in_threads(lambda: next(steps))
+
+    step()
+    with pytest.raises(InterventionError, match="filled while the model was steered"):
+        step()
 
 
 def test_a_model_is_measured_without_taking_the_hooks_off_for_other_threads() -> None:
@@ -430,19 +545,19 @@ def test_a_model_that_runs_elsewhere_is_refused() -> None:
 
 @pytest.mark.parametrize("rule", ["all", 2, "prompt", "last_prompt", "generated"], ids=str)
 def test_a_generate_taken_from_the_model_before_is_followed_or_refused(rule: Any) -> None:
-    """With a cache its passes say what they are; without one each step looks like a prompt."""
+    """Its first pass need not be its prompt, and without a cache each step looks like one."""
     model, plan = llama(), plan_at(rule)
     row, taken = torch.tensor([PROMPTS[0]]), model.generate
     mask = torch.ones_like(row)
     with plan.hooks(model):
         want = model.generate(row, attention_mask=mask, **GREEDY)
-        assert torch.equal(taken(row, attention_mask=mask, **GREEDY), want)
-        if rule in ("all", 2):
-            found = taken(row, attention_mask=mask, use_cache=False, **GREEDY)
-            assert torch.equal(found, want)
-            return
-        with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
-            taken(row, attention_mask=mask, use_cache=False, **GREEDY)
+        for cached in (True, False):
+            options = {"attention_mask": mask, "use_cache": cached, **GREEDY}
+            if rule in ("all", 2):
+                assert torch.equal(taken(row, **options), want)
+                continue
+            with pytest.raises(InterventionError, match="this generate call was not seen to begin"):
+                taken(row, **options)
 
 
 # -- caches whose beginning was not seen ----------------------------------------------------------
@@ -489,3 +604,69 @@ def test_a_step_on_a_cache_whose_prompt_was_not_seen(rule: Any, filled: str) -> 
                 model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
                 want = decoded_on(model, cache, 9, rows=1)
             assert found == [one * 2 for one in want]
+
+
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated", -2], ids=str)
+def test_a_cache_that_is_not_known_is_not_taken_for_the_text_before(rule: Any) -> None:
+    """It was filled before the block; the other text is longer than it."""
+    import transformers
+
+    model, cache = llama(), transformers.DynamicCache()
+    model(torch.tensor([PROMPTS[1]]), past_key_values=cache, use_cache=True)
+
+    def steps() -> None:
+        with plan_at(rule).hooks(model):
+            model(torch.tensor([PROMPTS[2]]), use_cache=False)
+            decoded_on(model, cache, 9, rows=1)
+
+    with pytest.raises(InterventionError, match="on top of a cache that was filled before"):
+        steps()
+
+
+@pytest.mark.parametrize("rule", ["prompt", "last_prompt", "generated", -2], ids=str)
+@pytest.mark.parametrize("later", ["a chunk of the prompt", "guesses"])
+def test_several_tokens_on_a_cache_in_a_loop_of_ones_own_are_refused(rule: Any, later: str) -> None:
+    """Nothing says whether they are prompt or not, unless the block does."""
+    import transformers
+
+    model, ids = llama(), PROMPTS[2]
+    first, rest = (ids[:4], ids[4:]) if later == "a chunk of the prompt" else (ids, [40, 41, 42])
+
+    def loop(**options: Any) -> torch.Tensor:
+        cache = transformers.DynamicCache()
+        with plan_at(rule).hooks(model, **options), torch.no_grad():
+            model(torch.tensor([first]), past_key_values=cache, use_cache=True)
+            return model(torch.tensor([rest]), past_key_values=cache, use_cache=True).logits
+
+    with pytest.raises(InterventionError, match="several tokens on top of a cache"):
+        loop()
+    with plan_at(rule).hooks(model, prompt_lengths=len(ids)), torch.no_grad():
+        want = model(torch.tensor([first + rest]), use_cache=False).logits[:, len(first) :]
+    if rule in ("prompt", "generated") or later == "guesses":
+        torch.testing.assert_close(loop(prompt_lengths=len(ids)), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [2, [1, 5]], ids=str)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_recurrent_cache_that_is_reset_begins_anew(family: str, rule: Any) -> None:
+    import architectures
+    import transformers
+
+    model = architectures.built(family, size=0.15)
+    model.tokenizer = models.tokenizer()
+    plan = plan_at(rule, size=12.0)
+
+    def logits(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            row = torch.tensor([PROMPTS[2]])
+            return model(row, cache_params=cache, use_cache=True).logits
+
+    with plan.hooks(model):
+        want = logits(transformers.DynamicCache(config=model.config))
+    cache = transformers.DynamicCache(config=model.config)
+    with plan.hooks(model) as report:
+        logits(cache)
+        cache.reset()
+        n_first = report.n_edited[HOOK]
+        assert torch.equal(logits(cache), want)
+        assert report.n_edited[HOOK] == 2 * n_first

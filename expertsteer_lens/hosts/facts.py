@@ -225,9 +225,9 @@ def training_noise(model: nn.Module) -> bool:
     """Whether the model is in training mode, or a part of it is that has dropout: results would
     then be random.
 
-    A part counts if it is a dropout module, or keeps a rate of its own, as attention modules do,
-    and the rate is above 0. Other parts may be in training mode without any effect, e.g. an adapter
-    that was just added."""
+    A part counts if it is a dropout module, or keeps a rate of its own, as attention modules and
+    routers of experts (jitter) do, and the rate is above 0. Other parts may be in training mode
+    without any effect, e.g. an adapter that was just added."""
     return model.training or any(
         part.training and _dropout_rate(part) > 0 for part in model.modules()
     )
@@ -236,7 +236,7 @@ def training_noise(model: nn.Module) -> bool:
 def _dropout_rate(part: nn.Module) -> float:
     if isinstance(part, nn.modules.dropout._DropoutNd):
         return float(part.p)
-    rates = [value for name, value in vars(part).items() if "drop" in name]
+    rates = [value for name, value in vars(part).items() if "drop" in name or "jitter" in name]
     return max((value for value in rates if isinstance(value, float)), default=0.0)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertsteer_lens.errors import InterventionError
+
 from .overrides import Around, calls_through, is_stream
 from .parts import Observer
 from .scope import Scope
@@ -109,8 +111,11 @@ def _noting(obj: Any, name: str, observer: Observer, scope: Scope) -> Noting:
             observer.on_generate(True, _prompt_mask(args, kwargs) if reads_prompt else None)
             try:
                 yield True
-            finally:
-                observer.on_generate(False)
+            except BaseException:
+                with contextlib.suppress(InterventionError):  # the first error is the one to tell
+                    observer.on_generate(False)
+                raise
+            observer.on_generate(False)
 
     return noting
 

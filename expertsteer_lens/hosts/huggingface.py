@@ -195,8 +195,16 @@ class HuggingFaceHost(Host):
             acts = stack.enter_context(scope_or_new(scope))
             base = self.model.get_submodule(self.blocks.base)
             stack.enter_context(watch_causal_module(base, observer, root=self.model, scope=acts))
-            stack.enter_context(watch_generate([self.model], observer, scope=acts))
+            stack.enter_context(watch_generate(self._generating(), observer, scope=acts))
             yield
+
+    def _generating(self) -> list[nn.Module]:
+        """The model, and what it wraps (an adapter's model): whatever has a `generate` and holds
+        the decoder."""
+        parts = self.blocks.base.split(".")
+        paths = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+        around = [self.model.get_submodule(path) for path in dict.fromkeys(paths)]
+        return [one for one in around if hasattr(type(one), "generate")]
 
     def quiet(self) -> AbstractContextManager[None]:
         """See `Host.quiet`."""

@@ -117,6 +117,12 @@ def _check_place(name: str) -> None:
         raise ArgumentError(
             f"no model in {name!r}: there is no such folder, and a hub id has the form owner/name."
         )
+    elif "/" in name and place.parent.is_dir():
+        raise ArgumentError(
+            f"no model in {name!r}: there is no such folder, but there is a folder "
+            f"{str(place.parent)!r}, so the name is not asked for at the hub; correct the path, or "
+            "run from another folder if a hub id is meant."
+        )
 
 
 def _forget_quantisation(model: Any) -> None:

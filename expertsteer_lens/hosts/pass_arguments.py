@@ -132,8 +132,11 @@ def _cached_tokens(cache: Any, counts: Mapping[Any, int]) -> int:
     except ValueError:  # states of a recurrent model, which have no length
         pass
     past = counts.get(cache, 0)
-    filled = getattr(cache, "has_previous_state", False)
-    if past == 0 and (filled() if callable(filled) else filled):
+    filled = getattr(cache, "has_previous_state", None)
+    filled = filled() if callable(filled) else filled
+    if filled is False:
+        return 0  # it holds nothing, or was reset since
+    if past == 0 and filled:
         raise InterventionError(
             f"the {type(cache).__name__} given does not say how many tokens it holds, and it was "
             "filled before steering was on; start steering before the prompt is run."

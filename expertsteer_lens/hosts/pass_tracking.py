@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from expertsteer_lens.errors import InterventionError
 from expertsteer_lens.interventions.clock import SequenceToken
 
 from .parts import Observer
@@ -43,6 +44,8 @@ def watch_causal_module(
     the padding, the mask is the one that the whole model, `root`, was given."""
     names = parameter_names(module)
     measured_before = n_measuring(module)
+    # Sequences that passes of the scope went on with.
+    followed: weakref.WeakSet[SequenceToken] = weakref.WeakSet()
     # Per thread, what is known of the pass that it runs: the mask of the root; the tokens and the
     # sequence.
     now = _PerThread()
@@ -59,12 +62,20 @@ def watch_causal_module(
             return
         if not scope():
             scope.n_elsewhere += 1
+            if _is_followed_by(find_cache(names, args, kwargs), followed):
+                begun = describe_pass(names, args, kwargs, _CACHED_TOKENS)
+                if begun is not None and begun.past > 0:
+                    raise InterventionError(_LEFT_SCOPE)
             return
         info = describe_pass(names, args, kwargs, _CACHED_TOKENS)
         if info is None:
             return
         cache = find_cache(names, args, kwargs)
         info.sequence = _sequence_in(cache, info.past)
+        if info.sequence is not None and cache is None:
+            info.sequence = _MAKING.shared(module, followed, info.sequence)
+        if info.sequence is not None:
+            followed.add(info.sequence)
         info.fills_cache = info.past == 0 and (cache is not None or kwargs.get("use_cache") is True)
         total = info.past + info.n_new
         now.pass_ = (total, info.sequence)
@@ -92,6 +103,7 @@ def watch_causal_module(
             return
         total, sequence = now.pass_
         now.pass_ = None
+        _MAKING.pending.pop(id(module), None)
         note_cached(names, args, kwargs, _CACHED_TOKENS, total)
         # A pass that was given no cache may have made one.
         made = next((getattr(output, n, None) for n in CACHE_NAMES if hasattr(output, n)), None)
@@ -116,6 +128,26 @@ class _PerThread(threading.local):
     pass_: tuple[int, SequenceToken | None] | None = None
 
 
+class _Making(threading.local):
+    """Of each thread: by module, the sequence of a pass that was given no cache and may make one,
+    and the watchers that have taken it: all watchers of the pass take the same."""
+
+    def __init__(self) -> None:
+        self.pending: dict[int, tuple[SequenceToken, list[Any]]] = {}
+
+    def shared(self, module: nn.Module, watcher: Any, new: SequenceToken) -> SequenceToken:
+        """The sequence that another watcher has made for this pass; else the new one."""
+        sequence, takers = self.pending.get(id(module), (new, []))
+        if any(one is watcher for one in takers):  # left from a pass that was broken off
+            sequence, takers = new, []
+        takers.append(watcher)
+        self.pending[id(module)] = sequence, takers
+        return sequence
+
+
+_MAKING = _Making()
+
+
 def is_copy(module: nn.Module, original: nn.Module) -> bool:
     """Whether a hook that was put on `original` is called on a copy of it (`copy.deepcopy`), which
     is another model. The replicas of `nn.DataParallel` are not: they run its passes."""
@@ -137,6 +169,22 @@ def _sequence_in(cache: Any, past: int) -> SequenceToken | None:
         return _SEQUENCES[cache]
     except TypeError:  # a cache that cannot be referred to weakly
         return None
+
+
+def _is_followed_by(cache: Any, followed: weakref.WeakSet[SequenceToken]) -> bool:
+    """Whether passes of the scope went on with the sequence in this cache."""
+    try:
+        return _is_followed(cache) and _SEQUENCES.get(cache) in followed
+    except TypeError:  # a cache that cannot be referred to weakly
+        return False
+
+
+_LEFT_SCOPE = (
+    "this pass goes on with a cache that was filled while the model was steered, but in a thread "
+    "or task that is not steered (a generator with the block inside, whose steps are taken by "
+    "other threads or in other contexts?); open the block where the model is run, or use "
+    "plan.attach(model), which steers every thread."
+)
 
 
 _MEASURED: ContextVar[tuple[int, ...]] = ContextVar("expertsteer_measured", default=())

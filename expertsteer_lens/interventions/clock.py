@@ -111,7 +111,8 @@ class PositionClock:
     What counts as the prompt, in this order: `prompt_lengths` if given; inside a `generate` call
     the tokens that the call was given, if it can be seen, else those of its first pass; otherwise
     every token of a pass that starts a sequence. A pass on top of a cache belongs to the sequence
-    in that cache, where the host says which; else to the one before it. One new token counts as
+    in that cache, where the host says which (one that is not known is none of those before); else
+    to the one before it. One new token counts as
     generated, several as more prompt. Several sequences may take turns, in one generate call too
     (guidance runs a second one, whose prompt is the negative one).
 
@@ -238,12 +239,11 @@ class PositionClock:
         # 5. Real tokens are numbered along the whole sequence; this pass is its last columns.
         index = (real.long().cumsum(1) - 1).masked_fill(~real, -1)[:, info.past :]
 
-        # 6. Several tokens on top of a cache, in the middle of a generation: the prompt may have
-        #    been cut into chunks, so the first pass did not show where it ends.
-        adds_several = continues and info.past > 0 and info.n_new > 1
+        # 6. Several tokens on top of a cache, other than the first pass of a generate call: they
+        #    may be a chunk of the prompt, or guesses to be verified: nothing shows where it ends.
+        adds_several = not begins_call and info.past > 0 and info.n_new > 1
         guessed = adds_several and self._given_lengths is None and state.prompt is None
-        uncached = info.past == 0 and not info.fills_cache
-        unseen = is_own and call is None and uncached and self._given_lengths is None
+        unseen = is_own and call is None and self._given_lengths is None
         return Step(
             index,
             lengths.to(real.device),
@@ -271,8 +271,8 @@ class PositionClock:
         if info.sequence is not None and info.sequence in self._sequences:
             found = self._sequences[info.sequence]
             return found if found.real.shape[0] == info.batch else None
-        if info.fills_cache:
-            return None
+        if info.fills_cache or (info.sequence is not None and info.past > 0):
+            return None  # a new text, or one whose beginning was not seen: none of those before
         call = self._calls[-1] if self._calls else None
         if call is None:
             latest = self._latest

@@ -17,7 +17,7 @@ from expertsteer_lens.interventions.clock import PositionClock
 from expertsteer_lens.interventions.positions import PassTokens, Positions
 from expertsteer_lens.interventions.vector_edit import VectorEdit
 
-from .checks import check_model, check_padding
+from .checks import check_model, check_overflow, check_padding
 
 if TYPE_CHECKING:
     from expertsteer_lens.hosts import Host
@@ -170,17 +170,20 @@ class PlanEdit:
             mask = None if everything else step.mask(positions)
             current[:] = [PassTokens((info.batch, info.n_new), mask)]
 
-        def edit_at(edits: list[VectorEdit]) -> Callable[[Any], Any]:
+        def edit_at(path: str, edits: list[VectorEdit]) -> Callable[[Any], Any]:
             def fn(x: Any) -> Any:
                 if is_stand_in(x) or current[0].is_empty:
                     return None
+                before = x
                 for edit in edits:
                     x = edit(x, current[0].mask_on(x.device))
+                if str(x.dtype) == "torch.float16":
+                    check_overflow(path, before, x)
                 return x
 
             return fn
 
         return [
             (self._decoder, "arguments", place),
-            *((path, side, edit_at(edits)) for path, side, edits in self._places),
+            *((path, side, edit_at(path, edits)) for path, side, edits in self._places),
         ]

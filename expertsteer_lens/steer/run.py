@@ -93,6 +93,8 @@ class PlanRun:
         # The hooks, while they are on, and the handle that takes them off (see `SteeringHandle`).
         self._registration: Registration | None = None
         self._was_installed = False
+        # Generate calls and streams that are open, in whichever thread.
+        self._n_generating = 0
         self._repeated = Repeated()
         self.handle: SteeringHandle | None = None
         plan._last[:] = [self.report]
@@ -123,6 +125,8 @@ class PlanRun:
             self._registration, self._was_installed = registration, True
             stack.callback(setattr, self, "_registration", None)
             yield registration
+        if self._n_generating > 0:
+            raise InterventionError(_ENDED_EARLY)
 
     def finish(self) -> None:
         """Check what `run` checks at its end, where a host knows the end of its own run."""
@@ -133,6 +137,10 @@ class PlanRun:
     def on_generate(self, entering: bool, prompt: Tensor | None = None) -> None:
         """See `Observer`."""
         self._clock(None).generation(entering, prompt)
+        with self._counting:
+            self._n_generating += 1 if entering else -1
+        if not entering and self._was_installed and self._registration is None:
+            raise InterventionError(_ENDED_EARLY)
 
     def on_prepare(self) -> None:
         """See `Observer`."""
@@ -146,7 +154,9 @@ class PlanRun:
         try:
             yield
         finally:
-            clock.take_up(calls)
+            # A stream may be taken up by another thread than the one that set it aside: then the
+            # calls go with it.
+            self._clock(None).take_up(calls)
 
     def on_packed(self, options: Mapping[str, Any]) -> None:
         """See `Observer`."""
@@ -452,6 +462,13 @@ class PlanRun:
             return out
 
         return hook_fn
+
+
+_ENDED_EARLY = (
+    "steering ended in the middle of a generate call or a stream, whose later tokens are not "
+    "steered; wait for it to end (join its thread, read or close the stream) before the block "
+    "ends or handle.remove() is called."
+)
 
 
 class _Here(threading.local):
