@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -410,7 +411,9 @@ def test_guidance_runs_two_sequences_that_are_each_followed(
     assert out[0, len(PROMPTS[0]) :].tolist() == new
 
 
-def packed(model: Any, plan: SteeringPlan | None, steered: Any = None) -> list[list[int]]:
+def packed(
+    model: Any, plan: SteeringPlan | None, steered: Any = None, **kept: bool
+) -> list[list[int]]:
     """By `generate_batch` of the model, with the plan on it or on what wraps it."""
     import transformers
 
@@ -419,7 +422,7 @@ def packed(model: Any, plan: SteeringPlan | None, steered: Any = None) -> list[l
     if kind is not None:  # left to itself it makes a cache that fills the memory
         options["continuous_batching_config"] = kind(num_blocks=16, max_batch_tokens=64)
     with nullcontext() if plan is None else plan.hooks(model if steered is None else steered):
-        found = model.generate_batch([list(p) for p in PROMPTS], **options)
+        found = model.generate_batch([list(p) for p in PROMPTS], **options, **kept)
     return [one.generated_tokens for one in found.values()]
 
 
@@ -433,6 +436,21 @@ def test_continuous_batching_is_exact_where_a_token_says_where_it_is(rule: Any) 
 def test_continuous_batching_is_refused_where_prompts_cannot_be_told(rule: Any) -> None:
     with pytest.raises(InterventionError, match=r"made of several sequences .* model.generate"):
         packed(llama(), plan_at(rule))
+
+
+def test_a_manager_of_batches_that_is_kept_gives_no_steered_cache_to_a_plain_request() -> None:
+    model, plan = llama(), plan_at("all")
+    if "persistent_manager" not in inspect.signature(model.generate_batch).parameters:
+        pytest.skip("this transformers keeps no manager")
+    with pytest.raises(InterventionError, match="leave persistent_manager out"):
+        packed(model, plan, persistent_manager=True)
+    packed(model, None, persistent_manager=True)
+    try:
+        with pytest.raises(InterventionError, match="destroy_cached_continuous_batching_manager"):
+            packed(model, plan)
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+    assert packed(model, plan) == alone(model, plan)
 
 
 def test_continuous_batching_is_refused_where_a_gate_or_a_recorded_graph_hides_it(

@@ -19,6 +19,8 @@ from .scope import Scope
 
 GENERATE_NAMES = ("generate", "generate_stream", "hf_generate")
 PACKED_NAMES = ("generate_batch", "init_continuous_batching")
+KEPT_MANAGER = "_cached_continuous_batching_manager"
+"""Where a model keeps the manager of an earlier `generate_batch(persistent_manager=True)`."""
 PREPARE_NAMES = ("prepare_inputs_for_generation",)
 """What transformers' own generate calls before each pass that it runs."""
 
@@ -105,7 +107,7 @@ def _noting(obj: Any, name: str, observer: Observer, scope: Scope) -> Noting:
             yield True
             observer.on_prepare()
         elif name in PACKED_NAMES:
-            observer.on_packed(kwargs)
+            observer.on_packed(kwargs, getattr(obj, KEPT_MANAGER, None))
             yield True
         else:
             observer.on_generate(True, _prompt_mask(args, kwargs) if reads_prompt else None)

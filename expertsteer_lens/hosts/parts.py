@@ -39,9 +39,10 @@ class Observer(Protocol):
         """Inside the block, passes of this thread are of no generate call that is open now: those
         of a streamer, and of whoever takes the steps of a stream."""
 
-    def on_packed(self, options: Mapping[str, Any]) -> None:
+    def on_packed(self, options: Mapping[str, Any], kept: Any = None) -> None:
         """A call with these keyword arguments is about to pack several requests into one row of
-        tokens (continuous batching)."""
+        tokens (continuous batching); `kept` is the manager of an earlier one, if the model has kept
+        it."""
 
 
 @runtime_checkable

@@ -158,7 +158,7 @@ class PlanRun:
             # calls go with it.
             self._clock(None).take_up(calls)
 
-    def on_packed(self, options: Mapping[str, Any]) -> None:
+    def on_packed(self, options: Mapping[str, Any], kept: Any = None) -> None:
         """See `Observer`."""
         if not self.host.packs_requests:
             raise InterventionError(
@@ -175,6 +175,18 @@ class PlanRun:
                 "does not show (continuous batching); gate per token, or use model.generate."
             )
         config = options.get("continuous_batching_config")
+        shares = getattr(config, "allow_block_sharing", None) is not False
+        kept_shares = kept is not None and (
+            getattr(getattr(kept, "continuous_batching_config", None), "allow_block_sharing", None)
+            is not False
+        )
+        if kept_shares or (options.get("persistent_manager") and shares):
+            raise InterventionError(
+                "a manager of continuous batching that is kept (persistent_manager=True) gives the "
+                "cache of one request to the next that begins alike, whether it is steered or not; "
+                "leave persistent_manager out, after model.destroy_cached_continuous_batching_"
+                "manager(), or pass ContinuousBatchingConfig(allow_block_sharing=False)."
+            )
         if self.host.device.type == "cuda" and getattr(config, "use_cuda_graph", None) is not False:
             raise InterventionError(
                 "continuous batching on CUDA records graphs, which would run on without the hooks; "
