@@ -8,7 +8,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -551,6 +551,22 @@ def test_half_precision_that_overflows_is_an_error_and_no_nan(rule: Any) -> None
         torch.no_grad(),
     ):
         model(torch.tensor([PROMPTS[0]]))
+
+
+def test_half_precision_that_overflows_in_a_later_block_is_an_error_and_no_nan() -> None:
+    model, plan = models.hf("llama", dtype=torch.float16), plan_at()
+    ids, seen = torch.tensor([PROMPTS[0]]), set()
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.mul_(200)
+        assert bool(model(ids).logits.isfinite().all())
+        for direction in (*torch.eye(32), *-torch.eye(32)):
+            vectors = {plan.vectors[0].hook_name: direction}
+            strong = SteeringPlan.from_vectors(vectors, coefficient=6.5e4, relative_to="unit")
+            with suppress(InterventionError), strong.hooks(model):
+                seen.add(bool(model(ids).logits.isfinite().all()))
+                continue
+            seen.add("refused")
+    assert seen == {True, "refused"}
 
 
 def test_a_model_that_runs_elsewhere_is_refused() -> None:

@@ -35,6 +35,10 @@ class Observer(Protocol):
         """A `generate` call, seen or not, is about to run a pass of its own sequence; what it runs
         without saying so beforehand is another (guidance)."""
 
+    def on_half_precision(self, states: Tensor, mask: Tensor | None) -> None:
+        """A pass in float16 has ended: the last block's states `[batch, pos, d]`, and which tokens
+        so far are real `[batch, past + pos]`, if that is known."""
+
     def aside(self) -> AbstractContextManager[None]:
         """Inside the block, passes of this thread are of no generate call that is open now: those
         of a streamer, and of whoever takes the steps of a stream."""

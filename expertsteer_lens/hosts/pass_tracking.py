@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from expertsteer_lens.errors import InterventionError
@@ -89,6 +90,7 @@ def watch_causal_module(
             )
         ):
             info = info.with_mask(now.root_mask)
+        now.mask = info.attention_mask
         observer.on_forward(info)
 
     def leaves(m: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
@@ -103,6 +105,11 @@ def watch_causal_module(
             return
         total, sequence = now.pass_
         now.pass_ = None
+        states = (
+            output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        )
+        if isinstance(states, Tensor) and states.dtype == torch.float16:
+            observer.on_half_precision(states, now.mask)
         _MAKING.pending.pop(id(module), None)
         note_cached(names, args, kwargs, _CACHED_TOKENS, total)
         # A pass that was given no cache may have made one.
@@ -125,6 +132,7 @@ def watch_causal_module(
 
 class _PerThread(threading.local):
     root_mask: Tensor | None = None
+    mask: Tensor | None = None
     pass_: tuple[int, SequenceToken | None] | None = None
 
 

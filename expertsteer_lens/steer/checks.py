@@ -145,6 +145,20 @@ def check_overflow(hook_name: str, before: Tensor, after: Tensor) -> None:
         )
 
 
+def check_half_precision(states: Tensor, mask: Tensor | None) -> None:
+    """Raise `InterventionError` if the last block's float16 states of real tokens are no finite
+    numbers: an edit that float16 held may take a later block above 65504."""
+    broken = ~states.isfinite().all(-1)
+    if mask is not None and mask.shape[0] == broken.shape[0]:
+        broken = broken & mask[:, -broken.shape[1] :].bool()  # what stands at padding is of no use
+    if bool(broken.any()):
+        raise InterventionError(
+            "float16 activations of the steered model are above 65504, the largest number that "
+            "float16 holds, in a block after the steered one; use a smaller coefficient, or run "
+            "the model in bfloat16."
+        )
+
+
 def check_outcome(
     report: RunReport,
     lost: list[str],

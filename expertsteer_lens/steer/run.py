@@ -26,7 +26,14 @@ from expertsteer_lens.interventions.vector_edit import VectorEdit
 
 from .attached import SteeringHandle
 from .attached import detach as detach
-from .checks import check_model, check_outcome, check_overflow, check_padding, check_present
+from .checks import (
+    check_half_precision,
+    check_model,
+    check_outcome,
+    check_overflow,
+    check_padding,
+    check_present,
+)
 from .recompute import Repeated, check_reentrant
 from .report import RunReport
 
@@ -192,6 +199,10 @@ class PlanRun:
                 "continuous batching on CUDA records graphs, which would run on without the hooks; "
                 "pass continuous_batching_config=ContinuousBatchingConfig(use_cuda_graph=False)."
             )
+
+    def on_half_precision(self, states: Tensor, mask: Tensor | None) -> None:
+        """See `Observer`."""
+        check_half_precision(states, mask)
 
     def on_forward(self, info: ForwardInfo) -> None:
         """See `Observer`."""
