@@ -74,6 +74,21 @@ def test_adapters_switched_off_after_the_fit_are_noticed_and_merging_them_change
     plan.attach(model).remove()
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_virtual_tokens_that_are_switched_off_are_noticed(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(llama(), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "prompt_encoder" in name:
+                parameter.normal_(0, 0.5)
+    on = as_host(model).fingerprint
+    with model.disable_adapter():
+        assert as_host(model).fingerprint != on
+    assert as_host(model).fingerprint == on
+
+
 PROMPTS = ([1, 5, 6, 7, 8], [1, 20, 21], [1, 9, 10, 11, 12, 13, 14], [1])
 GREEDY = models.greedy(6)
 RULES = ("all", "prompt", "last_prompt", "generated", 2)

@@ -128,8 +128,12 @@ def _digest(values: Tensor) -> bytes:
 def _adapters(weights: nn.Module) -> tuple[Any, ...]:
     """Which adapters of PEFT are at work, merged or switched off, and how strongly, in each layer
     that has some."""
-    found = []
+    found: list[tuple[Any, ...]] = []
     for name, module in weights.named_modules():
+        if isinstance(getattr(module, "_adapters_disabled", None), bool):
+            # Virtual tokens belong to the model as a whole, which says so of itself.
+            active = str(getattr(module, "active_adapter", ""))
+            found.append((name, module._adapters_disabled, active, (), None))
         # Models of transformers have methods of these names, adapter layers have values.
         if hasattr(module, "active_adapters") and not callable(
             getattr(module, "disable_adapters", print)
