@@ -13,7 +13,7 @@ BIN = $(VENV)/bin
 BIN3 = $(VENV3)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored pictures site bench architectures sizes clean
+.PHONY: help demo test doctest coverage test-tl3 test-newest check sdist notebooks notebooks-stored pictures site bench bench-one architectures sizes clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,6 +99,9 @@ bench: $(VENV)/.done ## the offline benchmark and the speed benchmarks (installs
 	$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) xrfm
 	$(BIN)/python benchmarks/rfm_speed.py
 	$(BIN)/python benchmarks/mi_speed.py --repeats 3
+
+bench-one: $(VENV)/.done ## the offline benchmark on one domain, without its studies
+	OMP_NUM_THREADS=1 $(BIN)/expertsteer-lens bench --domain mathematics --no-studies
 
 sizes: ## lines per file and per room
 	@wc -l expertsteer_lens/*.py expertsteer_lens/*/*.py | sort -n

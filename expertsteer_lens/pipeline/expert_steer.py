@@ -25,7 +25,7 @@ from .finished import check_finished, keeping, read_under
 from .fit_data import FitData, FitTexts, divide_texts, reading_of, spans_to_read
 from .fitted import ExpertSteering, collect
 from .read_models import Models, PairStates
-from .readings import FinishedReadings, Readings
+from .readings import FinishedReadings, TextReader
 from .rehearsal import check_lengths, check_seed, rehearse
 from .steps import StepLog, measure_gradients, solve, takes_gradients
 from .token_pairs import TokenPairs, candidate_pairs, in_the_middle, why_not_tokens
@@ -200,7 +200,7 @@ class ExpertSteer:
             config=self.config,
             under=under,
             progress=progress,
-            readings=Readings(
+            readings=TextReader(
                 reading=reading,
                 batch_size=self.config.batch_size,
                 progress=progress,

@@ -26,7 +26,7 @@ from .config import ExpertSteerConfig
 from .experts import Experts, model_facts
 from .finished import keeping
 from .fit_data import FitData, FitTexts, spans_to_read
-from .readings import Readings
+from .readings import TextReader
 from .token_pairs import TokenPairs
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Models:
     config: ExpertSteerConfig
     under: dict[str, Any]
     progress: bool | None
-    readings: Readings
+    readings: TextReader
 
     def read_pairs(self, texts: FitTexts) -> PairStates:
         """The states of both models on the labelled texts."""
@@ -101,7 +101,7 @@ class Models:
             anchors = self._with_tokens(texts, tokens, sample)
             if self.experts.tokens is not None:
                 anchors = [*self._stored_anchors(texts), *anchors]
-            compared = self._compared(sample, texts, anchors)
+            compared = self._compared_states(sample, texts, anchors)
         else:
             anchors = [
                 _rows_of_states(source, names, texts, self.reading)[0]
@@ -154,7 +154,7 @@ class Models:
             stores = self._with_tokens(texts, again, sample, pairs_too=False)
         if sample is None:
             return known
-        expert, target = self._compared(sample, texts, stores)
+        expert, target = self._compared_states(sample, texts, stores)
         return replace(known, expert_token_states=expert, target_token_states=target)
 
     @contextmanager
@@ -200,7 +200,7 @@ class Models:
             return None
         return TokenSample(COMPARED, len(texts.fit_texts), self._hook_names)
 
-    def _compared(
+    def _compared_states(
         self,
         sample: TokenSample | None,
         texts: FitTexts,

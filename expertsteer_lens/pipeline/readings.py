@@ -31,7 +31,7 @@ class FinishedReadings:
         return f"FinishedReadings({', '.join(self.stores)})"
 
 
-class Readings:
+class TextReader:
     """Reads models on lists of texts, and passes over what was read before.
 
     Args:
