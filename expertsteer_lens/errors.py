@@ -5,20 +5,21 @@ are also `ValueError`, `KeyError` or `TypeError`, so plain `except` clauses keep
 
 from __future__ import annotations
 
-_LONGEST = 4000
-"""Characters of a message; of a longer one the middle is left out (`args` has all of it)."""
-
 
 class ExpertSteerError(Exception):
     """Base of every error this package raises on its own account."""
+
+    # A value of the class: nnsight sends classes by value, where names of this module are unknown.
+    longest = 4000
+    """Characters of a message; of a longer one the middle is left out (`args` has all of it)."""
 
     def __str__(self) -> str:
         # KeyError shows the repr of its argument; our messages are sentences. What a file holds may
         # stand in them, so that they have a longest length.
         text = str(self.args[0]) if self.args else ""
-        if len(text) <= _LONGEST:
+        if len(text) <= self.longest:
             return text
-        half = _LONGEST // 2
+        half = self.longest // 2
         return f"{text[:half]} … {text[-half:]}"
 
 

@@ -250,7 +250,7 @@ def test_missing_fields_files_and_bad_vectors_are_named(plan, tmp_path):
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(tmp_path):
     with pytest.raises(ArtifactError, match="neither a folder nor a hub id"):
         esl.load(tmp_path / "nothing")
-    for name in ("x" * 5000, "a/" + "x" * 5000, "x" * 5000 + "/a", "x" * 250, "a\0b"):
+    for name in ("x" * 5000, "a/" + "x" * 5000, "x" * 5000 + "/a", "x" * 250):
         with pytest.raises(ArtifactError, match="neither a folder nor a hub id") as stop:
             esl.load(name)
         assert len(str(stop.value)) < 400

@@ -203,7 +203,7 @@ class TestInterruption:
 
     @pytest.mark.parametrize("name", ["expert_hook_names", "target_hook_names"])
     def test_no_hook_points_are_not_all(self, name, given):
-        with pytest.raises(ArgumentError, match=f"{name} is an empty list"):
+        with pytest.raises(ArgumentError, match=f"{name} is empty; give at least one name"):
             esl.ExpertSteer(FAST).fit(**given, **{name: []})
 
     @pytest.mark.parametrize("other", ["config.validation", "seed", "test_behaviour", "behaviour"])

@@ -128,9 +128,12 @@ def who_is_in(methods: Iterable[tuple[Any, str]]) -> tuple[bool, bool]:
 
 
 def _is_in(frame: FrameType | None, calls: dict[CodeType, Any]) -> bool:
-    while frame is not None:
-        obj = calls.get(frame.f_code)
-        if obj is not None and frame.f_locals.get("self") is obj:
-            return True
-        frame = frame.f_back
+    try:
+        while frame is not None:
+            obj = calls.get(frame.f_code)
+            if obj is not None and frame.f_locals.get("self") is obj:
+                return True
+            frame = frame.f_back
+    except AttributeError:  # a thread that runs on may leave no frame where one was
+        return True
     return False

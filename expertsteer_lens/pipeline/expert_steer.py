@@ -150,15 +150,6 @@ class ExpertSteer:
         log = StepLog(on_step)
         target_host = as_host(target)
         experts = Experts.of(expert)
-        for name, names in (
-            ("expert_hook_names", expert_hook_names),
-            ("target_hook_names", target_hook_names),
-        ):
-            if names is not None and not names:
-                raise ArgumentError(
-                    f"{name} is an empty list; name the hook points to read, or leave it out for "
-                    "the residual after every block."
-                )
         if expert_tokens is not None:
             self._check_tokens_are_used()
             experts = experts.with_tokens(expert_tokens, [*pairs.texts, *(texts.anchors or ())])
@@ -188,7 +179,7 @@ class ExpertSteer:
             experts.hosts,
             target_host,
             texts,
-            behaviours={"behaviour": behaviour, "test_behaviour": test_behaviour},
+            behaviour=behaviour,
             neutral=None if neutral is None else check_texts("neutral", neutral),
         )
         models = Models(

@@ -7,7 +7,7 @@ said twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def check_lengths(
     target: Host,
     texts: FitTexts,
     *,
-    behaviours: Mapping[str, Behaviour | None],
+    behaviour: Behaviour | None,
     neutral: Sequence[Text] | None,
 ) -> None:
     """Have every text tokenised by each model that will be shown it, before any of them is run.
@@ -103,7 +103,7 @@ def check_lengths(
         experts: those that are models.
         target: the model to be steered.
         texts: divided.
-        behaviours: by the name of the argument.
+        behaviour: as it was given; of its prompts a fit reads those for validation.
         neutral: as it was given.
 
     Raises:
@@ -121,14 +121,14 @@ def check_lengths(
     for host in experts:
         _check_tokens(host, [*labelled, *(both for both in anchors if both[1] in fitted)])
     more = [(f"neutral[{i}]", text) for i, text in enumerate(neutral or ())]
-    for name, behaviour in behaviours.items():
-        for i, prompt in enumerate(() if behaviour is None else behaviour.prompts):
-            assert behaviour is not None
-            more += [
-                (f"{name}.prompts[{i}] with its completion", prompt + completion)
-                for side in behaviour.completions(i)
-                for completion in side
-            ]
+    if behaviour is not None and texts.validation_behaviour is not None:
+        more += [
+            (f"behaviour.prompts[{i}] with its completion", prompt + completion)
+            for i, prompt in enumerate(behaviour.prompts)
+            if prompt in texts.validation_behaviour.prompts
+            for side in behaviour.completions(i)
+            for completion in side
+        ]
     _check_tokens(target, [*labelled, *anchors, *more])
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import ast
 import operator
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from nnsight.intervention.interleaver import Event, Mediator, Pending
@@ -234,18 +235,21 @@ def is_in_run(model: Any, *, unknown: bool) -> bool:
 
 
 @contextmanager
-def one_at_a_time(model: Any) -> Iterator[None]:
+def one_at_a_time(model: Any, *, whole: bool = False) -> Iterator[None]:
     """Inside the block, runs of the model in several threads do not overlap.
 
     nnsight keeps the state of one run: where two overlap, the end of one takes the workers of the
     other away. What is called while a run is under way nnsight takes for a part of it, and
-    `HookWorker` refuses it.
+    `HookWorker` refuses it. `whole`: what is called so and outlasts that run is refused as well,
+    as it must be where only runs are steered (edits).
     """
     with CHANGING_HOOKS:
         if model not in _RUNS:
             _RUNS[model] = _OneAtATime(model)
         runs = _RUNS[model]
-    with calls_through(model, "interleave", runs.run):
+    with calls_through(model, "interleave", runs.run), ExitStack() as stack:
+        if whole:
+            stack.enter_context(calls_through(model._module, "generate", runs.generate))
         yield
 
 
@@ -269,6 +273,21 @@ class _OneAtATime:
                 return self._run_whole(interleave, *args, **kwargs)
             finally:
                 self.thread = before
+
+    def generate(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """A `generate` of the wrapped module. The nnsight model that finds another thread in a run
+        calls it as a part of that run; once that has ended, nobody would steer what is left."""
+        if self.thread != threading.get_ident() and self._is_called_by_the_model():
+            raise InterventionError(ONE_RUN)
+        return call(*args, **kwargs)
+
+    def _is_called_by_the_model(self) -> bool:
+        model, frame = self._model(), sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
 
     def _run_whole(self, interleave: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
