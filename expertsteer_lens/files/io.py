@@ -63,8 +63,6 @@ def save(thing: Any, path: str | Path) -> Path:
     """
     check_place(path)
     path, kind = Path(path), kind_of(thing)
-    with named(path):
-        check_replaceable(path, kind.name)
     write_folder(
         path,
         lambda folder: _write(thing, kind, folder),
