@@ -22,7 +22,7 @@ from reference import padded
 from torch import Tensor, nn
 
 from expertsteer_lens.hosts import as_host
-from expertsteer_lens.hosts.loading import nothing_installed
+from expertsteer_lens.hosts.table import nothing_installed
 from expertsteer_lens.steer.plan import SteeringPlan
 
 USUAL = (

@@ -830,7 +830,7 @@ class TestBadInput:
             line = refused(
                 capsys, "export", found / "plan", "--format", format, "--out", tmp_path / name
             )
-            assert f"--out must end in {ending} for --format {format}" in line
+            assert f"--out must end in {ending}, got" in line
         (tmp_path / "x.gguf").mkdir()
         assert "is a folder; give a file" in refused(
             capsys, "export", found / "plan", "--format", "gguf", "--out", tmp_path / "x.gguf"

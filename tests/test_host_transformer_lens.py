@@ -31,7 +31,7 @@ from expertsteer_lens.errors import (
     ModelStateError,
 )
 from expertsteer_lens.hosts import as_host, capture, fingerprints_match
-from expertsteer_lens.hosts.loading import nothing_installed
+from expertsteer_lens.hosts.table import nothing_installed
 from expertsteer_lens.interventions.gates import Gate
 from expertsteer_lens.steer.plan import SteeringPlan
 

@@ -286,28 +286,11 @@ def export(
         check_choice(f"an option of --format {format}", name, chosen.options)
     loaded = load_saved(plan, "SteeringPlan")
     chosen.check(loaded)
-    _check_place(out, format)
+    try:
+        chosen.check_place(out)
+    except ArgumentError as error:
+        said = str(error).removeprefix("path ")
+        raise ArgumentError(f"--out {said} (--format {format})") from None
     if target is not None:
         options["model"] = replace(models, host="huggingface").load(target)
     say(str(export_plan(loaded, out, format=format, **options).resolve()))
-
-
-ENDINGS = {"lm_eval": (".pt", ".pth"), "gguf": (".gguf",), "hotwire": (".pt",), "merged": ()}
-"""Of the file that a format is written to; none: it is a folder."""
-
-
-def _check_place(out: Path, format: str) -> None:
-    """Raise `ArgumentError` where the format cannot be written, before a model is loaded."""
-    if format not in ENDINGS:
-        return
-    endings = ENDINGS[format]
-    if endings and out.suffix not in endings:
-        raise ArgumentError(
-            f"--out must end in {' or '.join(endings)} for --format {format}; got {str(out)!r}."
-        )
-    if endings and out.is_dir():
-        raise ArgumentError(f"--out {str(out)!r} is a folder; give a file for --format {format}.")
-    if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArgumentError(
-            f"--out {str(out)!r} exists and is not an empty folder; choose another."
-        )

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expertsteer_lens._atomic import named, write_file, write_folder
-from expertsteer_lens._checks import check_choice
+from expertsteer_lens._checks import check_choice, shown
 from expertsteer_lens._tables import register
 from expertsteer_lens.errors import ArgumentError, ExpertSteerError
 from expertsteer_lens.steer.constant import constant_additions
@@ -97,12 +97,7 @@ def to_lm_eval(
         ArtifactError: the file cannot be written; what was there is as it was.
         HostError: no blocks are found in `model`.
     """
-    path = Path(path)
-    if path.suffix not in (".pt", ".pth"):
-        raise ArgumentError(
-            "path must end in .pt or .pth, which is how the harness knows the format; got "
-            f"{str(path)!r}."
-        )
+    path = FORMATS["lm_eval"].check_place(path)
     vectors = added_vectors(plan)
     if model is not None:
         blocks = _blocks_below_base(model)
@@ -143,9 +138,7 @@ def to_hotwire(
     """
     import torch
 
-    path = Path(path)
-    if path.suffix != ".pt":
-        raise ArgumentError(f"path must end in .pt, which hotwire looks for; got {str(path)!r}.")
+    path = FORMATS["hotwire"].check_place(path)
     vectors = added_vectors(plan)
     if model is not None:
         from expertsteer_lens.hosts import as_host
@@ -258,6 +251,8 @@ def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown"
             "GGUF files need gguf; install it with: pip install 'expertsteer-lens[export]'"
         ) from error
 
+    path = FORMATS["gguf"].check_place(path)
+
     def write(file: Path) -> None:
         writer = gguf.GGUFWriter(str(file), "controlvector")
         writer.add_string("controlvector.model_hint", model_hint)
@@ -271,7 +266,7 @@ def to_gguf(plan: SteeringPlan, path: str | Path, *, model_hint: str = "unknown"
         writer.close()
 
     write_file(path, write)
-    return Path(path)
+    return path
 
 
 def _save(content: Any, file: Path) -> None:
@@ -321,17 +316,48 @@ class ExportFormat:
     """Keywords that `write` takes."""
     required: tuple[str, ...] = ()
     """Those that must be given."""
+    endings: tuple[str, ...] = ()
+    """Of the name of the file that it writes; none: whatever is given, or a folder."""
+    is_folder: bool = False
+    """Whether it writes a folder."""
+
+    def check_place(self, path: str | Path) -> Path:
+        """The path, where this can be written.
+
+        Raises:
+            ArgumentError: a name with another ending, by which its reader would not know it, a
+                folder in the place of a file, or a folder that holds something.
+        """
+        out = Path(path)
+        if self.endings and out.suffix not in self.endings:
+            raise ArgumentError(
+                f"path must end in {' or '.join(self.endings)}, got {shown(str(out))}."
+            )
+        if not self.is_folder and out.is_dir():
+            raise ArgumentError(f"path {shown(str(out))} is a folder; give a file.")
+        if self.is_folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ArgumentError(
+                f"path {shown(str(out))} exists and is not an empty folder; choose another."
+            )
+        return out
 
 
 FORMATS: dict[str, ExportFormat] = {
-    "lm_eval": ExportFormat(write=to_lm_eval, check=added_vectors, options=("blocks", "model")),
-    "gguf": ExportFormat(write=to_gguf, check=_vectors_for_gguf, options=("model_hint",)),
-    "hotwire": ExportFormat(write=to_hotwire, check=added_vectors, options=("n_layers", "model")),
+    "lm_eval": ExportFormat(
+        write=to_lm_eval, check=added_vectors, options=("blocks", "model"), endings=(".pt", ".pth")
+    ),
+    "gguf": ExportFormat(
+        write=to_gguf, check=_vectors_for_gguf, options=("model_hint",), endings=(".gguf",)
+    ),
+    "hotwire": ExportFormat(
+        write=to_hotwire, check=added_vectors, options=("n_layers", "model"), endings=(".pt",)
+    ),
     "merged": ExportFormat(
         write=to_merged,
         check=lambda plan: constant_additions(plan, can="baked", they="weights"),
         options=("model", "allow_mismatch"),
         required=("model",),
+        is_folder=True,
     ),
 }
 """Every format by name; add to it with `register_format`."""
@@ -388,6 +414,7 @@ def export_plan(
     for name in options:
         check_choice(f"option of {format!r}", name, chosen.options)
     chosen.check(plan)
+    chosen.check_place(path)
     for name in chosen.required:
         if options.get(name) is None:
             raise ArgumentError(f"format={format!r} needs {name}=, which was not given.")

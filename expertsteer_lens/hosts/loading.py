@@ -15,7 +15,7 @@ from expertsteer_lens._progress import is_shown
 from expertsteer_lens.errors import ArgumentError, HostError
 
 from .model_copy import no_progress_bar
-from .table import HOSTS, nothing_installed
+from .table import HOSTS
 
 LoadedAs = Literal["transformer_lens", "nnsight", "huggingface"]
 """The hosts of this package that a model can be loaded into."""
@@ -156,6 +156,3 @@ def wrap_model(
     """
     check_choice("host", host, LOADABLE)
     return LOADABLE[host](model, tokenizer, name, trust_remote_code)
-
-
-__all__ = ["LOADABLE", "LoadedAs", "load_model", "nothing_installed", "wrap_model"]
