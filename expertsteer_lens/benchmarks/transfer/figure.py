@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from expertsteer_lens.show.drawing import BLUE, FLOOR_FILL, GREY, ORANGE, import_plotly, set_style
 
+from .result import ANOTHER
 from .tables import n_shown
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ CURVES = {
     "self as labeller": ("#2c7a7b", "square", "dash"),
     "expert as labeller, instructed": (BLUE, "star", "solid"),
     "self as labeller, instructed": ("#2c7a7b", "star-square", "solid"),
+    f"self as labeller{ANOTHER}": (GREY, "x", "solid"),
     "native": (ORANGE, "diamond", "solid"),
     "expert, mapped": ("#6b46c1", "triangle-up", "solid"),
 }
@@ -64,7 +66,7 @@ def plot_transfer(bench: TransferBench) -> Any:
                     },
                     name=method,
                     legendgroup=method,
-                    showlegend=column == 1,
+                    showlegend=column == 1 and bool((summary.method == method).any()),
                     mode="lines+markers",
                     line={"color": colour, "dash": dash, "width": 2},
                     marker={"symbol": symbol, "size": 9, "color": colour},
