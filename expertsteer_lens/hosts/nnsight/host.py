@@ -333,7 +333,7 @@ class NNsightHost(Host):
 
         edit = runs.HookWorker(self.model, calls, remote_form=remote_form)
         stack = ExitStack()
-        stack.enter_context(runs.one_at_a_time(self.model, whole=True))
+        stack.enter_context(runs.one_at_a_time(self.model, for_edits=True))
         self.model._edits.append(edit)
         stack.callback(discard_edit, self.model, edit)
         return EditHandle(edit, stack)

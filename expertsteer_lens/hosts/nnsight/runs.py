@@ -235,12 +235,12 @@ def is_in_run(model: Any, *, unknown: bool) -> bool:
 
 
 @contextmanager
-def one_at_a_time(model: Any, *, whole: bool = False) -> Iterator[None]:
+def one_at_a_time(model: Any, *, for_edits: bool = False) -> Iterator[None]:
     """Inside the block, runs of the model in several threads do not overlap.
 
     nnsight keeps the state of one run: where two overlap, the end of one takes the workers of the
     other away. What is called while a run is under way nnsight takes for a part of it, and
-    `HookWorker` refuses it. `whole`: what is called so and outlasts that run is refused as well,
+    `HookWorker` refuses it. `for_edits`: what is called so and outlasts that run is refused too,
     as it must be where only runs are steered (edits).
     """
     with CHANGING_HOOKS:
@@ -248,7 +248,7 @@ def one_at_a_time(model: Any, *, whole: bool = False) -> Iterator[None]:
             _RUNS[model] = _OneAtATime(model)
         runs = _RUNS[model]
     with calls_through(model, "interleave", runs.run), ExitStack() as stack:
-        if whole:
+        if for_edits:
             stack.enter_context(calls_through(model._module, "generate", runs.generate))
         yield
 
